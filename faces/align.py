@@ -1,0 +1,71 @@
+"""Align a face: the similarity transform that puts its five landmarks on the template, and the warp."""
+import cv2
+import numpy as np
+
+HEIGHT, WIDTH = 112, 96
+# Eyes, nose, corners of the mouth in pixels of the aligned face, image-left first: the points of the authors' release
+# (wy1iu/sphereface, preprocess/code/face_align_demo.m). The 112x112 template of later work is this one plus 8 in x.
+TEMPLATE = np.array([[30.2946, 51.6963], [65.5318, 51.5014], [48.0252, 71.7366],
+                     [33.5493, 92.3655], [62.7299, 92.2041]])
+TEMPLATE.flags.writeable = False
+SQUARE_SHIFT = 8
+
+
+def similarity_transform(source, target=TEMPLATE):
+    """Least-squares similarity (rotation, one scale, translation; never a reflection) from `source` to `target`.
+
+    Closed form of Umeyama (PAMI 1991) in two dimensions: with points as complex numbers, target = a * source + b.
+
+    Args:
+        source: float (K, 2) points, x then y, K >= 2.
+        target: float (K, 2) points to reach.
+
+    Returns:
+        float64 (2, 3), the matrix that cv2.warpAffine takes.
+
+    Raises:
+        ValueError: the points coincide or are not finite, or a mirrored face would fit them better.
+    """
+    source, target = np.asarray(source, np.float64), np.asarray(target, np.float64)
+    source_mean, target_mean = source.mean(0), target.mean(0)
+    s = (source - source_mean) @ (1, 1j)
+    t = (target - target_mean) @ (1, 1j)
+    spread = (abs(s) ** 2).sum()
+    if not np.isfinite(spread) or spread < 1e-6:
+        raise ValueError("landmarks coincide or are not finite")
+    turned, mirrored = np.conj(s) @ t, s @ t   # how well each of the two fits
+    if abs(mirrored) > abs(turned):
+        raise ValueError("landmarks are mirrored; image-left eye and mouth corner come first")
+    a = turned / spread
+    rotation = np.array([[a.real, -a.imag], [a.imag, a.real]])
+    return np.column_stack((rotation, target_mean - rotation @ source_mean))
+
+
+def align(image, landmarks):
+    """Cut the aligned face out of an image.
+
+    Args:
+        image: uint8 (H, W, 3).
+        landmarks: float (5, 2), x then y, pixels of the whole image.
+
+    Returns:
+        uint8 (HEIGHT, WIDTH, 3); black where the face reaches beyond the image.
+
+    Raises:
+        ValueError: landmarks that are no face (see similarity_transform).
+    """
+    return cv2.warpAffine(image, similarity_transform(landmarks), (WIDTH, HEIGHT), flags=cv2.INTER_LINEAR)
+
+
+def crop_aligned(image):
+    """Take a face that is aligned already, 112x96 or 112x112, to 112x96.
+
+    Raises:
+        ValueError: any other size.
+    """
+    if image.shape[:2] == (HEIGHT, WIDTH):
+        return image
+    if image.shape[:2] == (HEIGHT, WIDTH + 2 * SQUARE_SHIFT):
+        return image[:, SQUARE_SHIFT:-SQUARE_SHIFT]
+    height, width = image.shape[:2]
+    raise ValueError(f"{width}x{height} pixels is no aligned face (96x112 or 112x112); landmarks are needed")

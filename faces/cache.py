@@ -1,0 +1,172 @@
+"""The aligned-face cache: every face is read, decoded and aligned once, and is a row of a memory map ever after.
+
+A cache is a folder: faces.u8 holds N faces of 112x96x3 bytes in the order of the list, failed.txt what could not be
+used. While it is built, journal.jsonl says which chunks of faces.u8 are done, so that a killed build goes on where it
+was; cache.json appears last and makes it whole. Its name carries a hash of the list and the template: another list
+is another cache.
+"""
+import hashlib
+import json
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from faces.align import HEIGHT, TEMPLATE, WIDTH, align, crop_aligned
+from faces.casia import read_casia, without_lfw_overlap
+from faces.errors import InputError
+from faces.files import atomic_write, write_json
+from faces.images import UnreadableImage, read_image
+
+SHAPE = (HEIGHT, WIDTH, 3)
+CHUNK = 1024                # faces between two lines of the journal: at most this many are aligned again after a kill
+MAX_FAILED = 0.01           # of the list; more is no accident but a wrong folder
+DEFAULT = Path(__file__).resolve().parents[1] / "cache"
+
+
+class AlignedFaces:
+    """Aligned faces with labels.
+
+    Attributes:
+        images: uint8 (M, 112, 96, 3) memory map, RGB; only `rows` of it are used.
+        rows: int64 (N,), rows of `images`.
+        labels: int64 (N,), 0..classes-1.
+        classes: number of identities.
+        fingerprint: hash of the images' names, landmarks and labels: what training depends on.
+    """
+
+    def __init__(self, images, listing, rows):
+        self.images, self.rows = images, rows
+        # Renumbering closes the gaps that dropped people leave.
+        people, self.labels = np.unique(listing.labels[rows], return_inverse=True)
+        self.classes = len(people)
+        self.fingerprint = _hash_list([listing.paths[row] for row in rows], self.labels,
+                                      None if listing.points is None else listing.points[rows])
+
+    def __len__(self):
+        return len(self.rows)
+
+    def batch(self, index):
+        """Return (uint8 (B, 112, 96, 3), int64 (B,)) for an int array of B positions."""
+        return self.images[self.rows[index]], self.labels[index]
+
+
+def load_casia(root, landmarks=None, cache=DEFAULT, drop_lfw_overlap=False):
+    """Aligned faces of a training set (see faces.casia.read_casia), through the cache.
+
+    An image that can't be used is counted, listed in the cache's failed.txt and left out; a person left without any
+    image is no class. Prints what it found.
+
+    Raises:
+        InputError: a bad data set, more than 1 % of it unusable, or no room for the cache.
+    """
+    listing = read_casia(root, landmarks or _own_landmarks(root))
+    images, failed = build(listing, cache)
+    keep = np.ones(len(listing.paths), bool)
+    keep[[row for row, _ in failed]] = False
+    overlap = ~without_lfw_overlap(listing.paths) if drop_lfw_overlap else np.zeros_like(keep)
+    rows = np.flatnonzero(keep & ~overlap)
+    if not len(rows):
+        raise InputError(f"{listing.source} has no image left to train on.")
+    faces = AlignedFaces(images, listing, rows)
+    print(f"{listing.source}: {len(faces):,} faces of {faces.classes:,} people"
+          + (f"; {len(failed)} unusable images left out, see failed.txt in the cache" if failed else "")
+          + (f"; {overlap.sum():,} images of people in LFW dropped" if drop_lfw_overlap else ""))
+    return faces
+
+
+def build(listing, cache=DEFAULT):
+    """Make or find the cache of a faces.casia.TrainingList.
+
+    Returns:
+        (uint8 (N, 112, 96, 3) read-only memory map, list of (row, reason) of the unusable images).
+    """
+    name = Path(str(listing.source)).resolve()
+    folder = Path(cache).expanduser() / f"{name.stem}-{_hash_list([str(name), *listing.paths], None, listing.points)[:12]}"
+    if not (folder / "cache.json").is_file():
+        _build(listing, folder)
+    failed = json.loads((folder / "cache.json").read_text())["failed"]
+    shape = (len(listing.paths), *SHAPE)
+    if (folder / "faces.u8").stat().st_size != np.prod(shape):
+        raise InputError(f"{folder} is damaged (faces.u8 has another size); delete the folder and start again.")
+    return np.memmap(folder / "faces.u8", np.uint8, "r", shape=shape), failed
+
+
+def _own_landmarks(root):
+    path = Path(root).expanduser() / "casia_landmark.txt"
+    return path if path.is_file() else None
+
+
+def _hash_list(names, labels, points):
+    digest = hashlib.sha256(b"aligned-1" + TEMPLATE.tobytes())
+    digest.update("\n".join(names).encode())
+    for array in (labels, points):
+        digest.update(b"" if array is None else array.tobytes())
+    return digest.hexdigest()
+
+
+def _build(listing, folder):
+    faces = _allocate(folder, (len(listing.paths), *SHAPE))
+    limit = MAX_FAILED * len(listing.paths)
+    done, failed = _read_journal(folder), []
+    print(f"aligning {len(listing.paths):,} faces of {listing.source} into {folder}, once")
+    with open(folder / "journal.jsonl", "a") as journal, ThreadPoolExecutor(os.cpu_count()) as pool, \
+            tqdm(total=len(listing.paths), unit="img", unit_scale=True, dynamic_ncols=True) as bar:
+        for start in range(0, len(listing.paths), CHUNK):
+            rows = range(start, min(start + CHUNK, len(listing.paths)))
+            if start not in done:
+                reasons = list(pool.map(lambda row: _fill(faces, listing, row), rows))  # decoding frees the interpreter
+                chunk_failed = [(row, reason) for row, reason in zip(rows, reasons) if reason]
+                faces.flush()
+                failed += chunk_failed
+                if len(failed) > limit:
+                    raise InputError(_too_many(listing, failed))
+                if not chunk_failed:  # a chunk with failures is tried again by the next build, if this one is killed
+                    journal.write(json.dumps(start) + "\n")
+                    journal.flush()
+            bar.update(len(rows))
+    with atomic_write(folder / "failed.txt", "w", encoding="utf-8") as file:
+        file.writelines(f"{listing.paths[row]}\t{reason}\n" for row, reason in failed)
+    write_json(folder / "cache.json", {"faces": len(listing.paths), "failed": failed})
+    (folder / "journal.jsonl").unlink()
+
+
+def _allocate(folder, shape):
+    path, size = folder / "faces.u8", int(np.prod(shape))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        present = path.stat().st_size if path.exists() else 0
+        if size - present > shutil.disk_usage(folder).free:
+            raise InputError(f"{folder} needs {size / 1e9:.1f} GB for the aligned faces and the disk has less; choose a "
+                             "larger disk with --cache.")
+        with open(path, "ab") as file:
+            file.truncate(size)
+        return np.memmap(path, np.uint8, "r+", shape=shape)
+    except OSError as error:
+        raise InputError(f"can't write the cache {folder}: {error.strerror}; choose another place with --cache.") from None
+
+
+def _read_journal(folder):
+    try:
+        lines = (folder / "journal.jsonl").read_text().split("\n")[:-1]  # what follows the last newline is a torn line
+    except FileNotFoundError:
+        return set()
+    return {int(line) for line in lines if line.isdigit()}
+
+
+def _fill(faces, listing, row):
+    """Align one face into its row; return None, or why it can't be."""
+    try:
+        image = read_image(listing.source.open(listing.paths[row]))
+        faces[row] = crop_aligned(image) if listing.points is None else align(image, listing.points[row])
+    except (UnreadableImage, ValueError) as error:
+        return str(error)
+
+
+def _too_many(listing, failed):
+    shown = "; ".join(f"{listing.paths[row]}: {reason}" for row, reason in failed[:3])
+    return (f"more than {MAX_FAILED:.0%} of the {len(listing.paths):,} images of {listing.source} can't be used ({shown}); "
+            "check the folder and the landmark list.")

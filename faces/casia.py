@@ -1,0 +1,122 @@
+"""CASIA-WebFace as people have it: person folders or a zip of them with a landmark list, or faces already aligned."""
+import zipfile
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+
+from faces.errors import InputError
+from faces.files import folder, inside
+from faces.images import EXTENSIONS, MAX_BYTES, UnreadableImage, list_images
+from faces.landmarks import read_landmarks
+
+# Identities that CASIA-WebFace shares with LFW: the union of the lists in the FaceDatasets and AM-Softmax repositories.
+LFW_OVERLAP = frozenset("""
+    0000513 0004539 0004763 0005009 0005082 0005172 0166921 0208962 0430107 0454042 0662519 0706787 0955471 1056413
+    1091782 1193098 1303492 2425974 3478560""".split())
+
+
+class Folder:
+    """Images below a folder."""
+
+    def __init__(self, root):
+        self.root = Path(root)
+
+    def __str__(self):
+        return str(self.root)
+
+    def names(self):
+        """Relative paths of all images, sorted."""
+        return list_images(self.root)
+
+    def open(self, name):
+        """What faces.images.read_image takes to read the image `name`."""
+        return inside(self.root, name)
+
+
+class Zip:
+    """Images in a zip, read in place. One folder around everything, as zips often have, is not part of a name."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        try:
+            self.archive = zipfile.ZipFile(self.path)
+        except (OSError, zipfile.BadZipFile) as error:
+            raise InputError(f"{path} is not a zip that can be read ({error}); check the download.") from None
+        members = {i.filename: i for i in self.archive.infolist() if PurePosixPath(i.filename).suffix.lower() in EXTENSIONS}
+        tops = {name.split("/")[0] for name in members}
+        deep = all(name.count("/") >= 2 for name in members)
+        cut = len(tops.pop()) + 1 if len(tops) == 1 and deep else 0
+        self.members = {name[cut:]: info for name, info in members.items()}
+
+    def __str__(self):
+        return str(self.path)
+
+    def names(self):
+        """Relative paths of all images, sorted."""
+        return sorted(self.members)
+
+    def open(self, name):
+        """The bytes of the image `name`.
+
+        Raises:
+            UnreadableImage: no such member, damaged, or larger than any image has a right to be.
+        """
+        info = self.members.get(name)
+        if info is None:
+            raise UnreadableImage("not in the zip")
+        if info.file_size > MAX_BYTES:
+            raise UnreadableImage(f"over {MAX_BYTES // 10**6} MB")
+        try:
+            return self.archive.read(info)
+        except Exception as error:  # damaged members raise whatever their decompressor does
+            raise UnreadableImage(f"damaged in the zip ({error})") from error
+
+
+class TrainingList(NamedTuple):
+    """source: Folder or Zip; paths: N names in it; labels: int64 (N,), 0..C-1; points: float32 (N, 5, 2), or None
+    where the faces are aligned already."""
+    source: Folder | Zip
+    paths: list
+    labels: np.ndarray
+    points: np.ndarray | None
+
+
+def read_casia(root, landmarks=None):
+    """List the training images.
+
+    Args:
+        root: folder of person folders (0000045/001.jpg), or a zip of it.
+        landmarks: landmark list with labels; None for faces aligned to 112x96 or 112x112, whose labels are then the
+            person folders in sorted order.
+
+    Raises:
+        InputError: nothing there, a bad list, or labels that leave a gap.
+    """
+    root = Path(root).expanduser()
+    source = Zip(root) if root.suffix.lower() == ".zip" and root.is_file() else Folder(folder(root, "CASIA-WebFace"))
+    if landmarks is not None:
+        paths, labels, points = read_landmarks(landmarks, labelled=True)
+        _check_labels(labels, landmarks)
+        return TrainingList(source, paths, labels, points)
+    paths = source.names()
+    people = [str(PurePosixPath(path).parent) for path in paths]
+    if len(set(people)) < 2:
+        raise InputError(f"{root} holds {len(paths)} images of {len(set(people))} people; expected person folders such "
+                         "as 0000045/001.jpg of at least two people.")
+    return TrainingList(source, paths, np.unique(people, return_inverse=True)[1].astype(np.int64), None)
+
+
+def without_lfw_overlap(paths):
+    """Boolean (N,): which images are of nobody in LFW_OVERLAP, by the person folder in their path."""
+    return np.array([LFW_OVERLAP.isdisjoint(PurePosixPath(path).parts) for path in paths])
+
+
+def _check_labels(labels, path):
+    present = np.bincount(labels, minlength=1) if labels.max() <= len(labels) else np.zeros(1, np.int64)
+    if not present.all():
+        missing = int(np.flatnonzero(present == 0)[0])
+        raise InputError(f"{path}: labels must be 0, 1, 2, ... without a gap, but none is {missing} and the largest is "
+                         f"{labels.max()}; number the people anew.")
+    if len(present) < 2:
+        raise InputError(f"{path} lists one person; training needs at least two.")

@@ -1,0 +1,137 @@
+"""Training checkpoints: one file, written whole or not at all, that loads without unpickling any code."""
+import platform
+import warnings
+import zipfile
+from pathlib import Path
+
+import torch
+
+from faces.errors import InputError
+from faces.files import atomic_write
+
+FORMAT = "faces-checkpoint-1"
+MAX_BYTES = 8 * 10**9   # a million identities with momentum are half of it; checked before any memory is taken
+# Settings that may differ between a run and its continuation, since they don't change what is computed.
+FREE = frozenset({"casia", "landmarks", "cache", "output", "resume", "checkpoint_every", "device", "workers", "lfw",
+                  "lfw_landmarks"})
+
+
+class Checkpoints:
+    """The checkpoint of a training run, checkpoint.pt in its folder: all that continues it exactly, and the model.
+
+    Order, mirroring, learning rate and margin are functions of the seed and the step, so the step stands for them.
+
+    Args:
+        run: faces.run.Run.
+        args: the command line's options.
+        faces: faces.cache.AlignedFaces.
+        net, head: modules, wrapped for several processes or not.
+        optimizer: of both.
+    """
+
+    def __init__(self, run, args, faces, net, head, optimizer):
+        self.run, self.path = run, run.output / "checkpoint.pt"
+        self.settings = {name: value if isinstance(value, (int, float, type(None))) else str(value)
+                         for name, value in vars(args).items()}
+        self.faces, self.net, self.head, self.optimizer = faces, net, head, optimizer
+
+    def resume(self, wanted):
+        """Restore the run if `wanted`; return the step to start from.
+
+        Raises:
+            InputError: nothing to resume, something already there that would be overwritten, or other data or settings.
+        """
+        if not wanted:
+            if self.path.exists():
+                raise InputError(f"{self.path} holds a run already; go on with it by --resume or choose another --output.")
+            return 0
+        state = load(self.path)
+        self._check_same(state)
+        _unwrap(self.net).load_state_dict(state["weights"])
+        _unwrap(self.head).load_state_dict(state["head"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        print(f"resumed {self.path} at step {state['step']:,}")
+        return state["step"]
+
+    def save(self, step):
+        """Write the checkpoint after `step` steps; only the first process does."""
+        if self.run.first:
+            save(self.path, {
+                "method": type(_unwrap(self.head)).__name__, "net": self.settings["net"], "step": step,
+                "weights": _unwrap(self.net).state_dict(), "head": _unwrap(self.head).state_dict(),
+                "optimizer": self.optimizer.state_dict(), "classes": self.faces.classes,
+                "faces": self.faces.fingerprint, "settings": self.settings,
+                "versions": {"python": platform.python_version(), "torch": str(torch.__version__)}})
+
+    def _check_same(self, state):
+        if state["faces"] != self.faces.fingerprint:
+            raise InputError(f"{self.path} was trained on another set of faces (list, labels or unusable images differ); "
+                             "resume with the same one.")
+        other = [name for name in self.settings if name not in FREE
+                 and state["settings"].get(name) != self.settings[name]]
+        if other:
+            before = ", ".join(f"--{name.replace('_', '-')} {state['settings'].get(name)}" for name in other)
+            raise InputError(f"{self.path} was trained with {before}; resume with the same settings.")
+
+
+def _unwrap(module):
+    return getattr(module, "module", module)  # DistributedDataParallel puts the module one level down
+
+
+def save(path, state):
+    """Write a checkpoint atomically.
+
+    Args:
+        state: dict of tensors, numbers, strings and containers of them.
+
+    Raises:
+        InputError: the disk is full or not writable; the last good checkpoint stays.
+    """
+    try:
+        with atomic_write(path) as file:
+            torch.save({"format": FORMAT, **state}, file)
+    except RuntimeError as error:  # torch's zip writer reports a full disk so
+        raise InputError(f"can't write {path}: {error}; free some space.") from None
+
+
+def load(path):
+    """Read a checkpoint onto the CPU.
+
+    Raises:
+        InputError: no such file, or not a checkpoint that this project wrote.
+    """
+    path = Path(path)
+    state = load_tensors(path)
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise InputError(f"{path} is not a training checkpoint of this project; give the checkpoint.pt of a run.")
+    return state
+
+
+def load_tensors(path):
+    """Read any torch file on the CPU with the restricted unpickler, which builds tensors and containers only.
+
+    Raises:
+        InputError: no such file, no torch file, one over MAX_BYTES, or one that would run code.
+    """
+    path = Path(path)
+    try:
+        if _unpacked_bytes(path) > MAX_BYTES:
+            raise InputError(f"{path} is over {MAX_BYTES // 10**9} GB, which no checkpoint is; give a checkpoint file.")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch remarks on unusual pickle protocols
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(f"can't read {path}: {error.strerror or error}; give a checkpoint file.") from None
+    except Exception:  # the unpickler and the zip reader raise many kinds; all mean that the file is not to be used
+        raise InputError(f"{path} is not a checkpoint that can be loaded safely (damaged, no torch file, or one that "
+                         "would run code); give a file of tensors.") from None
+
+
+def _unpacked_bytes(path):
+    size = path.stat().st_size
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            size = max(size, sum(entry.file_size for entry in archive.infolist()))
+    return size

@@ -1,0 +1,91 @@
+"""Read image files: whatever is on disk becomes uint8 RGB (H, W, 3), or an UnreadableImage that says why not.
+
+Every reader of the project comes through here, so landmarks, training and verification see the same pixels.
+A photo is turned the way its EXIF orientation says, as viewers show it.
+"""
+import io
+import warnings
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image, ImageOps
+
+EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".pgm", ".ppm", ".webp", ".tif", ".tiff", ".gif"})
+MAX_PIXELS = 128_000_000   # 384 MB decoded; checked in the header, before any memory is taken
+MAX_BYTES = 512_000_000
+
+
+class UnreadableImage(Exception):
+    """The file is not an image that can be used. The message is the reason, without the file's name."""
+
+
+def read_image(source):
+    """Read one image.
+
+    Args:
+        source: path of a file, or the file's bytes.
+
+    Returns:
+        uint8 (H, W, 3), RGB. Grey is repeated, transparency dropped, 16 bits become 8.
+
+    Raises:
+        UnreadableImage: missing, empty, truncated, over MAX_PIXELS, or no image at all.
+    """
+    data = source if isinstance(source, bytes) else _read_bytes(Path(source))
+    _check_header(data)
+    _check_complete(data)
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # its complaints about damaged files are ours to make, with the file's name
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)  # applies the EXIF orientation
+    if image is None:
+        image = _decode_with_pillow(data)  # what OpenCV has no decoder for
+    else:
+        cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
+    return image
+
+
+def list_images(root):
+    """Return the images below `root`, in sorted order, as relative paths with forward slashes."""
+    root = Path(root)
+    return sorted(p.relative_to(root).as_posix() for p in root.rglob("*")
+                  if p.suffix.lower() in EXTENSIONS and p.is_file() and not p.name.startswith("."))
+
+
+def _read_bytes(path):
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise UnreadableImage(f"over {MAX_BYTES // 10**6} MB")
+        return path.read_bytes()
+    except OSError as error:
+        raise UnreadableImage(error.strerror or str(error)) from None
+
+
+def _check_header(data):
+    if not data:
+        raise UnreadableImage("empty file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of sizes that are refused two lines below
+            with Image.open(io.BytesIO(data)) as image:
+                width, height = image.size
+    except Image.DecompressionBombError:
+        raise UnreadableImage(f"over {MAX_PIXELS // 10**6} megapixels") from None
+    except Exception as error:  # Pillow's plugins raise what they like on hostile bytes
+        raise UnreadableImage("not an image") from error
+    if width * height > MAX_PIXELS:
+        raise UnreadableImage(f"{width} x {height} is over {MAX_PIXELS // 10**6} megapixels")
+
+
+def _check_complete(data):
+    # OpenCV fills the missing part of a cut JPEG with grey and says nothing. In a whole one the end marker follows
+    # the last start of scan; neither two-byte value can occur inside the compressed data.
+    if data[:2] == b"\xff\xd8" and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
+        raise UnreadableImage("truncated JPEG")
+
+
+def _decode_with_pillow(data):
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    except Exception as error:
+        raise UnreadableImage(f"can't be decoded ({error})") from error

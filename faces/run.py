@@ -1,0 +1,192 @@
+"""What surrounds a training loop: device, precision, processes, seeds, signals, and batches on the device."""
+import contextlib
+import os
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import distributed
+from torch.utils.data import DataLoader, Dataset
+
+from faces.errors import InputError
+
+
+def pick_device(name="auto"):
+    """Return the torch.device named, or for "auto" the best there is: CUDA, then Apple MPS, then the CPU.
+
+    Raises:
+        InputError: no such device on this machine.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except Exception as error:  # each backend has its own way of saying that it is not there
+        raise InputError(f"--device {name} can't be used here ({str(error).splitlines()[0]}); try auto or cpu.") from None
+    return device
+
+
+def has_bf16(device):
+    """Whether bfloat16 products are faster than float32 ones on this device."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return False
+
+
+def to_input(faces, mirror=None):
+    """Turn aligned faces into network input.
+
+    Args:
+        faces: uint8 (N, 112, 96, 3), RGB, on any device.
+        mirror: optional bool (N,), which faces to flip left to right.
+
+    Returns:
+        float32 (N, 3, 112, 96) in channels_last memory order, (x - 127.5) / 128.
+    """
+    x = faces.permute(0, 3, 1, 2).float().sub_(127.5).div_(128)
+    return x if mirror is None else torch.where(mirror[:, None, None, None], x.flip(3), x)
+
+
+class Run:
+    """The machine's side of a training run; `torchrun` starts one process per device.
+
+    Attributes:
+        device: torch.device of this process.
+        rank, world: number of this process, and of all.
+        output: folder of the run.
+    """
+
+    def __init__(self, args, method):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if self.world > 1 and args.device in ("auto", "cuda") \
+            and torch.cuda.is_available() else args.device
+        self.device = pick_device(name)
+        if self.world > 1:
+            distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        if args.batch_size % self.world:
+            raise InputError(f"--batch-size {args.batch_size} does not divide by {self.world} processes.")
+        self.bf16 = has_bf16(self.device) if args.precision == "auto" else args.precision == "bf16"
+        self.workers = args.workers if args.workers is not None else 4 if self.device.type == "cuda" else 0
+        self.output = args.output or Path(__file__).resolve().parents[1] / "runs" / method
+        self.seed, self.mirror = args.seed, args.mirror
+        self.stop_signal = None
+        if not self.first:
+            sys.stdout = open(os.devnull, "w")  # one voice is enough
+        torch.manual_seed(args.seed)  # initial weights; order and mirroring have generators of their own
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
+
+    @property
+    def first(self):
+        """Whether this process is the one that prints and writes."""
+        return self.rank == 0
+
+    @contextlib.contextmanager
+    def first_goes_first(self):
+        """Let the first process do something the others then find done, such as building a cache."""
+        if self.world > 1 and not self.first:
+            distributed.barrier()
+        yield
+        if self.world > 1 and self.first:
+            distributed.barrier()
+
+    def autocast(self):
+        """Context of the network's forward pass."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def parallel(self, module):
+        """Move a module to the device; with several processes, average its gradients over them."""
+        module = module.to(self.device, memory_format=torch.channels_last)
+        return torch.nn.parallel.DistributedDataParallel(module) if self.world > 1 else module
+
+    @contextlib.contextmanager
+    def stopping_cleanly(self):
+        """Turn Ctrl-C and SIGTERM into `stop_signal`, so that a step is never cut in two."""
+        def note(number, _):
+            self.stop_signal = number
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def should_stop(self):
+        """Whether any process was asked to stop; every process gets the same answer."""
+        if self.world == 1:
+            return self.stop_signal is not None
+        asked = torch.tensor([self.stop_signal or 0], device=self.device)
+        distributed.all_reduce(asked, distributed.ReduceOp.MAX)
+        self.stop_signal = int(asked) or None
+        return self.stop_signal is not None
+
+    def finish(self, step, recipe):
+        """Say how the run ended and return the script's exit status: 130 after Ctrl-C, else 0."""
+        if step == recipe.steps:
+            print(f"trained {step:,} steps; the model is {self.output / 'checkpoint.pt'}")
+        else:
+            print(f"stopped after {step:,} of {recipe.steps:,} steps; --resume goes on from here")
+        if self.world > 1:
+            distributed.destroy_process_group()
+        return 130 if self.stop_signal == signal.SIGINT else 0
+
+    def batches(self, faces, recipe, start):
+        """Yield (float32 (B, 3, 112, 96), int64 (B,)) on the device for the steps from `start` to the recipe's end.
+
+        Which faces a step sees, and which of them mirrored, depends on the seed and the step alone, so a run that
+        is resumed sees what it would have seen.
+        """
+        order = Order(len(faces), recipe, self.seed, start, self.rank, self.world)
+        cuda = self.device.type == "cuda"
+        loader = DataLoader(_Batches(faces), sampler=order, batch_size=None, num_workers=self.workers,
+                            pin_memory=cuda, prefetch_factor=4 if self.workers else None)
+        for step, (images, labels) in enumerate(loader, start):
+            images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+            flip = None
+            if self.mirror:
+                coins = np.random.default_rng((self.seed, step, self.rank, 1)).random(len(images)) < 0.5
+                flip = torch.from_numpy(coins).to(self.device, non_blocking=True)
+            yield to_input(images, flip), labels
+
+
+def no_decay_on_vectors(net, head, weight_decay):
+    """Parameter groups for an optimizer: convolutions and matrices decay; biases, PReLU slopes and batch norms don't."""
+    parameters = [*net.parameters(), *head.parameters()]
+    return [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]
+
+
+class Order:
+    """Yields, for each step from `start`, this process's share of the batch as positions in the set, int64 (B,).
+
+    Every epoch is a new permutation of the set; what does not fill a batch at its end is dropped.
+    """
+
+    def __init__(self, faces, recipe, seed, start=0, rank=0, world=1):
+        self.faces, self.recipe, self.seed, self.start, self.rank, self.world = faces, recipe, seed, start, rank, world
+
+    def __len__(self):
+        return self.recipe.steps - self.start
+
+    def __iter__(self):
+        epoch, order = None, None
+        for step in range(self.start, self.recipe.steps):
+            if step // self.recipe.epoch != epoch:
+                epoch = step // self.recipe.epoch
+                order = np.random.default_rng((self.seed, epoch, 0)).permutation(self.faces)
+            first = step % self.recipe.epoch * self.recipe.batch
+            yield order[first + self.rank:first + self.recipe.batch:self.world]
+
+
+class _Batches(Dataset):
+    def __init__(self, faces):
+        self.faces = faces
+
+    def __getitem__(self, index):
+        images, labels = self.faces.batch(index)
+        return torch.from_numpy(images), torch.from_numpy(labels)

@@ -1,0 +1,131 @@
+"""SphereFace (Liu et al., CVPR 2017, arXiv:1704.08063): the 20-layer CNN and the A-Softmax head."""
+import math
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from faces.margin import float32, margin_softmax
+
+
+STAGES = ((64, 1), (128, 2), (256, 4), (512, 1))  # channels and residual units of each stage; a stage halves the image
+
+
+class SphereNet(nn.Module):
+    """The 20-layer sphere CNN (SphereFace, table 2), with or without batch normalisation.
+
+    Every stage is a 3x3 convolution of stride 2 and then residual units of two 3x3 convolutions. Each convolution is
+    followed by PReLU. Layers carry the names of the released checkpoints: conv1_1, relu1_1, ..., conv4_3, fc5.
+
+    Args:
+        batch_norm: put batch normalisation after every convolution (conv1_1bn) and after fc5 (fc5_bn).
+    """
+
+    def __init__(self, batch_norm):
+        super().__init__()
+        previous = 3
+        for stage, (channels, units) in enumerate(STAGES, 1):
+            for layer in range(1, 2 * units + 2):
+                conv = nn.Conv2d(previous, channels, 3, stride=2 if layer == 1 else 1, padding=1, bias=layer == 1)
+                self.add_module(f"conv{stage}_{layer}", conv)
+                self.add_module(f"conv{stage}_{layer}bn", nn.BatchNorm2d(channels) if batch_norm else nn.Identity())
+                self.add_module(f"relu{stage}_{layer}", nn.PReLU(channels))
+                previous = channels
+        self.fc5 = nn.Linear(512 * 7 * 6, 512)
+        self.fc5_bn = nn.BatchNorm1d(512) if batch_norm else nn.Identity()
+        self.apply(self._initialise)
+
+    @staticmethod
+    def _initialise(module):
+        # As the Caffe releases: Xavier where there is a bias, a narrow normal in the bias-free residual units,
+        # which so begin close to the identity.
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            if module.bias is None:
+                nn.init.normal_(module.weight, std=0.01)
+            else:
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+
+    def _layer(self, name, x):
+        return self.get_submodule(f"relu{name}")(self.get_submodule(f"conv{name}bn")(self.get_submodule(f"conv{name}")(x)))
+
+    def forward(self, x):
+        """Embed aligned faces: float (N, 3, 112, 96), RGB, (x - 127.5) / 128, to float (N, 512), not normalised."""
+        for stage, (_, units) in enumerate(STAGES, 1):
+            x = self._layer(f"{stage}_1", x)                                # (N, 64, 56, 48) ... (N, 512, 7, 6)
+            for unit in range(1, units + 1):
+                x = x + self._layer(f"{stage}_{2 * unit + 1}", self._layer(f"{stage}_{2 * unit}", x))
+        return self.fc5_bn(self.fc5(x.flatten(1)))                          # (N, 512)
+
+
+def faceNet():
+    """The 20-layer CNN with batch normalisation: trains from scratch on small batches and small sets too."""
+    return SphereNet(batch_norm=True)
+
+
+def sphere20a():
+    """The 20-layer CNN as the 2017 paper has it, without batch normalisation."""
+    return SphereNet(batch_norm=False)
+
+
+NETS = {"faceNet": faceNet, "sphere20a": sphere20a}
+
+
+def psi(cosine, m):
+    """psi(t) = (-1)^k cos(m t) - 2k for t in [k pi/m, (k+1) pi/m], k in 0..m-1 (equation 7), monotone in t.
+
+    cos(m t) is the Chebyshev polynomial of cos t, so there is no acos, whose gradient is infinite at t = 0 and pi;
+    k counts the interval bounds that t has passed, so that rounding can't lead out of 0..m-1, and is a constant to
+    the gradient (psi is smooth across the bounds).
+
+    Args:
+        cosine: float tensor of any shape, cos t.
+        m: angular margin, a whole number >= 1.
+    """
+    previous, chebyshev = torch.ones_like(cosine), cosine
+    for _ in range(m - 1):
+        previous, chebyshev = chebyshev, 2 * cosine * chebyshev - previous
+    k = sum(((cosine < math.cos(i * math.pi / m)).to(cosine.dtype) for i in range(1, m)), torch.zeros_like(cosine))
+    return (1 - 2 * (k % 2)) * chebyshev - 2 * k
+
+
+class SphereFace(nn.Module):
+    """A-Softmax: logit_j = |x| cos t_j; the target's is |x| (lambda cos t + psi(t)) / (1 + lambda).
+
+    Args:
+        classes: number of identities C.
+        m: angular margin, 1 to 5; the paper's is 4.
+    """
+
+    def __init__(self, classes, m=4):
+        super().__init__()
+        self.m = m
+        self.weight = nn.Parameter(torch.randn(classes, 512) / 512 ** 0.5)
+
+    @staticmethod
+    def annealing(step):
+        """lambda = max(5, 1000 / (1 + 0.12 step)) as in the authors' Caffe release; step counts from 0."""
+        return max(5.0, 1000.0 / (1.0 + 0.12 * step))
+
+    def forward(self, embedding, label, lam):
+        """Loss of a batch.
+
+        Args:
+            embedding: float (N, 512), not normalised.
+            label: int64 (N,), 0 <= label < C.
+            lam: lambda >= 0, see annealing(); 0 is the pure margin.
+
+        Returns:
+            (mean loss, scalar float32; predicted label by the largest cosine, int64 (N,)).
+        """
+        def margin(logit, norm):                                   # both (N,), of the targets
+            cosine = logit / norm
+            return norm * (lam * cosine + psi(cosine, self.m)) / (1 + lam)
+
+        with float32(embedding):
+            x = embedding.float()
+            norm = (x.square().sum(1) + 1e-12).sqrt()              # (N,); the epsilon keeps a zero embedding finite
+            logits = x @ nn.functional.normalize(self.weight.float()).T  # (N, C): |x| cos t
+            return margin_softmax(logits, label, margin, norm)

@@ -1,0 +1,56 @@
+"""Made data for tests: a folder of small drawn faces with landmarks, and scripts run as they are typed."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from faces.align import TEMPLATE
+from faces.landmarks import write_landmarks
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def script(name, *args, **kwargs):
+    """Run a script from its own folder, as the README types it; returns the finished process."""
+    path = ROOT / name
+    env = {**os.environ, "OMP_NUM_THREADS": "2"}
+    return subprocess.run([sys.executable, path.name, *map(str, args)], cwd=path.parent, env=env, text=True,
+                          capture_output=True, timeout=300, **kwargs)
+
+
+def draw_face(person, photo, size=150):
+    """A drawn face that a person keeps from photo to photo, somewhere in a picture: (uint8 RGB, float (5, 2))."""
+    person, photo = np.random.default_rng((1, person)), np.random.default_rng((2, person, photo))
+    skin, feature = person.integers(60, 255, 3), person.integers(0, 200, 3)
+    angle, scale = np.deg2rad(photo.uniform(-15, 15)), photo.uniform(0.8, 1.1)
+    turn = scale * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    points = (TEMPLATE - TEMPLATE.mean(0)) @ turn.T + size / 2 + photo.uniform(-8, 8, 2)
+    image = photo.integers(0, 60, (size, size, 3), np.uint8)
+    cv2.circle(image, tuple(map(int, points.mean(0))), int(45 * scale), skin.tolist(), -1)
+    for point, radius in zip(points, person.integers(3, 8, 5)):
+        cv2.circle(image, tuple(map(int, point)), int(radius), feature.tolist(), -1)
+    return image, points
+
+
+def write_image(path, image):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    assert cv2.imwrite(str(path), image[..., ::-1])
+
+
+@pytest.fixture(scope="session")
+def casia(tmp_path_factory):
+    """CASIA-WebFace in small: 6 people, 8 photos each, with casia_landmark.txt in the folder. Not to be changed."""
+    root = tmp_path_factory.mktemp("casia")
+    rows = []
+    for person in range(6):
+        for photo in range(8):
+            image, points = draw_face(person, photo)
+            name = f"{person + 45:07d}/{photo + 1:03d}.jpg"
+            write_image(root / name, image)
+            rows.append((name, person, points))
+    write_landmarks(root / "casia_landmark.txt", rows)
+    return root

@@ -1,0 +1,54 @@
+"""Alignment against scikit-image's independent estimate, and what no similarity may do."""
+import numpy as np
+import pytest
+from skimage.transform import SimilarityTransform
+
+from conftest import draw_face
+from faces.align import TEMPLATE, align, crop_aligned, similarity_transform
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_same_transform_as_scikit_image(seed):
+    random = np.random.default_rng(seed)
+    points = TEMPLATE @ random.normal(size=(2, 2)) * 3 + random.normal(0, 4, (5, 2)) + 100
+    try:
+        ours = similarity_transform(points)
+    except ValueError:  # the random map mirrors; then its mirror image must do
+        points = points * (-1, 1)
+        ours = similarity_transform(points)
+    np.testing.assert_allclose(ours, SimilarityTransform.from_estimate(points, TEMPLATE).params[:2], atol=1e-9)
+
+
+def test_template_to_itself_and_a_known_turn():
+    np.testing.assert_allclose(similarity_transform(TEMPLATE), [[1, 0, 0], [0, 1, 0]], atol=1e-12)
+    turned = TEMPLATE @ [[0, 2], [-2, 0]] + (7, 9)           # by 90 degrees, twice as large
+    back = similarity_transform(turned)
+    np.testing.assert_allclose(turned @ back[:, :2].T + back[:, 2], TEMPLATE, atol=1e-9)
+    assert np.linalg.det(back[:, :2]) == pytest.approx(0.25)  # positive: never a reflection
+
+
+@pytest.mark.parametrize("points, why", [(TEMPLATE * (-1, 1), "mirrored"), (np.ones((5, 2)), "coincide"),
+                                         (TEMPLATE * np.nan, "not finite")])
+def test_landmarks_that_are_no_face(points, why):
+    with pytest.raises(ValueError, match=why):
+        similarity_transform(points)
+
+
+def test_aligned_landmarks_lie_on_the_template():
+    image, points = draw_face(person=3, photo=5)
+    image[:] = 0
+    for x, y in points:                                       # a 3x3 dot on each landmark
+        image[round(y) - 1:round(y) + 2, round(x) - 1:round(x) + 2] = 255
+    bright = align(image, points)[..., 0] > 60
+    for x, y in TEMPLATE:
+        rows, columns = np.nonzero(bright[int(y) - 4:int(y) + 6, int(x) - 4:int(x) + 6])
+        assert abs(rows.mean() - 4 - y % 1) < 1 and abs(columns.mean() - 4 - x % 1) < 1
+
+
+def test_the_square_template_is_eight_columns_wider_on_each_side():
+    image, points = draw_face(1, 1)
+    square = np.zeros((112, 112, 3), np.uint8)
+    square[:, 8:104] = align(image, points)
+    assert np.array_equal(crop_aligned(square), align(image, points))
+    with pytest.raises(ValueError, match="landmarks are needed"):
+        crop_aligned(image)

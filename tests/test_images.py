@@ -1,0 +1,59 @@
+"""Every file people have becomes uint8 RGB, or says why it can't be used."""
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from faces.images import MAX_PIXELS, UnreadableImage, read_image
+
+RGB = np.zeros((40, 30, 3), np.uint8)
+RGB[:20] = (250, 10, 20)          # red above blue
+RGB[20:] = (10, 20, 250)
+
+
+def encoded(image, format, **options):
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("format, mode", [("JPEG", "RGB"), ("PNG", "RGB"), ("PNG", "RGBA"), ("PNG", "P"), ("BMP", "RGB"),
+                                          ("GIF", "P"), ("JPEG", "CMYK"), ("WEBP", "RGB"), ("TIFF", "RGB")])
+def test_formats_and_modes(format, mode):
+    image = read_image(encoded(Image.fromarray(RGB).convert(mode), format))
+    assert image.dtype == np.uint8 and image.shape == (40, 30, 3)
+    # Red is read as red: channels are RGB. CMYK and JPEG lose some colour.
+    assert image[5, 15, 0] > 180 and image[5, 15, 2] < 90 and image[35, 15, 2] > 150 and image[35, 15, 0] < 90
+
+
+def test_grey_and_sixteen_bits():
+    grey = np.tile(np.arange(0, 256, 8, np.uint8), (20, 1))
+    assert np.array_equal(read_image(encoded(Image.fromarray(grey), "PNG")), np.repeat(grey[..., None], 3, 2))
+    deep = read_image(encoded(Image.fromarray(grey.astype(np.uint16) * 257), "PNG"))
+    assert deep.dtype == np.uint8 and abs(deep[..., 0].astype(int) - grey).max() <= 1
+
+
+def test_exif_orientation_is_applied():
+    exif = Image.Exif()
+    exif[0x0112] = 6                                          # the camera was turned: rotate by 90 degrees to show
+    image = read_image(encoded(Image.fromarray(RGB), "JPEG", exif=exif))
+    assert image.shape == (30, 40, 3) and image[15, 35, 0] > 180 and image[15, 5, 2] > 180
+
+
+def test_what_can_not_be_used(tmp_path):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 80, 3), np.uint8))
+    cases = [("empty", b""), ("not an image", b"hello" * 100)]
+    cases += [("truncated", encoded(noise, format)[:-300]) for format in ("JPEG", "PNG", "BMP", "TIFF")]
+    for why, data in cases:
+        with pytest.raises(UnreadableImage, match=why):
+            read_image(data)
+    with pytest.raises(UnreadableImage, match="No such file"):
+        read_image(tmp_path / "absent.jpg")
+
+
+def test_size_is_checked_before_memory_is_taken():
+    bomb = encoded(Image.new("1", (40_000, MAX_PIXELS // 40_000 + 1)), "PNG")     # 128 megapixels in a few kilobytes
+    assert len(bomb) < 100_000
+    with pytest.raises(UnreadableImage, match="megapixels"):
+        read_image(bomb)

@@ -1,0 +1,181 @@
+"""casia_train.py as it is typed: it learns, resumes exactly after any kill, and says what is wrong with its input."""
+import importlib
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import ROOT, script
+from faces.recipe import Recipe
+from faces.run import Order, to_input
+
+TINY = ["--batch-size", "8", "--epochs", "2", "--checkpoint-every", "2", "--device", "cpu", "--precision", "float32"]
+
+
+def options(casia, folder, name="run"):
+    return ["--casia", casia, "--cache", folder / "cache", "--output", folder / name, *TINY]
+
+
+def tensors(value, name=""):
+    """All tensors of a nested checkpoint by name."""
+    if isinstance(value, torch.Tensor):
+        return {name: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    return {key: tensor for k, v in items for key, tensor in tensors(v, f"{name}.{k}").items()}
+
+
+def interrupt(method, args, number, checkpoint, step):
+    """Start training and send it a signal once its checkpoint is at or beyond a step; return the exit status."""
+    process = subprocess.Popen([sys.executable, "casia_train.py", *map(str, args)], cwd=ROOT / method,
+                               env={**os.environ, "OMP_NUM_THREADS": "2"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 200
+    while process.poll() is None and time.monotonic() < deadline:
+        if checkpoint.exists() and torch.load(checkpoint, weights_only=True)["step"] >= step:
+            process.send_signal(number)
+            break
+        time.sleep(0.05)
+    output, _ = process.communicate(timeout=200)
+    return process.returncode, output.decode()
+
+
+@pytest.mark.parametrize("method", ["cosFace", "sphereFace"])
+def test_killed_and_resumed_is_bit_for_bit_as_never_interrupted(method, casia, tmp_path):
+    calm = script(f"{method}/casia_train.py", *options(casia, tmp_path, "calm"))
+    assert calm.returncode == 0, calm.stderr
+    expected = torch.load(tmp_path / "calm/checkpoint.pt", weights_only=True)
+
+    args, checkpoint = options(casia, tmp_path), tmp_path / "run/checkpoint.pt"
+    status, _ = interrupt(method, args, signal.SIGKILL, checkpoint, 2)
+    assert status == -signal.SIGKILL
+    status, output = interrupt(method, [*args, "--resume"], signal.SIGTERM, checkpoint, 6)
+    assert status == 0 and "stopped after" in output, output                # clusters send SIGTERM: saved, no failure
+    last = script(f"{method}/casia_train.py", *args, "--resume")
+    assert last.returncode == 0, last.stderr
+    state = torch.load(checkpoint, weights_only=True)
+
+    assert state["step"] == expected["step"] == 12
+    got, want = tensors(state), tensors(expected)
+    assert got.keys() == want.keys() and len(want) > 150
+    different = [name for name in want if not torch.equal(got[name], want[name])]
+    assert not different
+    epochs = [json.loads(line) for line in (tmp_path / "run/epochs.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in epochs] == [6, 12] and epochs[1]["loss"] < epochs[0]["loss"]
+    assert list((tmp_path / "run").glob("events.out.tfevents.*"))
+
+
+class Main:
+    """Calls a script's main() in this process, which saves the seconds that importing torch takes."""
+
+    def __init__(self, monkeypatch, capsys):
+        self.monkeypatch, self.capsys = monkeypatch, capsys
+
+    def __call__(self, method, *args):
+        self.monkeypatch.setattr(sys, "argv", ["casia_train.py", *map(str, args)])
+        try:
+            status = importlib.import_module(f"{method}.casia_train").main()
+        except SystemExit as end:
+            status = end.code
+        return status, self.capsys.readouterr()
+
+
+@pytest.fixture
+def main(monkeypatch, capsys):
+    return Main(monkeypatch, capsys)
+
+
+def fails(main, *args, method="cosFace"):
+    """Run and return the one sentence it fails with."""
+    status, output = main(method, *args)
+    last = output.err.replace("\r", "\n").strip().splitlines()[-1]
+    assert status == 2 and last.startswith("casia_train.py: ") and "Traceback" not in output.err
+    return last
+
+
+def test_bad_input_is_one_sentence(main, casia, tmp_path):
+    common = ["--cache", tmp_path / "cache", "--output", tmp_path / "run", "--device", "cpu"]
+    (tmp_path / "empty").mkdir()
+    assert "does not exist" in fails(main, "--casia", tmp_path / "absent", *common)
+    assert "expected person folders" in fails(main, "--casia", tmp_path / "empty", *common)
+    assert "can't read the landmark list" in fails(main, "--casia", casia, "--landmarks", tmp_path / "no.txt", *common)
+    assert "larger than the set of 48 faces" in fails(main, "--casia", casia, "--batch-size", "49", *common)
+    assert "--device cuda:99 can't be used" in fails(main, "--casia", casia, *common[:4], "--device", "cuda:99")
+    (tmp_path / "no.zip").write_bytes(b"PK\x03\x04 not really")
+    assert "is not a zip" in fails(main, "--casia", tmp_path / "no.zip", *common)
+    assert not (tmp_path / "run/checkpoint.pt").exists()
+
+
+class Malice:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/malice",)
+
+
+def test_a_run_is_never_overwritten_nor_continued_by_mistake(main, casia, tmp_path):
+    args = [*options(casia, tmp_path)[:-1], "bf16", "--epochs", "0.4"]
+    assert "can't read" in fails(main, *args, "--resume")                                   # nothing there yet
+    assert main("cosFace", *args)[0] == 0
+    assert "holds a run already" in fails(main, *args)
+    assert "was trained with --seed 0" in fails(main, *args, "--resume", "--seed", "1")
+    checkpoint = tmp_path / "run/checkpoint.pt"
+    torch.save({"weights": {}}, checkpoint)
+    assert "not a training checkpoint" in fails(main, *args, "--resume")
+    checkpoint.write_bytes(pickle.dumps(Malice()))
+    assert "can't" in fails(main, *args, "--resume") or "not a checkpoint" in fails(main, *args, "--resume")
+    assert not os.path.exists("/tmp/malice")
+
+
+def test_a_loss_that_is_not_finite_stops_before_it_is_saved(main, casia, tmp_path):
+    message = fails(main, *options(casia, tmp_path), "--net", "sphere20a", "--lr", "1e30", method="sphereFace")
+    assert "the loss is not finite" in message
+    path = tmp_path / "run/checkpoint.pt"
+    assert not path.exists() or all(torch.isfinite(t).all() for t in tensors(torch.load(path, weights_only=True)).values())
+
+
+def test_the_authors_schedule():
+    recipe = Recipe(batch=512, epoch=966, steps=28_000, peak=0.1, warmup=0, schedule="step")
+    rates = [recipe.learning_rate(step) for step in (0, 15_999, 16_000, 23_999, 24_000, 27_999)]
+    assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+    cosine = Recipe(batch=128, epoch=10, steps=110, peak=0.2, warmup=10, schedule="cosine")
+    assert cosine.learning_rate(0) == pytest.approx(0.02) and cosine.learning_rate(10) == pytest.approx(0.2)
+    assert cosine.learning_rate(60) == pytest.approx(0.1) and cosine.learning_rate(109) < 1e-4
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_every_epoch_is_a_new_permutation_shared_by_the_processes(world):
+    recipe = Recipe(batch=8, epoch=6, steps=12, peak=0.1, warmup=0, schedule="step")
+    steps = list(zip(*(Order(50, recipe, 0, 0, rank, world) for rank in range(world))))
+    epochs = [np.concatenate([np.concatenate(step) for step in steps[e:e + 6]]) for e in (0, 6)]
+    assert all(len(set(epoch)) == 48 for epoch in epochs)                  # no image twice; two do not fill a batch
+    assert not np.array_equal(*epochs)
+    resumed = list(Order(50, recipe, 0, 7, 0, world))
+    assert all(np.array_equal(a, b[0]) for a, b in zip(resumed, steps[7:]))
+
+
+def test_network_input():
+    faces = torch.arange(256, dtype=torch.uint8).repeat(2 * 112 * 96 * 3 // 256).reshape(2, 112, 96, 3)
+    x = to_input(faces, torch.tensor([False, True]))
+    assert x.shape == (2, 3, 112, 96) and x.dtype == torch.float32 and x.min() == -127.5 / 128 and x.max() == 127.5 / 128
+    assert x[0, 2, 5, 7] == (float(faces[0, 5, 7, 2]) - 127.5) / 128
+    assert torch.equal(x[1], to_input(faces)[1].flip(2)) and torch.equal(x[0], to_input(faces)[0])
+
+
+def test_processes_of_torchrun_train_one_model(casia, tmp_path):
+    """Two processes see the batch of one, halved, and end with one model between them."""
+    args = [*options(casia, tmp_path), "--net", "sphere20a", "--epochs", "0.5", "--no-mirror"]
+    single = script("cosFace/casia_train.py", *args[:5], tmp_path / "one", *args[6:])
+    assert single.returncode == 0, single.stderr
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+               "casia_train.py", *map(str, args)]
+    double = subprocess.run(command, cwd=ROOT / "cosFace", env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
+                            capture_output=True, timeout=300)
+    assert double.returncode == 0, double.stderr
+    one, two = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("one", "run"))
+    for part in ("weights", "head"):
+        for name, tensor in one[part].items():
+            torch.testing.assert_close(two[part][name], tensor, atol=1e-5, rtol=1e-3)
