@@ -20,8 +20,10 @@ from faces.casia import read_casia, without_lfw_overlap
 from faces.errors import InputError
 from faces.files import atomic_write, write_json
 from faces.images import UnreadableImage, read_image
+from faces.landmarks import default_list
 
 SHAPE = (HEIGHT, WIDTH, 3)
+NAME = "casia_landmark.txt"
 CHUNK = 1024                # faces between two lines of the journal: at most this many are aligned again after a kill
 MAX_FAILED = 0.01           # of the list; more is no accident but a wrong folder
 DEFAULT = Path(__file__).resolve().parents[1] / "cache"
@@ -63,7 +65,7 @@ def load_casia(root, landmarks=None, cache=DEFAULT, drop_lfw_overlap=False):
     Raises:
         InputError: a bad data set, more than 1 % of it unusable, or no room for the cache.
     """
-    listing = read_casia(root, landmarks or _own_landmarks(root))
+    listing = read_casia(root, landmarks or _known_landmarks(root))
     images, failed = build(listing, cache)
     keep = np.ones(len(listing.paths), bool)
     keep[[row for row, _ in failed]] = False
@@ -95,9 +97,10 @@ def build(listing, cache=DEFAULT):
     return np.memmap(folder / "faces.u8", np.uint8, "r", shape=shape), failed
 
 
-def _own_landmarks(root):
-    path = Path(root).expanduser() / "casia_landmark.txt"
-    return path if path.is_file() else None
+def _known_landmarks(root):
+    """The list in the folder, or the one casia_landmark.py wrote for it; None where there is neither."""
+    root = Path(root).expanduser()
+    return next((p for p in (root / NAME, default_list(root, NAME)) if p.is_file()), None)
 
 
 def _hash_list(names, labels, points):

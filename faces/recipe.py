@@ -20,8 +20,8 @@ def training_parser(description):
                       help="CASIA-WebFace: folders such as 0000045/001.jpg, a zip of them, or faces aligned to 96x112 or "
                            "112x112 pixels")
     data.add_argument("--landmarks", type=Path, metavar="FILE",
-                      help="landmark list, `path label x1 y1 ... x5 y5` (default: casia_landmark.txt in --casia, if it is "
-                           "there; else the faces must be aligned already)")
+                      help="landmark list, `path label x1 y1 ... x5 y5` (default: casia_landmark.txt in --casia, or what "
+                           "mtcnn/casia_landmark.py wrote for it; else the faces must be aligned already)")
     data.add_argument("--drop-lfw-overlap", action=argparse.BooleanOptionalAction, default=False,
                       help="leave out the 19 people that CASIA-WebFace shares with LFW")
     data.add_argument("--cache", type=Path, default=DEFAULT, metavar="DIR",

@@ -1,0 +1,115 @@
+"""The three networks of MTCNN (Zhang et al., arXiv:1604.02878) with the weights of the authors' release.
+
+The release was trained on images stored column by column, as MATLAB keeps them. Its convolutions are stored here turned
+the usual way round, so images go in as rows and columns; what is left of the quirk is the order in which the dense
+layers expect their inputs, (column, row, channel): see `columns_first`.
+"""
+from collections import OrderedDict
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+WEIGHTS = Path(__file__).resolve().parent / "weights" / "mtcnn.safetensors"
+
+
+class Nets(NamedTuple):
+    """The three stages, in evaluation mode."""
+    pnet: nn.Module
+    rnet: nn.Module
+    onet: nn.Module
+
+
+def columns_first(x):
+    """Flatten (N, C, H, W) to (N, W * H * C), the order of the release's dense layers."""
+    return x.permute(0, 3, 2, 1).flatten(1)
+
+
+def face_probability(logits):
+    """The softmax over (no face, face) in dimension 1, of which only the second is wanted."""
+    return (logits[:, 1] - logits[:, 0]).sigmoid()
+
+
+def convolution(number, inputs, outputs, size):
+    """One named step of a net: a convolution without padding and its PReLU."""
+    return [(f"conv{number}", nn.Conv2d(inputs, outputs, size)), (f"prelu{number}", nn.PReLU(outputs))]
+
+
+def pool(number, size):
+    """One named step of a net: max pooling by 2. A last incomplete window counts, as in Caffe."""
+    return [(f"pool{number}", nn.MaxPool2d(size, 2, ceil_mode=True))]
+
+
+class PNet(nn.Module):
+    """Proposes faces of 12 pixels, in every place of an image of any size at once.
+
+    Takes float (N, 3, H, W), (x - 127.5) / 128, H and W at least 12. Returns the probability of a face (N, h, w) and
+    the offsets of the box's four sides as a part of its size (N, 4, h, w), h = ceil((H - 2) / 2) - 4: cell (i, j) sees
+    the 12 x 12 pixels from row 2i and column 2j.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(OrderedDict(
+            convolution(1, 3, 10, 3) + pool(1, 2) + convolution(2, 10, 16, 3) + convolution(3, 16, 32, 3)))
+        self.face = nn.Conv2d(32, 2, 1)
+        self.box = nn.Conv2d(32, 4, 1)
+
+    def forward(self, x):
+        x = self.body(x)
+        return face_probability(self.face(x)), self.box(x)
+
+
+class RNet(nn.Module):
+    """Judges proposals: float (N, 3, 24, 24) to probability of a face (N,) and offsets (N, 4) of the box's sides."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(OrderedDict(
+            convolution(1, 3, 28, 3) + pool(1, 3) + convolution(2, 28, 48, 3) + pool(2, 3) + convolution(3, 48, 64, 2)))
+        self.dense = nn.Sequential(nn.Linear(64 * 3 * 3, 128), nn.PReLU(128))
+        self.face = nn.Linear(128, 2)
+        self.box = nn.Linear(128, 4)
+
+    def forward(self, x):
+        x = self.dense(columns_first(self.body(x)))
+        return face_probability(self.face(x)), self.box(x)
+
+
+class ONet(nn.Module):
+    """Judges again and finds landmarks.
+
+    Takes float (N, 3, 48, 48). Returns the probability of a face (N,), the offsets (N, 4) of the box's sides, and the
+    landmarks (N, 5, 2), x then y as parts of the box, (0, 0) its upper left and (1, 1) its lower right corner.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(OrderedDict(
+            convolution(1, 3, 32, 3) + pool(1, 3) + convolution(2, 32, 64, 3) + pool(2, 3)
+            + convolution(3, 64, 64, 3) + pool(3, 2) + convolution(4, 64, 128, 2)))
+        self.dense = nn.Sequential(nn.Linear(128 * 3 * 3, 256), nn.PReLU(256))
+        self.face = nn.Linear(256, 2)
+        self.box = nn.Linear(256, 4)
+        self.points = nn.Linear(256, 10)  # five x, then five y
+
+    def forward(self, x):
+        x = self.dense(columns_first(self.body(x)))
+        return face_probability(self.face(x)), self.box(x), self.points(x).unflatten(1, (2, 5)).transpose(1, 2)
+
+
+def load_nets(device="cpu", path=WEIGHTS):
+    """Return the three networks with their weights, as Nets, in evaluation mode and without gradients.
+
+    Raises:
+        RuntimeError: the file's names or shapes are not those of the networks.
+    """
+    tensors = load_file(path)
+    nets = Nets(PNet(), RNet(), ONet())
+    for name, net in zip(Nets._fields, nets):
+        net.load_state_dict({key.removeprefix(name + "."): value for key, value in tensors.items()
+                             if key.startswith(name + ".")}, strict=True)
+        net.eval().requires_grad_(False).to(device)
+    return nets

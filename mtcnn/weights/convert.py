@@ -1,0 +1,76 @@
+"""Convert the weights of the PyPI package facenet-pytorch to mtcnn.safetensors; this is how that file was made.
+
+    pip download --no-deps facenet-pytorch==2.6.0
+    python convert.py facenet_pytorch-2.6.0-py3-none-any.whl
+
+The values stay as they are, bit for bit; only the names change, to those of nets.py.
+"""
+import argparse
+import hashlib
+import io
+import re
+import sys
+import zipfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import torch
+from safetensors.torch import save
+
+from faces.errors import InputError, command
+from faces.files import atomic_write
+from mtcnn.nets import WEIGHTS, Nets, ONet, PNet, RNet
+
+HEADS = {"1": "face", "2": "box", "3": "points"}
+
+
+def read_source(path, name):
+    """Return the bytes of facenet_pytorch/data/NAME from the package's wheel or its unpacked folder."""
+    member = f"facenet_pytorch/data/{name}"
+    try:
+        if path.is_dir():
+            return (path / member).read_bytes()
+        with zipfile.ZipFile(path) as wheel:
+            return wheel.read(member)
+    except (OSError, KeyError, zipfile.BadZipFile) as error:
+        raise InputError(f"can't read {member} in {path} ({error}); give the wheel of facenet-pytorch 2.6.0.")
+
+
+def rename(key):
+    """Turn a parameter's name there, as `dense6_2.bias`, to ours, as `box.bias`."""
+    layer, kind = key.split(".")
+    if "_" in layer:
+        return f"{HEADS[layer[-1]]}.{kind}"
+    return f"body.{key}"
+
+
+def move_dense(state):
+    """The one dense layer of R- and O-Net and its PReLU sit in a part of their own here."""
+    number = next((match[1] for key in state if (match := re.match(r"body\.dense(\d)", key))), None)
+    places = {f"body.dense{number}.": "dense.0.", f"body.prelu{number}.": "dense.1."}
+    return {next((key.replace(old, new) for old, new in places.items() if key.startswith(old)), key): value
+            for key, value in state.items()}
+
+
+@command
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("package", type=Path, help="wheel of facenet-pytorch 2.6.0, or the folder it was unpacked to")
+    parser.add_argument("--output", type=Path, default=WEIGHTS, help="file to write")
+    args = parser.parse_args()
+    tensors = {}
+    for name, net in zip(Nets._fields, (PNet(), RNet(), ONet())):
+        data = read_source(args.package, f"{name}.pt")
+        print(hashlib.sha256(data).hexdigest(), f"{name}.pt")
+        state = torch.load(io.BytesIO(data), weights_only=True)
+        state = move_dense({rename(key): value for key, value in state.items()})
+        net.load_state_dict(state, strict=True)  # checks names and shapes
+        tensors.update({f"{name}.{key}": value.contiguous() for key, value in state.items()})
+    data = save(tensors)
+    with atomic_write(args.output) as file:
+        file.write(data)
+    print(hashlib.sha256(data).hexdigest(), args.output.name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,351 @@
+"""MTCNN against a literal reading of its pipeline and against facenet-pytorch; the two scripts that write lists."""
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import skimage.data
+import torch
+
+from faces.landmarks import read_landmarks
+from mtcnn import detector as module
+from mtcnn.detector import Detector, Faces
+from mtcnn.landmark_lists import Find, Journal, choose, frame, median_points
+from mtcnn.nets import load_nets
+
+MTCNN = Path(__file__).resolve().parents[1] / "mtcnn"
+LANDMARKS = np.array([(203.8, 101.6), (246.8, 104.6), (224.5, 130.3), (200.8, 139.0), (244.4, 141.7)])  # as looked at
+
+
+@pytest.fixture(scope="module")
+def photo():
+    return skimage.data.astronaut()
+
+
+@pytest.fixture(scope="module")
+def detector():
+    return Detector(device="cpu")
+
+
+# ---- the detector
+
+
+def test_astronaut(detector, photo):
+    faces = detector.detect(photo)
+    assert [a.shape for a in faces] == [(1, 4), (1,), (1, 5, 2)] and {a.dtype for a in faces} == {np.dtype("float32")}
+    assert faces.scores[0] > 0.99
+    np.testing.assert_allclose(faces.landmarks[0], LANDMARKS, atol=1.5)
+    x1, y1, x2, y2 = faces.boxes[0]
+    assert ((faces.landmarks[0] > (x1, y1)) & (faces.landmarks[0] < (x2, y2))).all()
+
+
+@pytest.mark.parametrize("edge", [{"top": 88}, {"left": 188}, {"right": 258}, {"bottom": 156}],
+                         ids=lambda edge: next(iter(edge)))
+def test_landmarks_stay_where_they_are_when_the_border_cuts_the_face(detector, photo, edge):
+    top, left = edge.get("top", 0), edge.get("left", 0)
+    cut = photo[top:edge.get("bottom"), left:edge.get("right")]
+    faces = detector.detect(cut)
+    assert len(faces.scores) >= 1
+    np.testing.assert_allclose(faces.landmarks[0] + (left, top), LANDMARKS, atol=3)
+
+
+def test_a_mirrored_photo_gives_mirrored_landmarks_without_a_drift(detector, photo):
+    """The networks learnt from mirrored faces too, so a drift to one side would be the arithmetic's."""
+    photos = [photo[y:y + 200, x:x + 200] for y in (15, 25, 35) for x in (115, 120, 125, 130)]
+    drift = []
+    for a, b in zip(detector.detect(photos), detector.detect([np.fliplr(p) for p in photos])):
+        mirrored = (199 - b.landmarks[0][[1, 0, 2, 4, 3], 0], b.landmarks[0][[1, 0, 2, 4, 3], 1])
+        drift.append(a.landmarks[0] - np.stack(mirrored, 1))
+    assert abs(np.mean(drift, (0, 1))[0] / 2) < 0.3
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 3), (12, 4000, 3), (11, 11), (60, 60, 3), (300, 200)])
+def test_nothing_found_is_empty(detector, shape):
+    faces = detector.detect(np.full(shape, 90, np.uint8))
+    assert [a.shape for a in faces] == [(0, 4), (0,), (0, 5, 2)]
+
+
+def test_no_images_and_no_image(detector):
+    assert detector.detect([]) == []
+    for wrong in (np.zeros((40, 40, 4), np.uint8), np.zeros((40, 40, 3), np.float32)):
+        with pytest.raises(ValueError, match="image"):
+            detector.detect(wrong)
+
+
+def test_grey_arrays_and_paths(detector, photo, tmp_path):
+    grey = cv2.cvtColor(photo, cv2.COLOR_RGB2GRAY)
+    np.testing.assert_allclose(detector.detect(grey).landmarks[0], LANDMARKS, atol=4)
+    cv2.imwrite(str(tmp_path / "a.png"), photo[..., ::-1])
+    assert (detector.detect(tmp_path / "a.png").landmarks == detector.detect(photo).landmarks).all()
+
+
+def test_a_batch_gives_what_single_images_give(detector, photo):
+    right = np.ascontiguousarray(photo[:, 100:])
+    images = [photo, np.zeros_like(photo), right, np.fliplr(photo), photo[:150, 150:300], np.zeros((5, 5), np.uint8)]
+    for together, image in zip(detector.detect(images), images, strict=True):
+        alone = detector.detect(image)
+        for a, b in zip(together, alone):
+            assert a.shape == b.shape
+            np.testing.assert_allclose(a, b, atol=0.02)
+
+
+def test_strips_give_what_the_whole_image_gives(detector, photo, monkeypatch):
+    whole = detector.detect(photo)
+    monkeypatch.setattr(module, "MAX_PIXELS", 4000)
+    assert len(module.strips(308, 308)) > 5
+    for a, b in zip(detector.detect(photo), whole):
+        np.testing.assert_allclose(a, b, atol=0.02)
+    monkeypatch.setattr(module, "MAX_PIXELS", 1)
+    for height in range(12, 60):  # P-Net gives ceil((height - 2) / 2) - 4 rows of cells
+        cells = [top + 2 * k for top, bottom in module.strips(height, 12) for k in range((bottom - top - 1) // 2 - 4)]
+        assert cells == list(range(0, 2 * ((height - 1) // 2 - 4), 2))
+
+
+def test_parity_with_a_literal_reading(detector, photo):
+    """Two faces of different size, one of them cut by the border."""
+    small = cv2.resize(photo[20:220, 120:320], None, fx=0.6, fy=0.6, interpolation=cv2.INTER_AREA)
+    image = photo[:220, :255].copy()
+    image[60:180, 10:130] = small
+    faces = detector.detect(image)
+    boxes, scores, landmarks = literal(image)
+    order, expected = np.argsort(faces.boxes[:, 0]), np.argsort(boxes[:, 0])
+    assert len(order) == len(expected) == 2
+    np.testing.assert_allclose(faces.landmarks[order], landmarks[expected], atol=0.5)
+    np.testing.assert_allclose(faces.boxes[order], boxes[expected], atol=0.5)
+    np.testing.assert_allclose(faces.scores[order], scores[expected], atol=0.01)
+
+
+def test_parity_with_facenet_pytorch(photo):
+    """It keeps the release's rounding, so that its landmarks are half a pixel further to the right and down."""
+    peer = pytest.importorskip("facenet_pytorch", reason="facenet-pytorch is not installed", exc_type=ImportError)
+    image = cv2.copyMakeBorder(photo[:260, 60:400], 0, 0, 0, 30, cv2.BORDER_REPLICATE)
+    _, probability, points = peer.MTCNN(min_face_size=20, device="cpu").detect(image, landmarks=True)
+    faces = Detector(device="cpu").detect(image)
+    assert len(faces.scores) == 1 and probability.max() > 0.9
+    np.testing.assert_allclose(faces.landmarks[0] + 0.5, points[np.argmax(probability)].astype(float), atol=3)
+
+
+def literal(image):
+    """The cascade one image, one scale and one crop at a time, each box a list; edges count from 0."""
+    nets, found, height, width = load_nets(), [], *image.shape[:2]
+
+    def run(net, pixels):
+        with torch.no_grad():
+            return [t[0].numpy() for t in net(torch.tensor((pixels.transpose(2, 0, 1)[None] - 127.5) / 128).float())]
+
+    def overlap(a, b, smaller):
+        inner = np.prod([max(0, min(a[k + 2], b[k + 2]) - max(a[k], b[k])) for k in (0, 1)])
+        areas = [(c[2] - c[0]) * (c[3] - c[1]) for c in (a, b)]
+        return inner / (min(areas) if smaller else sum(areas) - inner)
+
+    def suppress(faces, threshold, smaller=False, box="box"):
+        kept = []
+        for face in sorted(faces, key=lambda f: -f["score"]):
+            if all(overlap(face[box], other[box], smaller) <= threshold for other in kept):
+                kept.append(face)
+        return kept
+
+    def move(box, offsets):
+        w, h = box[2] - box[0], box[3] - box[1]
+        return [box[0] + offsets[0] * w, box[1] + offsets[1] * h, box[2] + offsets[2] * w, box[3] + offsets[3] * h]
+
+    def crop(box, size):
+        side = round(max(box[2] - box[0], box[3] - box[1]))
+        x, y = round((box[0] + box[2] - side) / 2), round((box[1] + box[3] - side) / 2)
+        pixels = np.zeros((side, side, 3), np.uint8)
+        for row in range(side):
+            for column in range(side):
+                if 0 <= y + row < height and 0 <= x + column < width:
+                    pixels[row, column] = image[y + row, x + column]
+        method = cv2.INTER_AREA if size <= side else cv2.INTER_LINEAR
+        return cv2.resize(pixels, (size, size), interpolation=method), [x, y, x + side, y + side]
+
+    scale = 12 / 20
+    while min(height, width) * scale >= 12:
+        rows, columns = int(np.ceil(height * scale)), int(np.ceil(width * scale))
+        score, offsets = run(nets.pnet, cv2.resize(image, (columns, rows), interpolation=cv2.INTER_AREA))
+        sx, sy = width / columns, height / rows
+        here = [{"score": score[i, j], "cell": [2 * j, 2 * i, 2 * j + 12, 2 * i + 12], "offsets": offsets[:, i, j],
+                 "box": [2 * j * sx, 2 * i * sy, (2 * j + 12) * sx, (2 * i + 12) * sy]}
+                for i in range(score.shape[0]) for j in range(score.shape[1]) if score[i, j] >= 0.6]
+        found += suppress(here, 0.5, box="cell")
+        scale *= 0.709
+    second = []
+    for face in suppress(found, 0.7):
+        pixels, box = crop(move(face["box"], face["offsets"]), 24)
+        score, offsets = run(nets.rnet, pixels)
+        if score > 0.7:
+            second.append({"score": score, "box": box, "offsets": offsets})
+    third = []
+    for face in suppress(second, 0.7):
+        pixels, box = crop(move(face["box"], face["offsets"]), 48)
+        score, offsets, points = run(nets.onet, pixels)
+        if score > 0.7:
+            third.append({"score": score, "box": move(box, offsets),
+                          "points": [(box[0] + x * (box[2] - box[0]) - 0.5, box[1] + y * (box[3] - box[1]) - 0.5)
+                                     for x, y in points]})
+    third = suppress(third, 0.7, smaller=True)
+    return [np.array([face[key] for face in third]) for key in ("box", "score", "points")]
+
+
+def test_suppression_stays_within_an_image_and_knows_negative_boxes():
+    boxes = np.array([[-30, -30, 10, 10], [-29, -30, 10, 10], [-30, -30, 10, 10], [-20, -20, 0, 0]], np.float32)
+    scores, owner = np.array([0.8, 0.9, 0.7, 0.6], np.float32), np.array([0, 0, 1, 1])
+    assert module.nms(boxes, scores, owner, 0.7).tolist() == [1, 2, 3]
+    assert module.nms_of_smaller(boxes, scores, owner, 0.7).tolist() == [1, 2]  # the last is inside the third
+
+
+# ---- which face, and from where
+
+
+def test_select_rules():
+    boxes = np.array([[0, 0, 50, 50], [80, 80, 110, 110], [10, 100, 40, 140]], np.float32)
+    faces = Faces(boxes, np.array([0.8, 0.9, 0.99], np.float32), np.tile(LANDMARKS.astype(np.float32), (3, 1, 1)))
+    assert [choose(faces, (200, 200), rule) for rule in ("centre", "largest", "score")] == [1, 0, 2]
+    faces.landmarks[1] = faces.landmarks[1][[1, 0, 2, 4, 3]]  # a mirrored face is none
+    assert choose(faces, (200, 200), "centre") == 2
+    assert choose(Faces(boxes[:0], faces.scores[:0], faces.landmarks[:0]), (200, 200), "centre") is None
+
+
+def test_frame_and_median():
+    framed, corner = frame(np.ones((40, 100, 3), np.uint8), 0.25)
+    assert framed.shape == (60, 150, 3) and framed.sum() == 40 * 100 * 3 and corner.tolist() == [25, 10]
+    finds = [Find(0, (100, 200), 0, [50, 50] * 5), Find(1, (10, 10), 1, [3, 4] * 5), Find(2, (50, 50), 0, [5, 40] * 5),
+             Find(3, (5, 5), -1, None)]
+    np.testing.assert_allclose(median_points(finds), [(0.3, 0.4)] * 5)
+
+
+def test_journal_survives_a_torn_line_and_forgets_other_settings(tmp_path):
+    journal = Journal(tmp_path / "list.txt", {"a": 1}, 5)
+    finds = [Find(3, (9, 9), 0, [1.5] * 10), Find(0, (9, 9), -1, None)]
+    journal.add(finds)
+    with open(journal.path, "ab") as file:
+        file.write(b'[2, [9, 9], 0, [1.0, ')
+    journal = Journal(tmp_path / "list.txt", {"a": 1}, 5)
+    assert journal.missing() == [1, 2, 4]
+    journal.add([Find(2, (9, 9), 1, [2.0] * 10)])
+    assert [find.index for find in journal.finds()] == [0, 2, 3]
+    assert Journal(tmp_path / "list.txt", {"a": 2}, 5).missing() == [0, 1, 2, 3, 4]
+
+
+# ---- the scripts
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory, photo):
+    """Three people, seven images; no face in two of them, one of which is all there is of Bob."""
+    root = tmp_path_factory.mktemp("people")
+    blank = np.full((100, 200, 3), 128, np.uint8)
+    images = {"Ann/Ann_0001.png": photo[:250, 100:350], "Ann/Ann_0002.png": photo[10:250, 110:350],
+              "Ann/Ann_0003.png": blank, "Bob/Bob_0001.png": blank, "Zoe/Zoe_0001.png": photo[30:230, 110:330],
+              "Zoe/Zoe_0002.png": np.fliplr(photo), "Zoe/Zoe_0003.png": photo[72:180, 183:263]}
+    for name, image in images.items():
+        (root / name).parent.mkdir(exist_ok=True)
+        cv2.imwrite(str(root / name), image[..., ::-1])
+    return root
+
+
+def command(script, *args, **kwargs):
+    return subprocess.run([sys.executable, script, *map(str, args)], cwd=MTCNN, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, **kwargs)
+
+
+def in_process(script, *args):
+    """Run a script's main() here, which saves the seconds that importing takes; returns its exit status."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [script, *map(str, args)])
+        try:
+            importlib.import_module(f"mtcnn.{script.removesuffix('.py')}").main()
+        except SystemExit as stop:
+            return stop.code
+    return 0
+
+
+def test_lfw_landmark(people, tmp_path):
+    run = command("lfw_landmark.py", "--lfw", people, "--output", tmp_path / "list.txt", "--device", "cpu")
+    assert run.returncode == 0, run.stderr
+    listed = read_landmarks(tmp_path / "list.txt", labelled=False)
+    points = dict(zip(listed.paths, listed.points))
+    assert listed.paths == sorted(listed.paths) and len(listed.paths) == 7
+    np.testing.assert_allclose(points["Ann/Ann_0001.png"] + (100, 0), LANDMARKS, atol=3)
+    np.testing.assert_allclose(points["Zoe/Zoe_0003.png"] + (183, 72), LANDMARKS, atol=4)
+    sizes = {"Ann/Ann_0001.png": (250, 250), "Ann/Ann_0002.png": (240, 240), "Zoe/Zoe_0001.png": (220, 200),
+             "Zoe/Zoe_0002.png": (512, 512), "Zoe/Zoe_0003.png": (80, 108)}
+    median = np.median([points[name] / size for name, size in sizes.items()], axis=0) * (200, 100)
+    np.testing.assert_allclose(points["Bob/Bob_0001.png"], median, atol=0.02)
+    assert "7 images: a face in 5" in run.stdout and "no face found, median landmarks: 2" in run.stdout
+    failed = (tmp_path / "list.failed.txt").read_text().splitlines()
+    assert [line.split("\t")[1] for line in failed if line.startswith("no face")] == ["Ann/Ann_0003.png",
+                                                                                     "Bob/Bob_0001.png"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["list.failed.txt", "list.txt"]
+
+
+def test_casia_landmark_leaves_out_what_has_no_face(people, tmp_path):
+    run = command("casia_landmark.py", "--casia", people, "--output", tmp_path / "list.txt", "--device", "cpu")
+    assert run.returncode == 0, run.stderr
+    listed = read_landmarks(tmp_path / "list.txt", labelled=True)
+    assert listed.paths == ["Ann/Ann_0001.png", "Ann/Ann_0002.png", "Zoe/Zoe_0001.png", "Zoe/Zoe_0002.png",
+                            "Zoe/Zoe_0003.png"]
+    assert listed.labels.tolist() == [0, 0, 1, 1, 1]
+    assert "no face found, left out: 2" in run.stdout and "2 people; without an image that is left: 1 Bob" in run.stdout
+
+
+def test_killed_and_run_again_gives_the_same_list(photo, tmp_path):
+    for i in range(30):  # two seconds of work, so that the kill comes in the middle of it
+        (tmp_path / "set" / f"Ann_{i:02d}").mkdir(parents=True)
+        cv2.imwrite(str(tmp_path / "set" / f"Ann_{i:02d}" / "1.png"), photo[:500 - i, i:, ::-1])
+    args = ["--lfw", tmp_path / "set", "--batch-size", "1", "--device", "cpu", "--output"]
+    whole, again = tmp_path / "whole.txt", tmp_path / "again.txt"
+    assert in_process("lfw_landmark.py", *args, whole) == 0
+    journal = tmp_path / ".again.txt.partial"
+    process = subprocess.Popen([sys.executable, "lfw_landmark.py", *map(str, [*args, again])], cwd=MTCNN,
+                               stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while process.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") > 2):
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not again.exists() and journal.exists()
+    done = journal.read_bytes().count(b"\n") - 1
+    run = command("lfw_landmark.py", *args, again)
+    assert run.returncode == 0 and f"continuing: {done} of 30" in run.stdout
+    assert again.read_text() == whole.read_text() and not journal.exists()
+
+
+def test_detector_draws_photos(photo, tmp_path, capsys):
+    cv2.imwrite(str(tmp_path / "a.png"), photo[..., ::-1])
+    assert in_process("detector.py", tmp_path / "a.png", "--output", tmp_path / "out", "--device", "cpu") == 0
+    assert "faces in 1 photo" in capsys.readouterr().out
+    entry, = json.loads((tmp_path / "out" / "faces.json").read_text())
+    np.testing.assert_allclose(entry["faces"][0]["landmarks"], LANDMARKS, atol=1.5)
+    assert cv2.imread(str(tmp_path / "out" / entry["drawing"])).shape == photo.shape
+
+
+def test_missing_folder_by_subprocess(tmp_path):
+    run = command("lfw_landmark.py", "--lfw", tmp_path / "none", "--output", tmp_path / "list.txt")
+    assert run.returncode == 2 and "does not exist" in run.stderr and "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize("content, script, sentence", [
+    ({}, "lfw_landmark.py", "holds no images"),
+    ({"Ann/Ann_0001.jpg": b"no image"}, "lfw_landmark.py", "1 of 1 images"),
+    ({"Ann/Ann_0001.png": "blank"}, "lfw_landmark.py", "no face was found"),
+    ({"0001.png": "blank"}, "casia_landmark.py", "no person's folder"),
+    ({}, "casia_landmark.py", "holds no images"),
+], ids=["empty", "unreadable", "faceless", "no person", "empty casia"])
+def test_bad_input_is_one_sentence_and_status_2(content, script, sentence, tmp_path, capsys):
+    root = tmp_path / "set"
+    root.mkdir()
+    blank = cv2.imencode(".png", np.zeros((50, 50), np.uint8))[1].tobytes()
+    for name, data in content.items():
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_bytes(blank if data == "blank" else data)
+    status = in_process(script, f"--{script.split('_')[0]}", root, "--output", tmp_path / "list.txt")
+    assert status == 2 and sentence in capsys.readouterr().err
+    assert not (tmp_path / "list.txt").exists()
