@@ -31,7 +31,10 @@ def parse_args():
     method.add_argument("--margin", type=float, default=0.35, help="m, 0 to 0.5; the paper's 0.35")
     method.add_argument("--margin-warmup", type=int, default=0, metavar="STEPS",
                         help="steps in which the margin grows from 0; 500 helps a small set")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not (args.scale > 0 and 0 <= args.margin < 1 and args.margin_warmup >= 0):
+        parser.error("--scale must be greater than 0, --margin in 0..1, --margin-warmup at least 0")
+    return args
 
 
 @command
@@ -39,7 +42,7 @@ def main():
     args = parse_args()
     run = Run(args, "cosFace")
     with run.first_goes_first():
-        faces = load_casia(args.casia, args.landmarks, args.cache, args.drop_lfw_overlap)
+        faces = load_casia(args.casia, args.landmarks, args.cache, args.drop_lfw_overlap, args.list)
     recipe = make_recipe(args, len(faces))
     net = run.parallel(NETS[args.net]())
     head = run.parallel(CosFace(faces.classes, args.scale, args.margin))
@@ -48,7 +51,7 @@ def main():
     lfw = LfwProbe(args, run)
     step = checkpoints.resume(args.resume)
 
-    with TrainingLog(run, recipe, step) as log, run.stopping_cleanly():
+    with TrainingLog(run, recipe, step, checkpoints.settings) as log, run.stopping_cleanly():
         for images, labels in run.batches(faces, recipe, step):    # (B, 3, 112, 96), (B,)
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate(step)
@@ -56,6 +59,7 @@ def main():
             with run.autocast():
                 embedding = net(images)                            # (B, 512)
             loss, predicted = head(embedding, labels, ramp)
+            log.look(embedding, labels, head)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -51,12 +51,19 @@ class AlignedFaces:
     def __len__(self):
         return len(self.rows)
 
+    def __getstate__(self):  # a reader process opens the map itself; pickled, a memory map would be copied whole
+        return {**vars(self), "images": (self.images.filename, self.images.shape)}
+
+    def __setstate__(self, state):
+        file, shape = state.pop("images")
+        vars(self).update(state, images=np.memmap(file, np.uint8, "r", shape=shape))
+
     def batch(self, index):
         """Return (uint8 (B, 112, 96, 3), int64 (B,)) for an int array of B positions."""
         return self.images[self.rows[index]], self.labels[index]
 
 
-def load_casia(root, landmarks=None, cache=DEFAULT, drop_lfw_overlap=False):
+def load_casia(root, landmarks=None, cache=DEFAULT, drop_lfw_overlap=False, labels=None):
     """Aligned faces of a training set (see faces.casia.read_casia), through the cache.
 
     An image that can't be used is counted, listed in the cache's failed.txt and left out; a person left without any
@@ -65,11 +72,11 @@ def load_casia(root, landmarks=None, cache=DEFAULT, drop_lfw_overlap=False):
     Raises:
         InputError: a bad data set, more than 1 % of it unusable, or no room for the cache.
     """
-    listing = read_casia(root, landmarks or _known_landmarks(root))
+    listing = read_casia(root, landmarks or (None if labels else _known_landmarks(root)), labels)
     images, failed = build(listing, cache)
     keep = np.ones(len(listing.paths), bool)
     keep[[row for row, _ in failed]] = False
-    overlap = ~without_lfw_overlap(listing.paths) if drop_lfw_overlap else np.zeros_like(keep)
+    overlap = ~without_lfw_overlap(listing) if drop_lfw_overlap else np.zeros_like(keep)
     rows = np.flatnonzero(keep & ~overlap)
     if not len(rows):
         raise InputError(f"{listing.source} has no image left to train on.")

@@ -1,4 +1,5 @@
-"""CASIA-WebFace as people have it: person folders or a zip of them with a landmark list, or faces already aligned."""
+"""CASIA-WebFace as people have it: person folders or a zip of them with a landmark list, or faces already aligned in
+folders, in a zip, or as InsightFace's RecordIO."""
 import zipfile
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -8,7 +9,8 @@ import numpy as np
 from faces.errors import InputError
 from faces.files import folder, inside
 from faces.images import EXTENSIONS, MAX_BYTES, UnreadableImage, list_images
-from faces.landmarks import read_landmarks
+from faces.landmarks import read_labels, read_landmarks
+from faces.recordio import Records
 
 # Identities that CASIA-WebFace shares with LFW: the union of the lists in the FaceDatasets and AM-Softmax repositories.
 LFW_OVERLAP = frozenset("""
@@ -74,49 +76,77 @@ class Zip:
 
 
 class TrainingList(NamedTuple):
-    """source: Folder or Zip; paths: N names in it; labels: int64 (N,), 0..C-1; points: float32 (N, 5, 2), or None
+    """source: Folder, Zip or Records; paths: N names in it; labels: int64 (N,), 0..C-1; points: float32 (N, 5, 2), or None
     where the faces are aligned already."""
-    source: Folder | Zip
+    source: Folder | Zip | Records
     paths: list
     labels: np.ndarray
     points: np.ndarray | None
 
 
-def read_casia(root, landmarks=None):
+def read_casia(root, landmarks=None, labels=None):
     """List the training images.
 
     Args:
-        root: folder of person folders (0000045/001.jpg), or a zip of it.
-        landmarks: landmark list with labels; None for faces aligned to 112x96 or 112x112, whose labels are then the
-            person folders in sorted order.
+        root: folder of person folders (0000045/001.jpg), a zip of it, or a RecordIO folder (train.rec).
+        landmarks: landmark list with labels; None for faces aligned to 112x96 or 112x112.
+        labels: list `path label` of aligned faces; None: labels are the person folders in sorted order. A RecordIO
+            folder has its own labels and neither list.
 
     Raises:
-        InputError: nothing there, a bad list, or labels that leave a gap.
+        InputError: nothing there, a bad list, two lists, or labels that leave a gap.
     """
-    root = Path(root).expanduser()
-    source = Zip(root) if root.suffix.lower() == ".zip" and root.is_file() else Folder(folder(root, "CASIA-WebFace"))
-    if landmarks is not None:
+    source, given = _open(root), labels or landmarks
+    if landmarks is not None and labels is not None:
+        raise InputError(f"{landmarks} and {labels} can't be used together; give one of --landmarks and --list.")
+    if isinstance(source, Records):
+        if given is not None:
+            raise InputError(f"{source.path} has labels and aligned faces; leave {given} out.")
+        paths, labels, points, given = source.names(), source.labels, None, source.path
+    elif labels is not None:
+        (paths, labels), points = read_labels(labels), None
+    elif landmarks is not None:
         paths, labels, points = read_landmarks(landmarks, labelled=True)
-        _check_labels(labels, landmarks)
-        return TrainingList(source, paths, labels, points)
+    else:
+        return _by_person_folder(source)
+    _check_labels(labels, given)
+    return TrainingList(source, paths, labels, points)
+
+
+def _open(root):
+    root = Path(root).expanduser()
+    if root.suffix.lower() == ".zip" and root.is_file():
+        return Zip(root)
+    root = folder(root, "CASIA-WebFace")
+    return Records(root) if (root / "train.rec").is_file() else Folder(root)
+
+
+def _by_person_folder(source):
     paths = source.names()
     people = [str(PurePosixPath(path).parent) for path in paths]
     if len(set(people)) < 2:
-        raise InputError(f"{root} holds {len(paths)} images of {len(set(people))} people; expected person folders such "
+        raise InputError(f"{source} holds {len(paths)} images of {len(set(people))} people; expected person folders such "
                          "as 0000045/001.jpg of at least two people.")
     return TrainingList(source, paths, np.unique(people, return_inverse=True)[1].astype(np.int64), None)
 
 
-def without_lfw_overlap(paths):
-    """Boolean (N,): which images are of nobody in LFW_OVERLAP, by the person folder in their path."""
-    return np.array([LFW_OVERLAP.isdisjoint(PurePosixPath(path).parts) for path in paths])
+def without_lfw_overlap(listing):
+    """Boolean (N,): which images of a TrainingList are of nobody in LFW_OVERLAP, by the person folder in their path.
+
+    Raises:
+        InputError: the source doesn't know the people by name.
+    """
+    if isinstance(listing.source, Records):
+        raise InputError(f"{listing.source.path} numbers its people and doesn't name them, so that those in LFW can't be "
+                         "dropped; leave --drop-lfw-overlap out.")
+    return np.array([LFW_OVERLAP.isdisjoint(PurePosixPath(path).parts) for path in listing.paths])
 
 
 def _check_labels(labels, path):
-    present = np.bincount(labels, minlength=1) if labels.max() <= len(labels) else np.zeros(1, np.int64)
-    if not present.all():
-        missing = int(np.flatnonzero(present == 0)[0])
+    people = np.unique(labels)
+    if people[-1] >= len(people):
+        missing = int(np.flatnonzero(people != np.arange(len(people)))[0])
         raise InputError(f"{path}: labels must be 0, 1, 2, ... without a gap, but none is {missing} and the largest is "
-                         f"{labels.max()}; number the people anew.")
-    if len(present) < 2:
+                         f"{people[-1]}; number the people anew.")
+    if len(people) < 2:
         raise InputError(f"{path} lists one person; training needs at least two.")

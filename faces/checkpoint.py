@@ -12,8 +12,8 @@ from faces.files import atomic_write
 FORMAT = "faces-checkpoint-1"
 MAX_BYTES = 8 * 10**9   # a million identities with momentum are half of it; checked before any memory is taken
 # Settings that may differ between a run and its continuation, since they don't change what is computed.
-FREE = frozenset({"casia", "landmarks", "cache", "output", "resume", "checkpoint_every", "device", "workers", "lfw",
-                  "lfw_landmarks"})
+FREE = frozenset({"casia", "landmarks", "list", "cache", "output", "resume", "checkpoint_every", "device", "workers",
+                  "lfw", "lfw_landmarks"})
 
 
 class Checkpoints:

@@ -1,4 +1,4 @@
-"""Pictures of a verification: ROC curves, the two histograms of similarity, a map of embeddings.
+"""Pictures: ROC curves, the two histograms of similarity, a training's loss and accuracy, a map of embeddings.
 
 Drawn off screen without pyplot's global state, on white, in the colours of Okabe and Ito, which colour-blind eyes tell
 apart. The file's extension decides the format (.png, .svg, .pdf).
@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import EngFormatter
 
 from faces.files import atomic_write
 
@@ -57,8 +59,33 @@ def histogram_picture(path, similarities, same, threshold):
     _save(figure, path)
 
 
+def training_picture(path, images, loss, lfw):
+    """Draw how the loss falls and the accuracy on LFW rises.
+
+    Args:
+        path: the picture.
+        images: float (E,), images seen by the end of each epoch.
+        loss: float (E,), mean over the epoch.
+        lfw: float (E,), accuracy, NaN where it was not measured.
+    """
+    figure, axes = _figure((6, 4))
+    axes.plot(images, loss, color=COLOURS[0], marker="o", markersize=4)
+    axes.set(xlim=(0, None), ylim=(0, None), xlabel="images seen")
+    axes.set_ylabel("loss", color=COLOURS[0])
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    measured = np.isfinite(lfw)
+    if measured.any():
+        right = axes.twinx()
+        right.spines["top"].set_visible(False)
+        right.plot(images[measured], 100 * lfw[measured], color=COLOURS[1], marker="s", markersize=4, linestyle="--")
+        right.set_ylabel("LFW accuracy (%)", color=COLOURS[1])
+    _save(figure, path)
+
+
 def tsne_picture(path, points, labels, names):
     """Draw embeddings that were laid out in the plane, one colour and marker per identity (70 can be told apart).
+
+    Each identity's number in the legend stands in the middle of its embeddings (the median).
 
     Args:
         path: the picture.
@@ -66,22 +93,62 @@ def tsne_picture(path, points, labels, names):
         labels: int (N,), 0 .. len(names) - 1.
         names: the identities' names.
     """
-    figure, axes = _figure((7, 5.5))
-    for i, name in enumerate(names):
-        x, y = points[labels == i].T
-        axes.scatter(x, y, s=28, color=COLOURS[i % 7], marker=MARKERS[i % 10], linewidths=0, alpha=0.85, label=name)
-    axes.set_axis_off()
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8, ncols=1 + (len(names) - 1) // 25)
+    tsne_panels(path, [("", points)], labels, names)
+
+
+def tsne_panels(path, panels, labels, names):
+    """Draw several layouts of the same faces side by side, as tsne_picture() draws one.
+
+    Args:
+        path: the picture.
+        panels: list of (title, float (N, 2) points).
+        labels: int (N,), 0 .. len(names) - 1.
+        names: the identities' names.
+    """
+    figure, axes = _figure((5.4 * len(panels) + 1.6, 5.5), len(panels))
+    for panel, (title, points) in zip(np.ravel(axes), panels):
+        for i, name in enumerate(names):
+            style = {"color": COLOURS[i % 7], "marker": MARKERS[i % 10], "linewidths": 0, "alpha": 0.85}
+            panel.scatter(*points[labels == i].T, s=28, label=f"{i + 1}  {name}", **style)
+            panel.annotate(str(i + 1), np.median(points[labels == i], 0), ha="center", va="center", fontsize=9,
+                           fontweight="bold", path_effects=[withStroke(linewidth=2, foreground="white")])
+        panel.set_title(title, fontsize=10, parse_math=False)
+        panel.set_axis_off()
+    columns = 1 + (len(names) - 1) // 25
+    panel.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8, ncols=columns)
     _save(figure, path)
 
 
-def _figure(size):
+def comparison_picture(path, crops, names, words):
+    """Draw two aligned faces side by side.
+
+    Args:
+        path: the picture.
+        crops: uint8 (2, H, W, 3), RGB.
+        names: what stands under each.
+        words: what stands above both.
+    """
+    figure, axes = _figure((4.4, 3.1), 2)
+    for panel, crop, name in zip(axes, crops, names):
+        panel.imshow(crop)
+        panel.set_axis_off()
+        panel.set_title(_shortened(name), fontsize=9, y=-0.12, parse_math=False)
+    figure.suptitle(words, fontsize=10)
+    _save(figure, path)
+
+
+def _shortened(name, length=30):
+    return name if len(name) <= length else name[:length - 11] + "..." + name[-8:]
+
+
+def _figure(size, columns=1):
     figure = Figure(size, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
+    axes = figure.subplots(1, columns)
+    for panel in np.ravel(axes):
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(color="#dddddd", linewidth=0.6)
+        panel.set_axisbelow(True)
     return figure, axes
 
 

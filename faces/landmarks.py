@@ -1,4 +1,5 @@
-"""Landmark lists: tab-separated text, `path x1 y1 ... x5 y5`, or `path label x1 y1 ... x5 y5` with a label."""
+"""Lists of images: tab-separated landmarks, `path x1 y1 ... x5 y5`, or with a label after the path; and `path label`
+for faces that are aligned already."""
 import hashlib
 from pathlib import Path
 from typing import NamedTuple
@@ -9,6 +10,8 @@ from faces.errors import InputError
 from faces.files import atomic_write, inside
 
 CACHE = Path(__file__).resolve().parents[1] / "cache"
+LANDMARKS = "landmark list", "lfw_landmark.py and casia_landmark.py in mtcnn/ write one"
+ALIGNED = "list", "give a text of lines `path label`"
 
 
 class LandmarkList(NamedTuple):
@@ -29,40 +32,53 @@ def read_landmarks(path, labelled):
         InputError: no such file, a line with another number of fields, a value that is no finite number, a path
             that leaves its folder or comes twice, no lines.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or "not a text file"
-        raise InputError(f"can't read the landmark list {path}: {why}; lfw_landmark.py and casia_landmark.py in "
-                         "mtcnn/ write one.") from None
     columns = 12 if labelled else 11
     paths, labels, points = [], [], []
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
+    for number, line in _lines(path, *LANDMARKS):
         fields = line.rstrip().split("\t")
         if len(fields) != columns:
             raise InputError(f"{path}, line {number}: expected {columns} tab-separated fields (path, "
                              f"{'label, ' if labelled else ''}ten numbers) but found {len(fields)}; mend the line.")
         try:
-            inside(path.parent, fields[0])
-            label = int(fields[1]) if labelled else 0
+            inside(Path(path).parent, fields[0])
+            label = _label(fields[1]) if labelled else 0
             values = np.array(fields[columns - 10:], np.float32)
-            if not np.isfinite(values).all() or label < 0:
+            if not np.isfinite(values).all():
                 raise ValueError
         except ValueError:
             raise InputError(f"{path}, line {number}: a value is not a number; mend the line.") from None
         paths.append(fields[0])
         labels.append(label)
         points.append(values)
-    if not paths:
-        raise InputError(f"{path} is empty; lfw_landmark.py and casia_landmark.py in mtcnn/ write such a list.")
-    if len(set(paths)) != len(paths):
-        seen = set()
-        twice = next(p for p in paths if p in seen or seen.add(p))
-        raise InputError(f"{path} lists {twice} twice; remove one of the lines.")
+    _check_paths(paths, path, *LANDMARKS)
     return LandmarkList(paths, np.array(labels, np.int64) if labelled else None, np.array(points).reshape(-1, 5, 2))
+
+
+def read_labels(path):
+    """Read a list of faces that are aligned already: `path label` in each line, a tab or spaces between.
+
+    Args:
+        path: the file. The path in a line may hold spaces itself: the label is what follows the last.
+
+    Returns:
+        (list of N relative paths, int64 (N,) labels).
+
+    Raises:
+        InputError: no such file, a label that is no whole number, a path that leaves its folder or comes twice, no
+            lines.
+    """
+    paths, labels = [], []
+    for number, line in _lines(path, *ALIGNED):
+        name, *label = line.strip().rsplit(maxsplit=1)
+        try:
+            inside(Path(path).parent, name)
+            paths.append(name)
+            labels.append(_label(*label))
+        except (ValueError, TypeError):
+            raise InputError(f"{path}, line {number}: expected a path and a whole number, the label; mend the line."
+                             ) from None
+    _check_paths(paths, path, *ALIGNED)
+    return paths, np.array(labels, np.int64)
 
 
 def write_landmarks(path, rows):
@@ -90,3 +106,29 @@ def format_line(path, *label_and_points):
     """Return one line of a list: two decimals, which is finer than any detector is."""
     *label, points = label_and_points
     return "\t".join([path, *map(str, label), *(f"{v:.2f}" for v in np.ravel(points))]) + "\n"
+
+
+def _lines(path, what, advice):
+    """Return (number, line) of the lines that are not blank."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "not a text file"
+        raise InputError(f"can't read the {what} {path}: {why}; {advice}.") from None
+    return [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+
+
+def _label(text):
+    label = int(text)
+    if not 0 <= label < 2**31:
+        raise ValueError
+    return label
+
+
+def _check_paths(paths, path, what, advice):
+    if not paths:
+        raise InputError(f"{path} is empty; {advice}.")
+    if len(set(paths)) != len(paths):
+        seen = set()
+        twice = next(p for p in paths if p in seen or seen.add(p))
+        raise InputError(f"{path} lists {twice} twice; remove one of the lines.")

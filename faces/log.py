@@ -1,13 +1,18 @@
-"""What a training run says: a progress bar, TensorBoard scalars, one JSON line per epoch."""
+"""What a training run says: a progress bar, TensorBoard scalars, one JSON line per epoch, a picture, its settings."""
 import json
 import math
+import platform
+import subprocess
 import time
+from pathlib import Path
 
+import cv2
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from faces.errors import InputError
-from faces.files import atomic_write
+from faces.files import atomic_write, write_json
 
 EVERY = 20  # steps between two readings of the loss; each reading waits for the device
 
@@ -19,19 +24,32 @@ class TrainingLog:
         run: faces.run.Run.
         recipe: faces.recipe.Recipe.
         start: step that training starts from.
+        settings: dict of the command line's options, for settings.json.
     """
 
-    def __init__(self, run, recipe, start):
+    def __init__(self, run, recipe, start, settings):
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only training needs it
         self.run, self.recipe, self.step = run, recipe, start
         print(recipe)
         if run.first:
             self._forget_after(start)
-        self.board = SummaryWriter(run.output, purge_step=start) if run.first else None
+            write_json(run.output / "settings.json", _circumstances(run, recipe, start, settings))
+        self.board = SummaryWriter(run.output, purge_step=start + 1) if run.first else None
         self.bar = tqdm(total=recipe.steps * recipe.batch, initial=start * recipe.batch, unit="img", unit_scale=True,
                         dynamic_ncols=True, disable=not run.first)
         self.epoch_start, self.epoch_sums, self.epoch_steps = time.monotonic(), {}, 0
         self._clear()
+
+    def look(self, embedding, labels, head):
+        """Take the geometry of a step whose figures add() is going to read; of any other step, nothing.
+
+        Args:
+            embedding: float (B, 512).
+            labels: int64 (B,).
+            head: module whose `weight` is float (C, 512), wrapped for several processes or not.
+        """
+        if self.board and self._is_read(self.count + 1, self.step + 1):
+            self.geometry = geometry(embedding, labels, getattr(head, "module", head).weight)
 
     def add(self, loss, correct, **scalars):
         """Take the figures of one step.
@@ -48,7 +66,7 @@ class TrainingLog:
         self.correct += correct.float().mean()
         self.count, self.step = self.count + 1, self.step + 1
         self.bar.update(self.recipe.batch)
-        if self.count == EVERY or self.step == self.recipe.steps or self.step % self.recipe.epoch == 0:
+        if self._is_read(self.count, self.step):
             self._read(scalars)
 
     def flush(self):
@@ -58,7 +76,7 @@ class TrainingLog:
             self._read({})
 
     def end_epoch(self, **figures):
-        """Print and append the epoch's figures to epochs.jsonl."""
+        """Print the epoch's figures, append them to epochs.jsonl and draw training.png."""
         means = {name: total / max(1, self.epoch_steps) for name, total in self.epoch_sums.items()}
         seconds = time.monotonic() - self.epoch_start
         line = {"epoch": round(self.step / self.recipe.epoch, 3), "step": self.step,
@@ -67,6 +85,7 @@ class TrainingLog:
         if self.run.first:
             with open(self.run.output / "epochs.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
+            self._draw()
             for name in figures:
                 self.board.add_scalar(name, figures[name], self.step)
             self.bar.write("  ".join(f"{name} {value}" for name, value in line.items()))
@@ -80,6 +99,16 @@ class TrainingLog:
         if self.board:
             self.board.close()
 
+    def _is_read(self, count, step):
+        return count == EVERY or step == self.recipe.steps or step % self.recipe.epoch == 0
+
+    def _draw(self):
+        from faces.figures import training_picture  # slow to import as well
+        lines = (self.run.output / "epochs.jsonl").read_text(encoding="utf-8").splitlines()
+        columns = [(line["step"] * self.recipe.batch, line["loss"], line.get("lfw", math.nan))
+                   for line in map(json.loads, lines)]
+        training_picture(self.run.output / "training.png", *np.array(columns).T)
+
     def _forget_after(self, start):
         """Drop the epochs that a killed run wrote after the checkpoint it is resumed from."""
         path = self.run.output / "epochs.jsonl"
@@ -92,7 +121,7 @@ class TrainingLog:
     def _clear(self):
         self.loss = torch.zeros((), device=self.run.device)
         self.correct = torch.zeros((), device=self.run.device)
-        self.count, self.since = 0, time.monotonic()
+        self.count, self.since, self.geometry = 0, time.monotonic(), {}
 
     def _read(self, scalars):
         loss, accuracy = self.loss.item() / self.count, self.correct.item() / self.count
@@ -104,7 +133,52 @@ class TrainingLog:
         self.epoch_steps += self.count
         if self.board:
             rate = self.count * self.recipe.batch / (time.monotonic() - self.since)
-            for name, value in {"loss": loss, "accuracy": accuracy, "images_per_second": rate, **scalars}.items():
+            figures = {"loss": loss, "accuracy": accuracy, "images_per_second": rate, **scalars, **self.geometry}
+            for name, value in figures.items():
                 self.board.add_scalar(name, value, self.step)
         self.bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.3f}", refresh=False)
         self._clear()
+
+
+@torch.no_grad()
+def geometry(embedding, labels, weight):
+    """How a batch lies among the identities' centres, without the (B, C) matrix of all cosines.
+
+    Args:
+        embedding: float (B, 512).
+        labels: int64 (B,).
+        weight: float (C, 512), C >= 2, not normalised.
+
+    Returns:
+        dict of scalar tensors: target_cosine, the mean of the cosines between the embeddings and their own identities'
+        centres; nontarget_cosine, that of all other centres; embedding_norm, the mean |x|.
+    """
+    embedding, weight = embedding.float(), weight.float()
+    x = torch.nn.functional.normalize(embedding)                       # (B, 512)
+    shrink = 1 / weight.norm(dim=1).clamp_min(1e-12)                   # (C,)
+    target = ((x * weight[labels]).sum(1) * shrink[labels]).mean()
+    total = (x @ (shrink @ weight)).mean()                             # a sum of cosines is a product with a sum
+    return {"target_cosine": target, "nontarget_cosine": (total - target) / (len(weight) - 1),
+            "embedding_norm": embedding.norm(dim=1).mean()}
+
+
+def _circumstances(run, recipe, start, settings):
+    return {"settings": settings, "recipe": recipe._asdict(), "from_step": start, "git": _revision(),
+            "started": time.strftime("%Y-%m-%d %H:%M:%S %z"), "processes": run.world,
+            "device": torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else run.device.type,
+            "precision": "bf16" if run.bf16 else "float32",
+            "versions": {"python": platform.python_version(), "torch": str(torch.__version__),
+                         "numpy": np.__version__, "opencv": cv2.__version__}}
+
+
+def _revision():
+    """The commit of this clone, with -dirty behind it where files differ from it; None where git can't tell."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():  # git would take a repository around this folder
+        return None
+    try:
+        git = subprocess.run(["git", "--no-optional-locks", "-C", root, "describe", "--always", "--dirty",
+                              "--abbrev=40", "--exclude=*"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return git.stdout.strip() or None

@@ -14,18 +14,22 @@ IMAGES, BATCH, LEARNING_RATE, DROPS = 28_000 * 512, 512, 0.1, (16 / 28, 24 / 28)
 
 def training_parser(description):
     """The options of casia_train.py that are not the method's own."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=description, formatter_class=_Help)
     data = parser.add_argument_group("data")
     data.add_argument("--casia", type=Path, required=True, metavar="DIR",
-                      help="CASIA-WebFace: folders such as 0000045/001.jpg, a zip of them, or faces aligned to 96x112 or "
-                           "112x112 pixels")
+                      help="CASIA-WebFace: folders such as 0000045/001.jpg, a zip of them, InsightFace's RecordIO "
+                           "(train.rec, train.idx, property), or faces aligned to 96x112 or 112x112 pixels")
     data.add_argument("--landmarks", type=Path, metavar="FILE",
                       help="landmark list, `path label x1 y1 ... x5 y5` (default: casia_landmark.txt in --casia, or what "
                            "mtcnn/casia_landmark.py wrote for it; else the faces must be aligned already)")
+    data.add_argument("--list", type=Path, metavar="FILE",
+                      help="list, `path label`, of faces below --casia that are aligned already; labels 0, 1, 2, ... "
+                           "(default: every image there, each folder a person)")
     data.add_argument("--drop-lfw-overlap", action=argparse.BooleanOptionalAction, default=False,
                       help="leave out the 19 people that CASIA-WebFace shares with LFW")
     data.add_argument("--cache", type=Path, default=DEFAULT, metavar="DIR",
-                      help="where aligned faces are kept, 32 KB each (16 GB for CASIA); a local disk")
+                      help="where aligned faces are kept, 32 KB each (16 GB for CASIA); a local disk (default: cache/ of this "
+                           "clone)")
     data.add_argument("--lfw", type=Path, metavar="DIR", help="LFW, to measure after each epoch")
     data.add_argument("--lfw-landmarks", type=Path, metavar="FILE", help="landmark list of LFW (default: lfw_landmark.py's)")
 
@@ -57,6 +61,14 @@ def training_parser(description):
                      help="of the network; auto takes bf16 where the device computes it in hardware")
     run.add_argument("--workers", type=int, metavar="N", help="reader processes (default: 0 on a CPU, 4 on a GPU)")
     return parser
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Appends the default to an option's help where there is one that the help doesn't name."""
+
+    def _get_help_string(self, action):
+        silent = action.default is None or action.default is False or "(default" in action.help
+        return action.help if silent else super()._get_help_string(action)
 
 
 class Recipe(NamedTuple):

@@ -78,7 +78,6 @@ class Run:
         if not self.first:
             sys.stdout = open(os.devnull, "w")  # one voice is enough
         torch.manual_seed(args.seed)  # initial weights; order and mirroring have generators of their own
-        torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
 
     @property

@@ -29,7 +29,10 @@ def parse_args():
     method = parser.add_argument_group("SphereFace")
     method.add_argument("--margin", type=int, default=4, choices=range(1, 6), help="m; the paper's 4")
     method.add_argument("--lambda-min", type=float, default=5, help="where lambda ends; the authors' 5")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not args.lambda_min >= 0:
+        parser.error("--lambda-min must be at least 0")
+    return args
 
 
 @command
@@ -37,7 +40,7 @@ def main():
     args = parse_args()
     run = Run(args, "sphereFace")
     with run.first_goes_first():
-        faces = load_casia(args.casia, args.landmarks, args.cache, args.drop_lfw_overlap)
+        faces = load_casia(args.casia, args.landmarks, args.cache, args.drop_lfw_overlap, args.list)
     recipe = make_recipe(args, len(faces))
     net = run.parallel(NETS[args.net]())
     head = run.parallel(SphereFace(faces.classes, args.margin))
@@ -46,7 +49,7 @@ def main():
     lfw = LfwProbe(args, run)
     step = checkpoints.resume(args.resume)
 
-    with TrainingLog(run, recipe, step) as log, run.stopping_cleanly():
+    with TrainingLog(run, recipe, step, checkpoints.settings) as log, run.stopping_cleanly():
         for images, labels in run.batches(faces, recipe, step):    # (B, 3, 112, 96), (B,)
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate(step)
@@ -54,6 +57,7 @@ def main():
             with run.autocast():
                 embedding = net(images)                            # (B, 512)
             loss, predicted = head(embedding, labels, lam)
+            log.look(embedding, labels, head)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -1,5 +1,6 @@
 """Training data: what people have becomes an aligned cache; what is wrong with it is said in one sentence."""
 import json
+import pickle
 import shutil
 import zipfile
 
@@ -132,6 +133,7 @@ def test_people_in_lfw_can_be_dropped(copy, tmp_path):
     (lambda lines: [*lines, lines[0]], "0000045/001.jpg twice"),
     (lambda lines: [lines[0].replace("\t0\t", "\tzero\t"), *lines[1:]], "line 1: a value is not a number"),
     (lambda lines: [lines[0].rsplit("\t", 1)[0] + "\tnan", *lines[1:]], "line 1: a value is not a number"),
+    (lambda lines: [lines[0].replace("\t0\t", f"\t{2**63}\t"), *lines[1:]], "line 1: a value is not a number"),
     (lambda lines: [""], "is empty"),
 ])
 def test_bad_lists(copy, tmp_path, change, message):
@@ -148,6 +150,62 @@ def test_lists_are_written_whole_and_read_back(tmp_path):
     np.testing.assert_allclose(read.points, points, atol=0.006)
     (tmp_path / "tabs.txt").write_text("a b/1.jpg\t" + "\t".join("1234567890") + "\t\n")   # trailing tab, integers
     assert read_landmarks(tmp_path / "tabs.txt", labelled=False).points[0].ravel().tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0]
+
+
+@pytest.fixture
+def aligned(tmp_path):
+    """Six aligned faces of three people, not in person folders, one with a space in its name."""
+    names = ["a.png", "b 1.png", "deep/c.png", "d.png", "e.png", "f.png"]
+    for i, name in enumerate(names):
+        write_image(tmp_path / "aligned" / name, align(*draw_face(i // 2, i)))
+    return tmp_path / "aligned", names
+
+
+def test_aligned_faces_named_by_a_list(aligned, tmp_path):
+    root, names = aligned
+    (tmp_path / "list.txt").write_text("a.png\t0\nb 1.png 0\n\ndeep/c.png   1 \ne.png\t2\t\nd.png 1\n")   # no f
+    faces = load_casia(root, cache=tmp_path / "cache", labels=tmp_path / "list.txt")
+    assert faces.labels.tolist() == [0, 0, 1, 2, 1] and faces.classes == 3
+    for row, i in enumerate((0, 1, 2, 4, 3)):
+        assert np.array_equal(faces.images[row], align(*draw_face(i // 2, i)))
+    with zipfile.ZipFile(tmp_path / "aligned.zip", "w") as archive:
+        for name in names:
+            archive.write(root / name, name)
+    zipped = load_casia(tmp_path / "aligned.zip", cache=tmp_path / "cache", labels=tmp_path / "list.txt")
+    assert np.array_equal(faces.images, zipped.images) and faces.fingerprint == zipped.fingerprint
+
+
+@pytest.mark.parametrize("text, message", [
+    ("a.png\t0\nd.png\n", "line 2: expected a path and a whole number"),
+    ("a.png 0\nd.png one\n", "line 2: expected a path and a whole number"),
+    ("a.png 0\nd.png 1.0\n", "line 2: expected a path and a whole number"),
+    ("a.png 0\nd.png -1\n", "line 2: expected a path and a whole number"),
+    (f"a.png 0\nd.png {10**30}\n", "line 2: expected a path and a whole number"),
+    ("a.png 0\nd.png 2\n", "without a gap, but none is 1 and the largest is 2"),
+    (f"a.png 0\nd.png {2**31 - 1}\n", "without a gap, but none is 1"),
+    ("a.png 0\nd.png 0\n", "lists one person"),
+    ("a.png 0\na.png 1\n", "lists a.png twice"),
+    ("a.png 0\n/etc/passwd 1\n", "leaves"),
+    ("\n", "is empty; give a text of lines `path label`"),
+    (b"\xff\xfe", "can't read the list .*: not a text file"),
+    ("a.png 0\nno.png 1\n", r"more than 1% of the 2 images .*no.png: No such file"),
+])
+def test_bad_lists_of_aligned_faces(aligned, tmp_path, text, message):
+    (tmp_path / "list.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(InputError, match=message):
+        load_casia(aligned[0], cache=tmp_path / "cache", labels=tmp_path / "list.txt")
+
+
+def test_one_list_is_enough(casia, tmp_path):
+    with pytest.raises(InputError, match="give one of --landmarks and --list"):
+        load_casia(casia, casia / "casia_landmark.txt", tmp_path / "cache", labels=tmp_path / "list.txt")
+
+
+def test_reader_processes_share_the_memory_map(casia, tmp_path):
+    faces = load_casia(casia, cache=tmp_path)
+    pickled = pickle.dumps(faces)
+    assert len(pickled) < 10_000                                           # not the 1.5 MB of its faces
+    assert np.array_equal(pickle.loads(pickled).batch(np.arange(5))[0], faces.batch(np.arange(5))[0])
 
 
 def test_damaged_cache_is_noticed(casia, tmp_path):

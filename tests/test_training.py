@@ -67,7 +67,8 @@ def test_killed_and_resumed_is_bit_for_bit_as_never_interrupted(method, casia, t
     assert not different
     epochs = [json.loads(line) for line in (tmp_path / "run/epochs.jsonl").read_text().splitlines()]
     assert [line["step"] for line in epochs] == [6, 12] and epochs[1]["loss"] < epochs[0]["loss"]
-    assert list((tmp_path / "run").glob("events.out.tfevents.*"))
+    assert list((tmp_path / "run").glob("events.out.tfevents.*")) and (tmp_path / "run/training.png").exists()
+    assert json.loads((tmp_path / "run/settings.json").read_text())["settings"]["batch_size"] == 8
 
 
 class Main:
