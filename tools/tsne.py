@@ -1,0 +1,205 @@
+"""Draw the embeddings of a few identities in the plane by t-SNE, and say how well they separate.
+
+    python tsne.py --model FILE --faces DIR                         # CASIA-WebFace, or faces aligned already
+    python tsne.py --model FILE --lfw DIR
+    python tsne.py --model A --model B --title softmax --title CosFace --faces DIR
+
+Identities and images are picked by the seed, the same for every model. The silhouette score is of the embeddings
+themselves (cosine distance; 1: tight and apart, 0: mixed), not of their picture.
+"""
+import argparse
+import sys
+from pathlib import Path, PurePosixPath
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import numpy as np
+
+from cosFace.net import NETS
+from faces.align import align, crop_aligned
+from faces.casia import Folder, TrainingList, read_casia
+from faces.embed import embed
+from faces.errors import InputError, command
+from faces.figures import tsne_panels
+from faces.files import folder
+from faces.images import UnreadableImage, read_image
+from faces.landmarks import default_list, read_landmarks
+from faces.run import pick_device
+from faces.weights import CHANNELS, load_weights
+
+PICTURES = (".png", ".svg", ".pdf")
+
+
+def list_faces(root, landmarks=None):
+    """List a training set, as casia_train.py reads it; see faces.casia.read_casia.
+
+    Args:
+        root: folder of person folders, or a zip of them.
+        landmarks: landmark list with labels; None takes casia_landmark.txt in the folder, then what
+            mtcnn/casia_landmark.py wrote for it; where there is neither, the faces are aligned already.
+    """
+    root = Path(root).expanduser()
+    name = "casia_landmark.txt"
+    known = next((path for path in (root / name, default_list(root, name)) if path.is_file()), None)
+    return read_casia(root, landmarks or known)
+
+
+def list_lfw(root, landmarks=None):
+    """List LFW as a faces.casia.TrainingList, labelled by its person folders.
+
+    Args:
+        root: folder of Name/Name_0001.jpg.
+        landmarks: landmark list; None takes what mtcnn/lfw_landmark.py wrote for this folder.
+    """
+    root = folder(root, "LFW images as Name/Name_0001.jpg")
+    listed = read_landmarks(landmarks or default_list(root, "lfw_landmark.txt"), labelled=False)
+    labels = np.unique([_person(path) for path in listed.paths], return_inverse=True)[1]
+    return TrainingList(Folder(root), listed.paths, labels, listed.points)
+
+
+def pick(labels, identities, each, seed):
+    """Pick images of identities that have enough of them.
+
+    Args:
+        labels: int (N,).
+        identities, each: how many, and how many images of each, at least 2 of either.
+        seed: of both choices.
+
+    Returns:
+        int (identities, each), rows of `labels`, one identity a line, in rising order.
+
+    Raises:
+        InputError: too few identities with so many images.
+    """
+    random = np.random.default_rng(seed)
+    people, counts = np.unique(labels, return_counts=True)
+    enough = people[counts >= each]
+    if len(enough) < identities:
+        raise InputError(f"only {len(enough)} of {len(people)} people have {each} images; "
+                         "lower --per-identity or --identities.")
+    chosen = np.sort(random.choice(enough, identities, replace=False))
+    return np.stack([np.sort(random.choice(np.flatnonzero(labels == person), each, replace=False))
+                     for person in chosen])
+
+
+def read_faces(listing, rows):
+    """Read and align some images of a list: uint8 (len(rows), 112, 96, 3).
+
+    Raises:
+        InputError: an image that can't be used.
+    """
+    faces = []
+    for row in rows:
+        try:
+            image = read_image(listing.source.open(listing.paths[row]))
+            faces.append(crop_aligned(image) if listing.points is None else align(image, listing.points[row]))
+        except (UnreadableImage, ValueError) as error:
+            raise InputError(f"can't use {listing.paths[row]} in {listing.source}: {error}; mend or remove it, or try "
+                             "another --seed.") from None
+    return np.stack(faces)
+
+
+def separate(embeddings, labels, seed):
+    """Lay embeddings out in the plane, and measure how well their identities separate.
+
+    Args:
+        embeddings: float (N, D).
+        labels: int (N,), two identities or more, two embeddings or more of each.
+        seed: of the layout.
+
+    Returns:
+        (float (N, 2), silhouette score of the embeddings under cosine distance, -1 to 1).
+
+    Raises:
+        InputError: embeddings that are not finite, or zero.
+    """
+    from sklearn.manifold import TSNE  # slow to import
+    from sklearn.metrics import silhouette_score
+    if not np.isfinite(embeddings).all() or not embeddings.any(1).all():
+        raise InputError("the model's embeddings are not finite, or zero; the training must have failed.")
+    perplexity = min(30, np.bincount(labels).max(), (len(labels) - 1) / 3)  # as many neighbours as an identity has
+    layout = TSNE(metric="cosine", init="pca", perplexity=perplexity, random_state=seed)
+    return layout.fit_transform(embeddings), float(silhouette_score(embeddings, labels, metric="cosine"))
+
+
+def titles_of(models, methods, given):
+    """Return a title for each model: the one given, else its method, with the file's path where two would be alike."""
+    if given:
+        return given
+    names = [method or model.name for model, method in zip(models, methods)]
+    return [name if names.count(name) == 1 else f"{name}, {model}" for name, model in zip(names, models)]
+
+
+@command
+def main():
+    args = _parser().parse_args()
+    _check(args)
+    device = pick_device(args.device)
+    listing = list_lfw(args.lfw, args.landmarks) if args.lfw else list_faces(args.faces, args.landmarks)
+    rows = pick(listing.labels, args.identities, args.per_identity, args.seed)
+    faces = read_faces(listing, rows.ravel())
+    labels = np.repeat(np.arange(args.identities), args.per_identity)
+    layouts, methods = [], []
+    for model in args.model:
+        net = NETS[args.net]()
+        methods.append(load_weights(net, model, args.channels)["method"])
+        layouts.append(separate(embed(net.to(device), faces, device, args.batch_size), labels, args.seed))
+    titles = titles_of(args.model, methods, args.title)
+    for title, (_, silhouette) in zip(titles, layouts):
+        print(f"silhouette {silhouette:.4f}  {title}  ({args.identities} identities of {args.per_identity} images)")
+    panels = [(f"{title}: silhouette {silhouette:.2f}", points) for title, (points, silhouette) in zip(titles, layouts)]
+    names = [_person(listing.paths[row]).replace("_", " ") or f"label {listing.labels[row]}" for row in rows[:, 0]]
+    tsne_panels(args.output, panels, labels, names)
+    print(f"picture: {args.output}")
+
+
+def _check(args):
+    for name, value in (("--identities", args.identities), ("--per-identity", args.per_identity)):
+        if value < 2:
+            raise InputError(f"{name} {value} makes no clusters; give 2 or more.")
+    if args.identities > 70:
+        raise InputError(f"--identities {args.identities} can't be told apart in a picture; give 2 to 70.")
+    if args.seed < 0 or args.batch_size < 1:
+        raise InputError("--seed is 0 or more, and --batch-size 1 or more.")
+    if args.title and len(args.title) != len(args.model):
+        raise InputError(f"{len(args.title)} --title for {len(args.model)} --model; give one for each, in their order.")
+    if args.output.suffix.lower() not in PICTURES:
+        raise InputError(f"--output {args.output} is no picture; its name ends in {', '.join(PICTURES)}.")
+
+
+def _person(path):
+    return PurePosixPath(path).parent.name
+
+
+def _parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, action="append", required=True, metavar="FILE",
+                        help="checkpoint.pt of casia_train.py, or a public checkpoint of the same network; one a panel")
+    parser.add_argument("--title", action="append", metavar="TEXT",
+                        help="title of a model's panel, in the order of --model (default: its method)")
+    parser.add_argument("--net", choices=tuple(NETS), default="faceNet",
+                        help="faceNet has batch normalisation; sphere20a is the paper's net without it (default: "
+                             "faceNet)")
+    parser.add_argument("--channels", choices=CHANNELS,
+                        help="order of the channels the models were trained with (default: rgb for checkpoints of this "
+                             "project, bgr for any other, as the released ones are)")
+    data = parser.add_mutually_exclusive_group(required=True)
+    data.add_argument("--faces", type=Path, metavar="DIR",
+                      help="CASIA-WebFace, a folder of person folders or a zip of them; without a landmark list, faces "
+                           "aligned already")
+    data.add_argument("--lfw", type=Path, metavar="DIR", help="folder of Name/Name_0001.jpg")
+    parser.add_argument("--landmarks", type=Path, metavar="FILE",
+                        help="landmark list (default: the one in the folder, or that mtcnn/ wrote for it)")
+    parser.add_argument("--identities", type=int, default=10, metavar="N", help="2 to 70, best up to 10 (default: 10)")
+    parser.add_argument("--per-identity", type=int, default=20, metavar="N",
+                        help="images of each, 2 or more; people with fewer are not picked (default: 20)")
+    parser.add_argument("--seed", type=int, default=0, help="of the identities, the images and the layout (default: 0)")
+    parser.add_argument("--output", type=Path, default=Path("tsne.png"), metavar="FILE",
+                        help="the picture, .png, .svg or .pdf (default: tsne.png)")
+    parser.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (default: auto)")
+    parser.add_argument("--batch-size", type=int, default=256, metavar="N",
+                        help="faces at a time; changes the speed only (default: 256)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
