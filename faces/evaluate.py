@@ -1,21 +1,23 @@
-"""Measure a network on LFW: the command behind both lfw_eval.py, and the function that a training run uses."""
+"""Measure networks on a verification set: the command behind both lfw_eval.py, and the function of a training run."""
 import argparse
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from faces import figures
+from faces import report
+from faces.bootstrap import bootstrap
 from faces.embed import MIRROR, embed
 from faces.errors import InputError, command
-from faces.files import atomic_write, write_json
 from faces.lfw import load_lfw
+from faces.protocols import identify, operate
 from faces.run import pick_device
-from faces.verify import tar_at_far, verify
+from faces.verify import verify
 from faces.weights import CHANNELS, load_weights
 
 PRECISION = {"float32": torch.float32, "bf16": torch.bfloat16}
-FAR = 1e-3  # the lowest that 3,000 impostor pairs can speak of: three false acceptances
+PROTOCOLS = ("folds", "tar", "identification")
 
 
 def evaluate(net, lfw, device, mirror="concatenate", subtract_mean=False, batch_size=256, dtype=torch.float32,
@@ -34,11 +36,7 @@ def evaluate(net, lfw, device, mirror="concatenate", subtract_mean=False, batch_
     Raises:
         InputError: the network's embeddings are not finite, or zero.
     """
-    embeddings = embed(net, lfw.faces, device, batch_size, mirror, dtype, progress)
-    try:
-        return verify(embeddings, lfw.pairs.pairs, lfw.pairs.same, lfw.pairs.folds, subtract_mean)
-    except ValueError as error:
-        raise InputError(f"the model's embeddings can't be compared: {error}; the training must have failed.") from None
+    return _verify(embed(net, lfw.faces, device, batch_size, mirror, dtype, progress), lfw.pairs, subtract_mean)
 
 
 @command
@@ -49,60 +47,68 @@ def main(net_module, method):
         net_module: module with NETS, a dict from a network's name to its constructor.
         method: "CosFace" or "SphereFace", for the words.
     """
-    args = _parser(net_module, method).parse_args()
+    args = _parse(net_module, method)
     started = time.monotonic()
     if args.output:
         _make_folder(args.output)  # before the work, not after it
     device = pick_device(args.device)
-    net = net_module.NETS[args.net]()
-    loaded = load_weights(net, args.model, args.channels)
+    nets = [net_module.NETS[name]() for name in args.net]
+    loaded = [load_weights(net, path, args.channels) for net, path in zip(nets, args.model)]
+    lfw = load_lfw(args.lfw, args.pairs, args.landmarks, args.aligned, device, args.view)
+    if "identification" in args.protocol:
+        _check_names(args, lfw.pairs)
+    models = []
+    for path, name, net, weights in zip(args.model, args.net, nets, loaded):
+        result, draws, operating, identification = _measure(args, net, device, lfw)
+        models.append(report.Measured(str(path), name, weights["method"] or method, weights, result, draws, operating,
+                                      identification, time.monotonic() - started))
+        print(report.table(models[-1], lfw, args.protocol, args.mirror), end="\n\n" if len(args.model) > 1 else "\n")
+        started = time.monotonic()
+    if len(models) > 1:
+        print(report.comparison_lines(report.compare(models)))
+    if args.output:
+        report.write(args.output, models, lfw, {**_plain(vars(args)), "device": str(device)})
+
+
+def _measure(args, net, device, lfw):
+    """Return (faces.verify.Verification, bootstrap draws, Operating points, Identification or None) of a network."""
     net.to(device, memory_format=torch.channels_last)
-    lfw = load_lfw(args.lfw, args.pairs, args.landmarks, args.aligned, device)
     try:
-        result = evaluate(net, lfw, device, args.mirror, args.subtract_mean, args.batch_size, PRECISION[args.precision])
+        embeddings = embed(net, lfw.faces, device, args.batch_size, args.mirror, PRECISION[args.precision])
     except torch.OutOfMemoryError:
         raise InputError(f"--batch-size {args.batch_size} is too much for {device}; try a smaller one.") from None
-    seconds = time.monotonic() - started
-    print(summary_line(result))
-    print(_table(args, loaded["method"] or method, lfw, result, seconds))
-    if args.output:
-        _write(args, method, loaded, device, lfw, result, seconds)
+    pairs = lfw.pairs.judged()
+    result = _verify(embeddings, lfw.pairs, args.subtract_mean)
+    draws, = bootstrap(result.correct[None], pairs.identities[pairs.pairs], args.resamples, args.seed)
+    operating = [operate(result.similarities, pairs.same, far) for far in args.far if "tar" in args.protocol]
+    identification = (identify(embeddings, pairs.identities, args.seed) if "identification" in args.protocol else None)
+    return result, draws, operating, identification
 
 
-def summary_line(result):
-    """Return the line people know: mean accuracy, standard deviation over the folds (ddof=0), mean threshold."""
-    return f"LFWACC={result.accuracy:.4f} std={result.std:.4f} thd={result.threshold:.4f}"
+def _verify(embeddings, pairs, subtract_mean):
+    try:
+        return verify(embeddings, pairs.pairs, pairs.same, pairs.folds, subtract_mean)
+    except ValueError as error:
+        raise InputError(f"the model's embeddings can't be compared: {error}; the training must have failed.") from None
 
 
-def _parser(net_module, method):
+def _check_names(args, pairs):
+    if not pairs.named:
+        raise InputError(f"{args.lfw} does not say who is on its images, so --protocol identification can't be run; "
+                         "leave it out or give a folder of people.")
+    if (np.bincount(pairs.identities) >= 2).sum() < 2:
+        raise InputError(f"the pairs of {args.lfw} name fewer than two people with two images or more, so --protocol "
+                         "identification can't be run; leave it out.")
+
+
+def _parse(net_module, method):
     parser = argparse.ArgumentParser(
         description=f"Measure a {method} model on LFW by its ten folds: each face and its mirror image are embedded "
                     "once, pairs are compared by cosine, and each fold is judged with the threshold that is best on "
-                    "the others.")
-    data = parser.add_argument_group("data")
-    data.add_argument("--lfw", type=Path, required=True, metavar="DIR", help="folder of Name/Name_0001.jpg")
-    data.add_argument("--pairs", type=Path, metavar="FILE",
-                      help="pairs in LFW's format (default: pairs.txt in --lfw or beside it)")
-    data.add_argument("--landmarks", type=Path, metavar="FILE",
-                      help="list by mtcnn/lfw_landmark.py (default: the one it wrote for this folder; without one, "
-                           "MTCNN finds the landmarks now)")
-    data.add_argument("--aligned", action=argparse.BooleanOptionalAction, default=False,
-                      help="the images are faces aligned already, 112x96 or 112x112; no landmarks are used")
-    model = parser.add_argument_group("model")
-    model.add_argument("--model", type=Path, required=True, metavar="FILE",
-                       help="checkpoint.pt of casia_train.py, or a public checkpoint of the same network")
-    model.add_argument("--net", choices=tuple(net_module.NETS), default="faceNet",
-                       help="faceNet has batch normalisation; sphere20a is the paper's net without it (default: "
-                            "faceNet)")
-    model.add_argument("--channels", choices=CHANNELS,
-                       help="order of the channels the model was trained with (default: rgb for checkpoints of this "
-                            "project, bgr for any other, as the released ones are)")
-    protocol = parser.add_argument_group("protocol")
-    protocol.add_argument("--mirror", choices=MIRROR, default="concatenate",
-                          help="what becomes of the mirror image's embedding: put behind the face's own, added to it, "
-                               "or not computed, in half the time (default: concatenate)")
-    protocol.add_argument("--subtract-mean", action=argparse.BooleanOptionalAction, default=False,
-                          help="take the mean embedding of the training folds from every embedding (default: no)")
+                    "the others. Other sets and protocols by the options below.")
+    _add_data(parser.add_argument_group("data"))
+    _add_model(parser.add_argument_group("model"), tuple(net_module.NETS))
+    _add_protocol(parser.add_argument_group("protocol"))
     machine = parser.add_argument_group("machine and output")
     machine.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (default: auto)")
     machine.add_argument("--batch-size", type=_positive, default=256, metavar="N",
@@ -110,8 +116,65 @@ def _parser(net_module, method):
     machine.add_argument("--precision", choices=tuple(PRECISION), default="float32",
                          help="bf16 is faster where the device has it, and rounds more (default: float32)")
     machine.add_argument("--output", type=Path, metavar="DIR",
-                         help="folder for results.json, scores.tsv, roc.png and histogram.png")
-    return parser
+                         help="folder for results.json, scores.tsv, roc.png, histogram.png and errors.png, the hardest "
+                              "pairs; of several models each gets a folder in it")
+    args = parser.parse_args()
+    args.net = args.net or ["faceNet"]
+    if len(args.net) == 1:
+        args.net *= len(args.model)
+    if len(args.net) != len(args.model):
+        parser.error(f"--net was given {len(args.net)} times for {len(args.model)} models; once, or once for each")
+    return args
+
+
+def _add_data(group):
+    group.add_argument("--lfw", type=Path, required=True, metavar="DIR|FILE",
+                       help="folder of Name/Name_0001.jpg; or a .bin set of InsightFace (lfw, agedb_30, cfp_fp, calfw, "
+                            "cplfw)")
+    group.add_argument("--pairs", type=Path, metavar="FILE",
+                       help="pairs in LFW's format (default: pairs.txt in --lfw or beside it)")
+    group.add_argument("--view", type=int, choices=(1, 2),
+                       help="2 for reporting: the folds of pairs.txt; 1 for development: the threshold from "
+                            "pairsDevTrain.txt, the accuracy on pairsDevTest.txt (default: by the files' names, 2 "
+                            "where there are both)")
+    group.add_argument("--landmarks", type=Path, metavar="FILE",
+                       help="list by mtcnn/lfw_landmark.py (default: the one it wrote for this folder; without one, "
+                            "MTCNN finds the landmarks now)")
+    group.add_argument("--aligned", action=argparse.BooleanOptionalAction, default=False,
+                       help="the images are faces aligned already, 112x96 or 112x112; no landmarks are used")
+
+
+def _add_model(group, nets):
+    group.add_argument("--model", type=Path, required=True, action="append", metavar="FILE",
+                       help="checkpoint.pt of casia_train.py, or a public checkpoint of the same network; give --model "
+                            "again to compare others with the first")
+    group.add_argument("--net", choices=nets, action="append",
+                       help="faceNet has batch normalisation; sphere20a is the paper's net without it (default: "
+                            "faceNet); once, or once for each --model")
+    group.add_argument("--channels", choices=CHANNELS,
+                       help="order of the channels the model was trained with (default: rgb for checkpoints of this "
+                            "project, bgr for any other, as the released ones are)")
+
+
+def _add_protocol(group):
+    group.add_argument("--protocol", choices=PROTOCOLS, nargs="+", default=["folds"],
+                       help="one or several: folds, accuracy with AUC and EER; tar, the true acceptance rate at each "
+                            "--far; identification, rank 1, 5 and 10 with a gallery of one image for each person of "
+                            "two or more (default: folds)")
+    group.add_argument("--far", type=_rate, nargs="+", default=[1e-3, 1e-2], metavar="RATE",
+                       help="false acceptance rates of the protocol tar, above 0 and below 1; LFW's 3,000 impostor "
+                            "pairs resolve 4e-4 at best (default: 1e-3 1e-2)")
+    group.add_argument("--mirror", choices=MIRROR, default="concatenate",
+                       help="what becomes of the mirror image's embedding: put behind the face's own, added to it, "
+                            "or not computed, in half the time (default: concatenate)")
+    group.add_argument("--subtract-mean", action=argparse.BooleanOptionalAction, default=False,
+                       help="take the mean embedding of the training folds from every embedding; identification does "
+                            "without (default: no)")
+    group.add_argument("--resamples", type=_positive, default=1000, metavar="R",
+                       help="draws of the bootstrap behind the 95 %% interval; 10,000 takes a second or two "
+                            "(default: 1000)")
+    group.add_argument("--seed", type=_positive, default=1, metavar="N",
+                       help="of the bootstrap and of the gallery (default: 1)")
 
 
 def _positive(text):
@@ -120,48 +183,24 @@ def _positive(text):
     return int(text)
 
 
+def _rate(text):
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = 0
+    if not 0 < rate < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a rate above 0 and below 1")
+    return rate
+
+
+def _plain(settings):
+    """Return a command line's options as JSON can hold them."""
+    return {name: [str(item) for item in value] if name == "model" else str(value) if isinstance(value, Path) else value
+            for name, value in settings.items()}
+
+
 def _make_folder(path):
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"can't write to --output {path}: {error.strerror}; name a folder.") from None
-
-
-def _figures(result):
-    return {"accuracy": result.accuracy, "std": result.std, "threshold": result.threshold, "auc": result.auc,
-            "eer": result.eer, "tar_at_far_1e-3": tar_at_far(result.far, result.tar, FAR)}
-
-
-def _table(args, method, lfw, result, seconds):
-    genuine = int(lfw.pairs.same.sum())
-    impostor = len(lfw.pairs.same) - genuine
-    coarse = "" if impostor * FAR >= 1 else f" (of {impostor} impostor pairs, so none is accepted)"
-    rows = [("model", f"{args.model} ({method}, {args.net})"),
-            ("accuracy", f"{result.accuracy:.4f}"),
-            ("standard deviation", f"{result.std:.4f} over {len(result.accuracies)} folds (ddof=0)"),
-            ("AUC", f"{result.auc:.4f}"),
-            ("EER", f"{result.eer:.4f}"),
-            ("TAR@FAR=1e-3", f"{tar_at_far(result.far, result.tar, FAR):.4f}{coarse}"),
-            ("pairs", f"{len(lfw.pairs.same)} ({genuine} genuine, {impostor} impostor)"),
-            ("images", f"{len(lfw.faces)}, mirror image: {args.mirror}"),
-            ("landmarks", lfw.landmarks),
-            ("seconds", f"{seconds:.1f}")]
-    return "\n".join(f"{name:<20}{value}" for name, value in rows)
-
-
-def _write(args, method, loaded, device, lfw, result, seconds):
-    pairs = lfw.pairs
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    write_json(args.output / "results.json", {
-        "method": loaded["method"] or method, **_figures(result), "std_ddof": 0,
-        "folds": [{"accuracy": float(a), "threshold": float(t)} for a, t in zip(result.accuracies, result.thresholds)],
-        "counts": {"pairs": len(pairs.same), "genuine": int(pairs.same.sum()), "images": len(pairs.paths)},
-        "settings": {**settings, "device": str(device), "weights": loaded, "landmarks": lfw.landmarks},
-        "seconds": round(seconds, 2), "torch": str(torch.__version__)})
-    with atomic_write(args.output / "scores.tsv", "w", encoding="utf-8") as file:
-        file.write("left\tright\tsame\tfold\tsimilarity\n")
-        for (a, b), same, fold, similarity in zip(pairs.pairs, pairs.same, pairs.folds, result.similarities):
-            file.write(f"{pairs.paths[a]}\t{pairs.paths[b]}\t{int(same)}\t{fold}\t{similarity:.6f}\n")
-    name = f"{loaded['method'] or method} {args.net}, AUC {result.auc:.4f}"
-    figures.roc_picture(args.output / "roc.png", {name: (result.far, result.tar)})
-    figures.histogram_picture(args.output / "histogram.png", result.similarities, pairs.same, result.threshold)

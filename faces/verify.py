@@ -9,15 +9,17 @@ import numpy as np
 
 
 class Verification(NamedTuple):
-    """What a verification protocol yields; P pairs in K folds.
+    """What a verification protocol yields; P judged pairs in K folds.
 
     similarities: float64 (P,); with the mean subtracted, each pair under the mean of its own fold's protocol.
+    correct: bool (P,), which pairs were judged rightly, each by the threshold of its own fold.
     accuracies, thresholds: float64 (K,), one per fold, the threshold chosen on the other folds.
     accuracy, std, threshold: their means, and the accuracies' standard deviation (ddof=0).
     far, tar: float64 (V + 1,), points of the ROC curve over all pairs, far rising from 0 to 1.
     auc, eer: area under that curve, and the equal error rate.
     """
     similarities: np.ndarray
+    correct: np.ndarray
     accuracies: np.ndarray
     thresholds: np.ndarray
     accuracy: float
@@ -36,7 +38,8 @@ def verify(embeddings, pairs, same, folds, subtract_mean=False):
         embeddings: float (N, D), one row per distinct image; not normalised.
         pairs: int (P, 2), rows of `embeddings`.
         same: bool (P,), true for a genuine pair.
-        folds: int (P,), the fold of each pair, 0 .. K-1 with K >= 2.
+        folds: int (P,), the fold of each pair, 0 .. K-1; -1 for pairs that only choose thresholds and are not judged,
+            as in LFW's view 1. A single fold needs such pairs.
         subtract_mean: take from every embedding the mean over the distinct images of the training folds' pairs; it is
             another mean for every fold, and the fold under test has no part in it.
 
@@ -46,16 +49,17 @@ def verify(embeddings, pairs, same, folds, subtract_mean=False):
     """
     same, folds = np.asarray(same, bool), np.asarray(folds)
     count = folds.max(initial=-1) + 1
-    if count < 2 or len(np.unique(folds)) != count:
+    judged = np.flatnonzero(folds >= 0)
+    if count + (len(judged) < len(folds)) < 2 or len(np.unique(folds[judged])) != count:
         raise ValueError("the protocol needs at least two folds, none of them empty")
     means = training_means(embeddings, pairs, folds) if subtract_mean else np.zeros((1, np.shape(embeddings)[1]))
     tables = np.broadcast_to(similarities(embeddings, pairs, means), (count, len(folds)))
-    scores = tables[folds, np.arange(len(folds))]
-    far, tar = roc(scores, same)  # checks that both kinds of pair are there
+    scores = tables[folds[judged], judged]
+    far, tar = roc(scores, same[judged])  # checks that both kinds of pair are there
     thresholds = np.array([best_threshold(tables[k][folds != k], same[folds != k]) for k in range(count)])
-    correct = (scores > thresholds[folds]) == same
-    accuracies = np.bincount(folds, correct) / np.bincount(folds)
-    return Verification(scores, accuracies, thresholds, float(accuracies.mean()), float(accuracies.std()),
+    correct = (scores > thresholds[folds[judged]]) == same[judged]
+    accuracies = np.bincount(folds[judged], correct) / np.bincount(folds[judged])
+    return Verification(scores, correct, accuracies, thresholds, float(accuracies.mean()), float(accuracies.std()),
                         float(thresholds.mean()), far, tar, auc(far, tar), equal_error_rate(far, tar))
 
 
