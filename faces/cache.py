@@ -94,7 +94,8 @@ def build(listing, cache=DEFAULT):
         (uint8 (N, 112, 96, 3) read-only memory map, list of (row, reason) of the unusable images).
     """
     name = Path(str(listing.source)).resolve()
-    folder = Path(cache).expanduser() / f"{name.stem}-{_hash_list([str(name), *listing.paths], None, listing.points)[:12]}"
+    key = _hash_list([str(name), *listing.paths], None, listing.points)[:12]
+    folder = Path(cache).expanduser() / f"{name.stem}-{key}"
     if not (folder / "cache.json").is_file():
         _build(listing, folder)
     failed = json.loads((folder / "cache.json").read_text())["failed"]
@@ -150,13 +151,14 @@ def _allocate(folder, shape):
         folder.mkdir(parents=True, exist_ok=True)
         present = path.stat().st_size if path.exists() else 0
         if size - present > shutil.disk_usage(folder).free:
-            raise InputError(f"{folder} needs {size / 1e9:.1f} GB for the aligned faces and the disk has less; choose a "
-                             "larger disk with --cache.")
+            raise InputError(f"{folder} needs {size / 1e9:.1f} GB for the aligned faces and the disk has less; choose "
+                             "a larger disk with --cache.")
         with open(path, "ab") as file:
             file.truncate(size)
         return np.memmap(path, np.uint8, "r+", shape=shape)
     except OSError as error:
-        raise InputError(f"can't write the cache {folder}: {error.strerror}; choose another place with --cache.") from None
+        raise InputError(f"can't write the cache {folder}: {error.strerror}; choose another place with "
+                         "--cache.") from None
 
 
 def _read_journal(folder):
@@ -178,5 +180,5 @@ def _fill(faces, listing, row):
 
 def _too_many(listing, failed):
     shown = "; ".join(f"{listing.paths[row]}: {reason}" for row, reason in failed[:3])
-    return (f"more than {MAX_FAILED:.0%} of the {len(listing.paths):,} images of {listing.source} can't be used ({shown}); "
-            "check the folder and the landmark list.")
+    return (f"more than {MAX_FAILED:.0%} of the {len(listing.paths):,} images of {listing.source} can't be used "
+            f"({shown}); check the folder and the landmark list.")

@@ -45,7 +45,8 @@ class Zip:
             self.archive = zipfile.ZipFile(self.path)
         except (OSError, zipfile.BadZipFile) as error:
             raise InputError(f"{path} is not a zip that can be read ({error}); check the download.") from None
-        members = {i.filename: i for i in self.archive.infolist() if PurePosixPath(i.filename).suffix.lower() in EXTENSIONS}
+        members = {info.filename: info for info in self.archive.infolist()
+                   if PurePosixPath(info.filename).suffix.lower() in EXTENSIONS}
         tops = {name.split("/")[0] for name in members}
         deep = all(name.count("/") >= 2 for name in members)
         cut = len(tops.pop()) + 1 if len(tops) == 1 and deep else 0
@@ -76,8 +77,8 @@ class Zip:
 
 
 class TrainingList(NamedTuple):
-    """source: Folder, Zip or Records; paths: N names in it; labels: int64 (N,), 0..C-1; points: float32 (N, 5, 2), or None
-    where the faces are aligned already."""
+    """source: Folder, Zip or Records; paths: N names in it; labels: int64 (N,), 0..C-1; points: float32 (N, 5, 2), or
+    None where the faces are aligned already."""
     source: Folder | Zip | Records
     paths: list
     labels: np.ndarray
@@ -125,8 +126,8 @@ def _by_person_folder(source):
     paths = source.names()
     people = [str(PurePosixPath(path).parent) for path in paths]
     if len(set(people)) < 2:
-        raise InputError(f"{source} holds {len(paths)} images of {len(set(people))} people; expected person folders such "
-                         "as 0000045/001.jpg of at least two people.")
+        raise InputError(f"{source} holds {len(paths)} images of {len(set(people))} people; expected person folders "
+                         "such as 0000045/001.jpg of at least two people.")
     return TrainingList(source, paths, np.unique(people, return_inverse=True)[1].astype(np.int64), None)
 
 
@@ -137,8 +138,8 @@ def without_lfw_overlap(listing):
         InputError: the source doesn't know the people by name.
     """
     if isinstance(listing.source, Records):
-        raise InputError(f"{listing.source.path} numbers its people and doesn't name them, so that those in LFW can't be "
-                         "dropped; leave --drop-lfw-overlap out.")
+        raise InputError(f"{listing.source.path} numbers its people and doesn't name them, so that those in LFW can't "
+                         "be dropped; leave --drop-lfw-overlap out.")
     return np.array([LFW_OVERLAP.isdisjoint(PurePosixPath(path).parts) for path in listing.paths])
 
 

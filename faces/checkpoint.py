@@ -43,7 +43,8 @@ class Checkpoints:
         """
         if not wanted:
             if self.path.exists():
-                raise InputError(f"{self.path} holds a run already; go on with it by --resume or choose another --output.")
+                raise InputError(f"{self.path} holds a run already; go on with it by --resume or choose another "
+                                 "--output.")
             return 0
         state = load(self.path)
         self._check_same(state)
@@ -65,8 +66,8 @@ class Checkpoints:
 
     def _check_same(self, state):
         if state["faces"] != self.faces.fingerprint:
-            raise InputError(f"{self.path} was trained on another set of faces (list, labels or unusable images differ); "
-                             "resume with the same one.")
+            raise InputError(f"{self.path} was trained on another set of faces (list, labels or unusable images "
+                             "differ); resume with the same one.")
         other = [name for name in self.settings if name not in FREE
                  and state["settings"].get(name) != self.settings[name]]
         if other:

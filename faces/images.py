@@ -35,7 +35,7 @@ def read_image(source):
     data = source if isinstance(source, bytes) else _read_bytes(Path(source))
     _check_header(data)
     _check_complete(data)
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # its complaints about damaged files are ours to make, with the file's name
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # we say what is wrong, with the file's name
     image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)  # applies the EXIF orientation
     if image is None:
         image = _decode_with_pillow(data)  # what OpenCV has no decoder for

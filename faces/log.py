@@ -126,8 +126,8 @@ class TrainingLog:
     def _read(self, scalars):
         loss, accuracy = self.loss.item() / self.count, self.correct.item() / self.count
         if not math.isfinite(loss):
-            raise InputError(f"the loss is not finite near step {self.step}; lower --lr, add --warmup, or try --precision "
-                             "float32. The last checkpoint is from before and is kept.")
+            raise InputError(f"the loss is not finite near step {self.step}; lower --lr, add --warmup, or try "
+                             "--precision float32. The last checkpoint is from before and is kept.")
         for name, value in (("loss", loss), ("accuracy", accuracy)):
             self.epoch_sums[name] = self.epoch_sums.get(name, 0.0) + value * self.count
         self.epoch_steps += self.count

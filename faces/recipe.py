@@ -20,18 +20,19 @@ def training_parser(description):
                       help="CASIA-WebFace: folders such as 0000045/001.jpg, a zip of them, InsightFace's RecordIO "
                            "(train.rec, train.idx, property), or faces aligned to 96x112 or 112x112 pixels")
     data.add_argument("--landmarks", type=Path, metavar="FILE",
-                      help="landmark list, `path label x1 y1 ... x5 y5` (default: casia_landmark.txt in --casia, or what "
-                           "mtcnn/casia_landmark.py wrote for it; else the faces must be aligned already)")
+                      help="landmark list, `path label x1 y1 ... x5 y5` (default: casia_landmark.txt in --casia, or "
+                           "what mtcnn/casia_landmark.py wrote for it; else the faces must be aligned already)")
     data.add_argument("--list", type=Path, metavar="FILE",
                       help="list, `path label`, of faces below --casia that are aligned already; labels 0, 1, 2, ... "
                            "(default: every image there, each folder a person)")
     data.add_argument("--drop-lfw-overlap", action=argparse.BooleanOptionalAction, default=False,
                       help="leave out the 19 people that CASIA-WebFace shares with LFW")
     data.add_argument("--cache", type=Path, default=DEFAULT, metavar="DIR",
-                      help="where aligned faces are kept, 32 KB each (16 GB for CASIA); a local disk (default: cache/ of this "
-                           "clone)")
+                      help="where aligned faces are kept, 32 KB each (16 GB for CASIA); a local disk (default: "
+                           "cache/ of this clone)")
     data.add_argument("--lfw", type=Path, metavar="DIR", help="LFW, to measure after each epoch")
-    data.add_argument("--lfw-landmarks", type=Path, metavar="FILE", help="landmark list of LFW (default: lfw_landmark.py's)")
+    data.add_argument("--lfw-landmarks", type=Path, metavar="FILE",
+                      help="landmark list of LFW (default: lfw_landmark.py's)")
 
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--net", choices=("faceNet", "sphere20a"), default="faceNet",
@@ -41,7 +42,8 @@ def training_parser(description):
     recipe.add_argument("--epochs", type=float, metavar="E",
                         help="passes over the set (default: the authors' 14.3 million images, 29 epochs of CASIA)")
     recipe.add_argument("--lr", type=float, metavar="RATE",
-                        help="peak learning rate (default: the authors' 0.1 for 512 images, in proportion to the batch)")
+                        help="peak learning rate (default: the authors' 0.1 for 512 images, in proportion to the "
+                             "batch)")
     recipe.add_argument("--schedule", choices=("step", "cosine"), default="step",
                         help="step: divide by 10 at 57%% and 86%%, the authors'; cosine: to zero, good for short runs")
     recipe.add_argument("--warmup", type=int, default=0, metavar="STEPS",
@@ -54,8 +56,8 @@ def training_parser(description):
     run = parser.add_argument_group("run")
     run.add_argument("--output", type=Path, metavar="DIR", help="folder of this run (default: runs/METHOD)")
     run.add_argument("--resume", action="store_true", help="continue the run in --output exactly where it was saved")
-    run.add_argument("--checkpoint-every", type=int, default=1000, metavar="STEPS", help="steps between two checkpoints; "
-                     "one is saved as well when interrupted and at the end")
+    run.add_argument("--checkpoint-every", type=int, default=1000, metavar="STEPS",
+                     help="steps between two checkpoints; one is saved as well when interrupted and at the end")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     run.add_argument("--precision", choices=("auto", "bf16", "float32"), default="auto",
                      help="of the network; auto takes bf16 where the device computes it in hardware")
@@ -90,8 +92,8 @@ class Recipe(NamedTuple):
         return self.peak * 0.1 ** sum(step >= drop * self.steps for drop in DROPS)
 
     def __str__(self):
-        return (f"{self.steps:,} steps of {self.batch} images: {self.steps / self.epoch:.2f} epochs of {self.epoch:,} steps, "
-                f"learning rate {self.peak:g} ({self.schedule})")
+        return (f"{self.steps:,} steps of {self.batch} images: {self.steps / self.epoch:.2f} epochs of {self.epoch:,} "
+                f"steps, learning rate {self.peak:g} ({self.schedule})")
 
 
 def make_recipe(args, faces):
@@ -103,7 +105,8 @@ def make_recipe(args, faces):
     if args.batch_size < 2 or args.warmup < 0 or args.checkpoint_every < 1:
         raise InputError("--batch-size must be at least 2, --warmup at least 0, --checkpoint-every at least 1.")
     if args.batch_size > faces:
-        raise InputError(f"--batch-size {args.batch_size} is larger than the set of {faces} faces; choose a smaller one.")
+        raise InputError(f"--batch-size {args.batch_size} is larger than the set of {faces} faces; choose a smaller "
+                         "one.")
     peak = args.lr if args.lr is not None else LEARNING_RATE * args.batch_size / BATCH
     epoch = faces // args.batch_size
     steps = round(args.epochs * epoch) if args.epochs is not None else round(IMAGES / args.batch_size)

@@ -25,7 +25,8 @@ def pick_device(name="auto"):
         device = torch.device(name)
         torch.empty(1, device=device)
     except Exception as error:  # each backend has its own way of saying that it is not there
-        raise InputError(f"--device {name} can't be used here ({str(error).splitlines()[0]}); try auto or cpu.") from None
+        why = str(error).splitlines()[0]
+        raise InputError(f"--device {name} can't be used here ({why}); try auto or cpu.") from None
     return device
 
 
@@ -154,7 +155,7 @@ class Run:
 
 
 def no_decay_on_vectors(net, head, weight_decay):
-    """Parameter groups for an optimizer: convolutions and matrices decay; biases, PReLU slopes and batch norms don't."""
+    """Parameter groups for an optimizer: convolutions and matrices decay; biases, PReLU and batch norms don't."""
     parameters = [*net.parameters(), *head.parameters()]
     return [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]

@@ -8,7 +8,6 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from safetensors.torch import load_file
 from torch import nn
 

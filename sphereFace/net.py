@@ -49,7 +49,9 @@ class SphereNet(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def _layer(self, name, x):
-        return self.get_submodule(f"relu{name}")(self.get_submodule(f"conv{name}bn")(self.get_submodule(f"conv{name}")(x)))
+        for part in (f"conv{name}", f"conv{name}bn", f"relu{name}"):
+            x = self.get_submodule(part)(x)
+        return x
 
     def forward(self, x):
         """Embed aligned faces: float (N, 3, 112, 96), RGB, (x - 127.5) / 128, to float (N, 512), not normalised."""

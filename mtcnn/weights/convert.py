@@ -33,7 +33,7 @@ def read_source(path, name):
         with zipfile.ZipFile(path) as wheel:
             return wheel.read(member)
     except (OSError, KeyError, zipfile.BadZipFile) as error:
-        raise InputError(f"can't read {member} in {path} ({error}); give the wheel of facenet-pytorch 2.6.0.")
+        raise InputError(f"can't read {member} in {path} ({error}); give the wheel of facenet-pytorch 2.6.0.") from None
 
 
 def rename(key):
