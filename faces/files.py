@@ -34,7 +34,8 @@ def atomic_write(path, mode="wb", **kwargs):
             Path(temporary).unlink(missing_ok=True)
             raise
     except OSError as error:
-        raise InputError(f"can't write {path}: {error.strerror or error}; free some space or choose another place.") from None
+        raise InputError(f"can't write {path}: {error.strerror or error}; free some space or choose another "
+                         "place.") from None
 
 
 def write_json(path, value):

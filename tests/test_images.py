@@ -19,7 +19,8 @@ def encoded(image, format, **options):
 
 
 @pytest.mark.parametrize("format, mode", [("JPEG", "RGB"), ("PNG", "RGB"), ("PNG", "RGBA"), ("PNG", "P"),
-                                          ("BMP", "RGB"), ("GIF", "P"), ("JPEG", "CMYK"), ("WEBP", "RGB"), ("TIFF", "RGB")])
+                                          ("BMP", "RGB"), ("GIF", "P"), ("JPEG", "CMYK"), ("WEBP", "RGB"),
+                                          ("TIFF", "RGB")])
 def test_formats_and_modes(format, mode):
     image = read_image(encoded(Image.fromarray(RGB).convert(mode), format))
     assert image.dtype == np.uint8 and image.shape == (40, 30, 3)
