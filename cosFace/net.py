@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from faces.margin import float32, margin_softmax
+from faces.margin import ALL, float32, margin_softmax
 
 
 STAGES = ((64, 1), (128, 2), (256, 4), (512, 1))  # channels and residual units of each stage; a stage halves the image
@@ -88,13 +88,14 @@ class CosFace(nn.Module):
         self.s, self.m = s, m
         self.weight = nn.Parameter(torch.randn(classes, 512) / 512 ** 0.5)
 
-    def forward(self, embedding, label, ramp=1.0):
+    def forward(self, embedding, label, ramp=1.0, centres=ALL):
         """Loss of a batch.
 
         Args:
             embedding: float (N, 512), not normalised.
             label: int64 (N,), 0 <= label < C.
             ramp: fraction of the margin that applies, 0 to 1, for training that grows it.
+            centres: whose centres `weight` holds, where they are spread over processes.
 
         Returns:
             (mean loss, scalar float32; predicted label by the largest cosine, int64 (N,)).
@@ -105,4 +106,4 @@ class CosFace(nn.Module):
         with float32(embedding):
             x = nn.functional.normalize(embedding.float())         # a zero embedding stays zero, its gradient finite
             logits = (self.s * x) @ nn.functional.normalize(self.weight.float()).T   # (N, C): s cos t
-            return margin_softmax(logits, label, margin)
+            return margin_softmax(logits, label, margin, centres=centres)

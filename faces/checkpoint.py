@@ -8,12 +8,13 @@ import torch
 
 from faces.errors import InputError
 from faces.files import atomic_write
+from faces.shard import ShardedHead
 
 FORMAT = "faces-checkpoint-1"
 MAX_BYTES = 8 * 10**9   # a million identities with momentum are half of it; checked before any memory is taken
 # Settings that may differ between a run and its continuation, since they don't change what is computed.
 FREE = frozenset({"casia", "landmarks", "list", "cache", "output", "resume", "checkpoint_every", "device", "workers",
-                  "lfw", "lfw_landmarks"})
+                  "lfw", "lfw_landmarks", "shard_head"})
 
 
 class Checkpoints:
@@ -25,7 +26,7 @@ class Checkpoints:
         run: faces.run.Run.
         args: the command line's options.
         faces: faces.cache.AlignedFaces.
-        net, head: modules, wrapped for several processes or not.
+        net, head: modules, wrapped for several processes or not; the file is the same.
         optimizer: of both.
     """
 
@@ -46,21 +47,27 @@ class Checkpoints:
                 raise InputError(f"{self.path} holds a run already; go on with it by --resume or choose another "
                                  "--output.")
             return 0
-        state = load(self.path)
+        sharded = isinstance(self.head, ShardedHead)
+        state = load(self.path, mmap=sharded)  # a process reads its own slice of the head only
         self._check_same(state)
         _unwrap(self.net).load_state_dict(state["weights"])
-        _unwrap(self.head).load_state_dict(state["head"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        head, optimizer = state["head"], state["optimizer"]
+        if sharded:
+            head, optimizer = self.head.own_state(head, optimizer, self.optimizer)
+        _unwrap(self.head).load_state_dict(head)
+        self.optimizer.load_state_dict(optimizer)
         print(f"resumed {self.path} at step {state['step']:,}")
         return state["step"]
 
     def save(self, step):
-        """Write the checkpoint after `step` steps; only the first process does."""
+        """Write the checkpoint after `step` steps; every process calls it, the first one writes."""
+        head, optimizer = self.head.whole_state(self.optimizer) if isinstance(self.head, ShardedHead) else (
+            _unwrap(self.head).state_dict(), self.optimizer.state_dict())
         if self.run.first:
             save(self.path, {
                 "method": type(_unwrap(self.head)).__name__, "net": self.settings["net"], "step": step,
-                "weights": _unwrap(self.net).state_dict(), "head": _unwrap(self.head).state_dict(),
-                "optimizer": self.optimizer.state_dict(), "classes": self.faces.classes,
+                "weights": _unwrap(self.net).state_dict(), "head": head,
+                "optimizer": optimizer, "classes": self.faces.classes,
                 "faces": self.faces.fingerprint, "settings": self.settings,
                 "versions": {"python": platform.python_version(), "torch": str(torch.__version__)}})
 
@@ -95,20 +102,20 @@ def save(path, state):
         raise InputError(f"can't write {path}: {error}; free some space.") from None
 
 
-def load(path):
-    """Read a checkpoint onto the CPU.
+def load(path, mmap=False):
+    """Read a checkpoint onto the CPU; mapped, it takes memory only where it is looked at.
 
     Raises:
         InputError: no such file, or not a checkpoint that this project wrote.
     """
     path = Path(path)
-    state = load_tensors(path)
+    state = load_tensors(path, mmap)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise InputError(f"{path} is not a training checkpoint of this project; give the checkpoint.pt of a run.")
     return state
 
 
-def load_tensors(path):
+def load_tensors(path, mmap=False):
     """Read any torch file on the CPU with the restricted unpickler, which builds tensors and containers only.
 
     Raises:
@@ -120,7 +127,7 @@ def load_tensors(path):
             raise InputError(f"{path} is over {MAX_BYTES // 10**9} GB, which no checkpoint is; give a checkpoint file.")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch remarks on unusual pickle protocols
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except InputError:
         raise
     except OSError as error:

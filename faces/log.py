@@ -13,6 +13,8 @@ from tqdm import tqdm
 
 from faces.errors import InputError
 from faces.files import atomic_write, write_json
+from faces.margin import ALL
+from faces.shard import ShardedHead
 
 EVERY = 20  # steps between two readings of the loss; each reading waits for the device
 
@@ -48,7 +50,12 @@ class TrainingLog:
             labels: int64 (B,).
             head: module whose `weight` is float (C, 512), wrapped for several processes or not.
         """
-        if self.board and self._is_read(self.count + 1, self.step + 1):
+        if not self._is_read(self.count + 1, self.step + 1):
+            return
+        if isinstance(head, ShardedHead):  # every process has a part of the answer
+            embedding, labels = head.whole_batch(embedding.detach(), labels)
+            self.geometry = geometry(embedding, labels, head.module.weight, head.centres())
+        elif self.board:
             self.geometry = geometry(embedding, labels, getattr(head, "module", head).weight)
 
     def add(self, loss, correct, **scalars):
@@ -141,13 +148,14 @@ class TrainingLog:
 
 
 @torch.no_grad()
-def geometry(embedding, labels, weight):
+def geometry(embedding, labels, weight, centres=ALL):
     """How a batch lies among the identities' centres, without the (B, C) matrix of all cosines.
 
     Args:
         embedding: float (B, 512).
         labels: int64 (B,).
         weight: float (C, 512), C >= 2, not normalised.
+        centres: whose centres `weight` holds, where they are spread over processes.
 
     Returns:
         dict of scalar tensors: target_cosine, the mean of the cosines between the embeddings and their own identities'
@@ -156,9 +164,11 @@ def geometry(embedding, labels, weight):
     embedding, weight = embedding.float(), weight.float()
     x = torch.nn.functional.normalize(embedding)                       # (B, 512)
     shrink = 1 / weight.norm(dim=1).clamp_min(1e-12)                   # (C,)
-    target = ((x * weight[labels]).sum(1) * shrink[labels]).mean()
-    total = (x @ (shrink @ weight)).mean()                             # a sum of cosines is a product with a sum
-    return {"target_cosine": target, "nontarget_cosine": (total - target) / (len(weight) - 1),
+    rows, own = centres.targets(labels)
+    target = centres.sum(((x[rows] * weight[own]).sum(1) * shrink[own]).sum()) / len(x)
+    total = centres.sum((x @ (shrink @ weight)).mean())                # a sum of cosines is a product with a sum
+    count = centres.sum(shrink.new_tensor(len(weight)))
+    return {"target_cosine": target, "nontarget_cosine": (total - target) / (count - 1),
             "embedding_norm": embedding.norm(dim=1).mean()}
 
 

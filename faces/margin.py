@@ -7,11 +7,36 @@ def float32(tensor):
     return torch.autocast(tensor.device.type, enabled=False)
 
 
-def margin_softmax(logits, label, margin, *inputs):
+class AllCentres:
+    """Whose class centres the columns of the logits are: here everybody's, column j is label j.
+
+    faces.shard.SomeCentres is that of one process among several, whose maxima and sums then go over all of them.
+    """
+
+    def targets(self, label):
+        """Rows of the logits, int64 (T,), whose target is among the columns, and these columns, int64 (T,)."""
+        return torch.arange(len(label), device=label.device), label
+
+    def labels(self, columns):
+        """Labels of columns, both int64 (N,)."""
+        return columns
+
+    def max(self, tensor):
+        """Elementwise maximum over the processes; the tensor may be overwritten."""
+        return tensor
+
+    min = sum = max  # of one process
+
+
+ALL = AllCentres()
+
+
+def margin_softmax(logits, label, margin, *inputs, centres=ALL):
     """Cross entropy of logits whose target column is replaced by margin(target logit, *inputs).
 
     The softmax overwrites `logits`, and its gradient is written by hand, so that a margin costs O(N) beside the
-    O(N C) of the softmax, in time and in memory.
+    O(N C) of the softmax, in time and in memory. Where the centres are spread over processes, each calls this with its
+    own columns and the whole batch, and has the exact loss of all columns and the gradient of its own ones.
 
     Args:
         logits: float32 (N, C), before the margin; overwritten. Its producer must not need it in its backward pass
@@ -19,35 +44,48 @@ def margin_softmax(logits, label, margin, *inputs):
         label: int64 (N,).
         margin: differentiable function of (N,) tensors, called with the targets' logits and `inputs`.
         inputs: float32 (N,) tensors that the margin depends on as well, as SphereFace's does on |x|.
+        centres: which class centres the columns belong to.
 
     Returns:
-        (mean loss, scalar; index of the largest logit before the margin, int64 (N,)).
+        (mean loss, scalar; label of the largest logit before the margin, int64 (N,)).
     """
-    return _MarginSoftmax.apply(logits, label, margin, *inputs)
+    return _MarginSoftmax.apply(logits, label, margin, centres, *inputs)
 
 
 class _MarginSoftmax(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, label, margin, *inputs):
-        predicted = logits.argmax(1)
-        rows = torch.arange(len(label), device=label.device)
-        leaves = [tensor.detach().requires_grad_() for tensor in (logits[rows, label], *inputs)]  # each (N,)
+    def forward(ctx, logits, label, margin, centres, *inputs):
+        predicted = _label_of_largest(logits, centres)
+        rows, columns = centres.targets(label)
+        leaves = [tensor.detach().requires_grad_() for tensor in (logits[rows, columns], *(t[rows] for t in inputs))]
         with torch.enable_grad():  # the margin's own graph, kept for the backward pass: N numbers a node
             target = margin(*leaves)
-        logits[rows, label] = target.detach()
-        largest = logits.amax(1, keepdim=True)
-        total = logits.sub_(largest).exp_().sum(1, keepdim=True)
-        log_total = (largest + total.log()).squeeze(1)
-        ctx.save_for_backward(logits.div_(total), rows, label)
+        logits[rows, columns] = target.detach()
+        largest = centres.max(logits.amax(1))                                                  # (N,)
+        total = centres.sum(logits.sub_(largest[:, None]).exp_().sum(1))                       # (N,)
+        targets = centres.sum(_scatter(target.detach(), rows, len(label)))                     # (N,)
+        ctx.save_for_backward(logits.div_(total[:, None]), rows, columns)
         ctx.leaves, ctx.target = leaves, target
         ctx.mark_non_differentiable(predicted)
-        return (log_total - target.detach()).mean(), predicted
+        return (largest + total.log() - targets).mean(), predicted
 
     @staticmethod
     def backward(ctx, grad_loss, _):
-        probability, rows, label = ctx.saved_tensors
-        grad = probability * (grad_loss / len(label))                  # (N, C): d loss / d logit_j = p_j - [j = y]
-        grad_target = grad[rows, label] - grad_loss / len(label)       # (N,): with respect to the replaced logit
-        grad_leaves = torch.autograd.grad(ctx.target, ctx.leaves, grad_target, retain_graph=True)
-        grad[rows, label] = grad_leaves[0]
-        return grad, None, None, *grad_leaves[1:]
+        probability, rows, columns = ctx.saved_tensors
+        count = len(probability)
+        grad = probability * (grad_loss / count)                       # (N, C): d loss / d logit_j = p_j - [j = y]
+        grad_target = grad[rows, columns] - grad_loss / count          # with respect to the replaced logits
+        grad_logit, *grad_inputs = torch.autograd.grad(ctx.target, ctx.leaves, grad_target, retain_graph=True)
+        grad[rows, columns] = grad_logit
+        return grad, None, None, None, *(_scatter(values, rows, count) for values in grad_inputs)
+
+
+def _label_of_largest(logits, centres):
+    value, column = logits.max(1)
+    nobody = torch.iinfo(torch.int64).max
+    return centres.min(torch.where(value == centres.max(value.clone()), centres.labels(column), nobody))
+
+
+def _scatter(values, rows, count):
+    """Put values (T,) into rows of a zero vector (count,)."""
+    return values.new_zeros(count).index_put((rows,), values)

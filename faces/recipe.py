@@ -51,6 +51,9 @@ def training_parser(description):
     recipe.add_argument("--weight-decay", type=float, default=5e-4, metavar="W", help="L2 penalty of convolutions and "
                         "matrices; biases, PReLU and batch normalisation have none")
     recipe.add_argument("--mirror", action=argparse.BooleanOptionalAction, default=True, help="flip half of the faces")
+    recipe.add_argument("--sample-centres", type=float, metavar="F",
+                        help="fraction of the identities that a step's softmax sees, those of its batch always; 0.1 "
+                             "for hundreds of thousands of identities; implies --shard-head (default: all of them)")
     recipe.add_argument("--seed", type=int, default=0, help="of weights, order and mirroring")
 
     run = parser.add_argument_group("run")
@@ -58,6 +61,8 @@ def training_parser(description):
     run.add_argument("--resume", action="store_true", help="continue the run in --output exactly where it was saved")
     run.add_argument("--checkpoint-every", type=int, default=1000, metavar="STEPS",
                      help="steps between two checkpoints; one is saved as well when interrupted and at the end")
+    run.add_argument("--shard-head", action=argparse.BooleanOptionalAction, default=False,
+                     help="spread the identities over torchrun's processes, so that a million fit; changes no result")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     run.add_argument("--precision", choices=("auto", "bf16", "float32"), default="auto",
                      help="of the network; auto takes bf16 where the device computes it in hardware")
@@ -104,6 +109,8 @@ def make_recipe(args, faces):
     """
     if args.batch_size < 2 or args.warmup < 0 or args.checkpoint_every < 1:
         raise InputError("--batch-size must be at least 2, --warmup at least 0, --checkpoint-every at least 1.")
+    if args.sample_centres is not None and not 0 < args.sample_centres <= 1:
+        raise InputError("--sample-centres must be greater than 0 and at most 1.")
     if args.batch_size > faces:
         raise InputError(f"--batch-size {args.batch_size} is larger than the set of {faces} faces; choose a smaller "
                          "one.")

@@ -1,5 +1,6 @@
 """What surrounds a training loop: device, precision, processes, seeds, signals, and batches on the device."""
 import contextlib
+import copy
 import os
 import signal
 import sys
@@ -8,9 +9,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
+from faces.align import HEIGHT, WIDTH
 from faces.errors import InputError
+from faces.shard import ShardedHead
 
 
 def pick_device(name="auto"):
@@ -59,6 +63,7 @@ class Run:
     Attributes:
         device: torch.device of this process.
         rank, world: number of this process, and of all.
+        step: that of the batch that batches() gave last.
         output: folder of the run.
     """
 
@@ -74,7 +79,8 @@ class Run:
         self.bf16 = has_bf16(self.device) if args.precision == "auto" else args.precision == "bf16"
         self.workers = args.workers if args.workers is not None else 4 if self.device.type == "cuda" else 0
         self.output = args.output or Path(__file__).resolve().parents[1] / "runs" / method
-        self.seed, self.mirror = args.seed, args.mirror
+        self.seed, self.mirror, self.step = args.seed, args.mirror, 0
+        self.sharded, self.sample = args.shard_head or args.sample_centres is not None, args.sample_centres
         self.stop_signal = None
         if not self.first:
             sys.stdout = open(os.devnull, "w")  # one voice is enough
@@ -99,10 +105,17 @@ class Run:
         """Context of the network's forward pass."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
-    def parallel(self, module):
-        """Move a module to the device; with several processes, average its gradients over them."""
-        module = module.to(self.device, memory_format=torch.channels_last)
-        return torch.nn.parallel.DistributedDataParallel(module) if self.world > 1 else module
+    def parallel(self, net):
+        """Move a network to the device; with several processes, average its gradients over them."""
+        net = net.to(self.device, memory_format=torch.channels_last)
+        return averaging(net, torch.zeros(2, 3, HEIGHT, WIDTH, device=self.device)) if self.world > 1 else net
+
+    def head(self, method, classes, *settings):
+        """Make a method's head on the device, whole in every process or its class centres spread over them."""
+        if self.sharded:
+            return ShardedHead(self, method, classes, *settings, sample=self.sample).to(self.device)
+        head = method(classes, *settings).to(self.device)
+        return DistributedDataParallel(head) if self.world > 1 else head
 
     @contextlib.contextmanager
     def stopping_cleanly(self):
@@ -151,7 +164,22 @@ class Run:
             if self.mirror:
                 coins = np.random.default_rng((self.seed, step, self.rank, 1)).random(len(images)) < 0.5
                 flip = torch.from_numpy(coins).to(self.device, non_blocking=True)
+            self.step = step
             yield to_input(images, flip), labels
+
+
+def averaging(net, x):
+    """DistributedDataParallel around a network that has seen input x once and is what it was before.
+
+    After its first backward pass it rearranges the gradients it sums, and so the rounding of three and more summands.
+    With that pass behind it, a resumed run sums in the order in which it would have gone on, bit for bit.
+    """
+    before = copy.deepcopy(net.state_dict())
+    parallel = DistributedDataParallel(net)
+    parallel(x).sum().backward()
+    net.load_state_dict(before)
+    net.zero_grad()
+    return parallel
 
 
 def no_decay_on_vectors(net, head, weight_decay):

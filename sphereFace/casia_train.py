@@ -11,8 +11,6 @@ DIR holds folders such as 0000045/001.jpg and casia_landmark.txt, or faces alrea
 import sys
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from sphereFace.net import NETS, SphereFace
 from faces.cache import load_casia
@@ -22,6 +20,7 @@ from faces.log import TrainingLog
 from faces.probe import LfwProbe
 from faces.recipe import make_recipe, training_parser
 from faces.run import Run, no_decay_on_vectors
+from faces.shard import SGD
 
 
 def parse_args():
@@ -43,8 +42,8 @@ def main():
         faces = load_casia(args.casia, args.landmarks, args.cache, args.drop_lfw_overlap, args.list)
     recipe = make_recipe(args, len(faces))
     net = run.parallel(NETS[args.net]())
-    head = run.parallel(SphereFace(faces.classes, args.margin))
-    optimizer = torch.optim.SGD(no_decay_on_vectors(net, head, args.weight_decay), recipe.peak, momentum=0.9)
+    head = run.head(SphereFace, faces.classes, args.margin)
+    optimizer = SGD(no_decay_on_vectors(net, head, args.weight_decay), recipe.peak, momentum=0.9)
     checkpoints = Checkpoints(run, args, faces, net, head, optimizer)
     lfw = LfwProbe(args, run)
     step = checkpoints.resume(args.resume)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from faces.margin import float32, margin_softmax
+from faces.margin import ALL, float32, margin_softmax
 
 
 STAGES = ((64, 1), (128, 2), (256, 4), (512, 1))  # channels and residual units of each stage; a stage halves the image
@@ -111,13 +111,14 @@ class SphereFace(nn.Module):
         """lambda = max(5, 1000 / (1 + 0.12 step)) as in the authors' Caffe release; step counts from 0."""
         return max(5.0, 1000.0 / (1.0 + 0.12 * step))
 
-    def forward(self, embedding, label, lam):
+    def forward(self, embedding, label, lam, centres=ALL):
         """Loss of a batch.
 
         Args:
             embedding: float (N, 512), not normalised.
             label: int64 (N,), 0 <= label < C.
             lam: lambda >= 0, see annealing(); 0 is the pure margin.
+            centres: whose centres `weight` holds, where they are spread over processes.
 
         Returns:
             (mean loss, scalar float32; predicted label by the largest cosine, int64 (N,)).
@@ -130,4 +131,4 @@ class SphereFace(nn.Module):
             x = embedding.float()
             norm = (x.square().sum(1) + 1e-12).sqrt()              # (N,); the epsilon keeps a zero embedding finite
             logits = x @ nn.functional.normalize(self.weight.float()).T  # (N, C): |x| cos t
-            return margin_softmax(logits, label, margin, norm)
+            return margin_softmax(logits, label, margin, norm, centres=centres)
