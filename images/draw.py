@@ -1,4 +1,4 @@
-"""Draw the pictures of the README into this folder.
+"""Draw the pictures of the README that need no data into this folder; tsne.png is by tools/tsne.py.
 
     python draw.py
 
