@@ -12,9 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT, script
+from conftest import ROOT, draw_face, script, write_image
+from cosFace.net import faceNet
+from faces.evaluate import evaluate
+from faces.landmarks import write_landmarks
+from faces.lfw import load_lfw
 from faces.recipe import Recipe
 from faces.run import Order, to_input
+from faces.weights import load_weights
 
 TINY = ["--batch-size", "8", "--epochs", "2", "--checkpoint-every", "2", "--device", "cpu", "--precision", "float32"]
 
@@ -138,6 +143,25 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(main, casia, tmp_pat
     path = tmp_path / "run/checkpoint.pt"
     saved = tensors(torch.load(path, weights_only=True)) if path.exists() else {}
     assert all(torch.isfinite(tensor).all() for tensor in saved.values())
+
+
+def test_lfw_is_measured_after_an_epoch_as_lfw_eval_would(main, casia, tmp_path):
+    rows = []
+    for person in "ABCD":
+        for photo in (1, 2):
+            image, points = draw_face(ord(person), photo)
+            name = f"{person}/{person}_{photo:04d}.jpg"
+            write_image(tmp_path / "lfw" / name, image)
+            rows.append((name, points))
+    write_landmarks(tmp_path / "list.txt", rows)
+    (tmp_path / "lfw/pairs.txt").write_text("2\t1\nA\t1\t2\nA\t1\tB\t1\nC\t1\t2\nC\t1\tD\t1\n")
+    status, _ = main("cosFace", *options(casia, tmp_path), "--epochs", "0.4", "--lfw", tmp_path / "lfw",
+                     "--lfw-landmarks", tmp_path / "list.txt")
+    line, = (json.loads(line) for line in (tmp_path / "run/epochs.jsonl").read_text().splitlines())
+    net = faceNet()
+    load_weights(net, tmp_path / "run/checkpoint.pt")
+    lfw = load_lfw(tmp_path / "lfw", landmarks=tmp_path / "list.txt")
+    assert status == 0 and line["lfw"] == round(evaluate(net, lfw, "cpu", progress=False).accuracy, 5)
 
 
 def test_the_authors_schedule():
