@@ -22,6 +22,18 @@ def script(name, *args, **kwargs):
                           capture_output=True, timeout=300, **kwargs)
 
 
+def run_lfw_eval(monkeypatch, capsys, *options):
+    """Run cosFace/lfw_eval.py's main() in this process, which saves importing torch; (exit status, stdout, stderr)."""
+    import cosFace.net
+    from faces.evaluate import main
+    monkeypatch.setattr(sys, "argv", ["lfw_eval.py", "--device", "cpu", *map(str, options)])
+    try:
+        status = main(cosFace.net, "CosFace") or 0
+    except SystemExit as exit:
+        status = exit.code
+    return status, *capsys.readouterr()
+
+
 def draw_face(person, photo, size=150):
     """A drawn face that a person keeps from photo to photo, somewhere in a picture: (uint8 RGB, float (5, 2))."""
     person, photo = np.random.default_rng((1, person)), np.random.default_rng((2, person, photo))

@@ -13,10 +13,11 @@ import skimage.data
 import torch
 
 import cosFace.net
+from conftest import run_lfw_eval
 from faces import checkpoint, landmarks
 from faces.align import TEMPLATE, align, similarity_transform
 from faces.errors import InputError
-from faces.evaluate import evaluate, main
+from faces.evaluate import evaluate
 from faces.images import read_image
 from faces.landmarks import write_landmarks
 from faces.lfw import load_faces, load_lfw, read_pairs
@@ -159,16 +160,6 @@ def test_aligned_faces_need_no_landmarks(tmp_path):
     np.testing.assert_array_equal(faces, [image[:, 8:-8]] * 2)
 
 
-def run_main(monkeypatch, capsys, *options):
-    """Run lfw_eval.py's main() in this process; return (exit status, stdout, stderr)."""
-    monkeypatch.setattr(sys, "argv", ["lfw_eval.py", "--device", "cpu", *map(str, options)])
-    try:
-        status = main(cosFace.net, "CosFace") or 0
-    except SystemExit as exit:
-        status = exit.code
-    return status, *capsys.readouterr()
-
-
 @pytest.mark.parametrize("folder, mirror, mean", [("cosFace", "concatenate", "--no-subtract-mean"),
                                                   ("sphereFace", "none", "--subtract-mean")])
 def test_command_from_its_own_folder(lfw, model, folder, mirror, mean):
@@ -259,7 +250,7 @@ def spoil(lfw, model, what):
 ])
 def test_bad_input_is_one_sentence(lfw, model, monkeypatch, capsys, what, sentence):
     (lfw.parent / "empty").mkdir()
-    status, out, err = run_main(monkeypatch, capsys, "--model", model, "--lfw", lfw,
+    status, out, err = run_lfw_eval(monkeypatch, capsys, "--model", model, "--lfw", lfw,
                                 "--landmarks", lfw.parent / "landmarks.txt", *spoil(lfw, model, what))
     said = [line for line in re.split(r"[\r\n]+", err) if line.strip() and "face/s" not in line]  # beside progress bars
     assert status == 2 and len(said) == 1 and "Traceback" not in err

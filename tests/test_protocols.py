@@ -3,7 +3,6 @@ import itertools
 import json
 import pickle
 import re
-import sys
 
 import cv2
 import numpy as np
@@ -11,12 +10,11 @@ import pytest
 import torch
 
 import cosFace.net
-from conftest import draw_face, write_image
+from conftest import draw_face, run_lfw_eval, write_image
 from faces import checkpoint
 from faces.bootstrap import bootstrap, draw, interval, pair_weights
 from faces.contact_sheet import error_sheet, hardest
 from faces.errors import InputError
-from faces.evaluate import main
 from faces.images import read_image
 from faces.pairs import Pairs, read_pairs
 from faces.protocols import choose_gallery, identify, operate
@@ -198,18 +196,8 @@ def test_hardest_pairs_and_their_sheet(tmp_path):
     assert large.shape[1] == small.shape[1] and large.shape[0] > small.shape[0] and large.std() > 20
 
 
-def run_main(monkeypatch, capsys, *options):
-    """Run lfw_eval.py's main() in this process; return (exit status, stdout, stderr)."""
-    monkeypatch.setattr(sys, "argv", ["lfw_eval.py", "--device", "cpu", *map(str, options)])
-    try:
-        status = main(cosFace.net, "CosFace") or 0
-    except SystemExit as exit:
-        status = exit.code
-    return status, *capsys.readouterr()
-
-
 def test_two_models_and_every_protocol(lfw, models, tmp_path, monkeypatch, capsys):
-    status, out, err = run_main(monkeypatch, capsys, "--model", models[0], "--model", models[1], "--lfw", lfw,
+    status, out, err = run_lfw_eval(monkeypatch, capsys, "--model", models[0], "--model", models[1], "--lfw", lfw,
                                 "--aligned", "--mirror", "none", "--protocol", "folds", "tar", "identification",
                                 "--far", 1e-3, 0.25, "--resamples", 200, "--output", tmp_path)
     assert status == 0, err
@@ -236,17 +224,17 @@ def test_two_models_and_every_protocol(lfw, models, tmp_path, monkeypatch, capsy
 
 
 def test_one_protocol_alone_and_a_bin_set(lfw, models, tmp_path, monkeypatch, capsys):
-    status, out, _ = run_main(monkeypatch, capsys, "--model", models[0], "--lfw", lfw, "--aligned", "--view", 1,
+    status, out, _ = run_lfw_eval(monkeypatch, capsys, "--model", models[0], "--lfw", lfw, "--aligned", "--view", 1,
                               "--protocol", "tar")
     assert status == 0 and "LFWACC" not in out and "TAR@FAR=1e-2" in out and "8 (4 genuine, 4 impostor)" in out
     pairs = read_pairs(lfw)
     files = [cv2.imencode(".png", read_image(lfw / path)[..., ::-1])[1].tobytes() for path in pairs.paths]
     (tmp_path / "own.bin").write_bytes(pickle.dumps(([files[i] for i in pairs.pairs.ravel()], pairs.same.tolist()), 2))
     options = ("--model", models[0], "--mirror", "none", "--output")
-    status, out, _ = run_main(monkeypatch, capsys, *options, tmp_path, "--lfw", tmp_path / "own.bin")
+    status, out, _ = run_lfw_eval(monkeypatch, capsys, *options, tmp_path, "--lfw", tmp_path / "own.bin")
     assert status == 0 and "over 10 folds" in out and "the faces in own.bin are aligned" in out
     rows = [line.split("\t") for line in (tmp_path / "scores.tsv").read_text().splitlines()[1:]]
-    run_main(monkeypatch, capsys, *options, tmp_path / "f", "--lfw", lfw, "--aligned")
+    run_lfw_eval(monkeypatch, capsys, *options, tmp_path / "f", "--lfw", lfw, "--aligned")
     folder = [line.split("\t") for line in (tmp_path / "f" / "scores.tsv").read_text().splitlines()[1:]]
     np.testing.assert_allclose([float(row[4]) for row in rows], [float(row[4]) for row in folder], atol=2e-6)
 
@@ -255,5 +243,5 @@ def test_one_protocol_alone_and_a_bin_set(lfw, models, tmp_path, monkeypatch, ca
     (("--net", "faceNet", "--net", "sphere20a"), "--net was given 2 times for 1 models"), (("--far", "0"), "above 0"),
     (("--protocol", "roc"), "invalid choice"), (("--view", "1", "--pairs", "pairs.txt"), "is not of view 1")])
 def test_options_that_do_not_fit(lfw, models, monkeypatch, capsys, options, sentence):
-    status, _, err = run_main(monkeypatch, capsys, "--model", models[0], "--lfw", lfw, "--aligned", *options)
+    status, _, err = run_lfw_eval(monkeypatch, capsys, "--model", models[0], "--lfw", lfw, "--aligned", *options)
     assert status == 2 and sentence in err and "Traceback" not in err

@@ -17,7 +17,7 @@ from faces.log import geometry
 from faces.run import averaging
 from faces.shard import SGD, ShardedHead, bounds
 from sphereFace.net import SphereFace
-from test_training import main, options  # noqa: F401: main is a fixture
+from test_training import main, options  # noqa: F401 (main is a fixture)
 
 CLASSES = 7                             # over 2 processes 3 and 4, over 3 processes 2, 2 and 3
 LABEL = torch.tensor([0, 6, 3, 3, 2, 5])
