@@ -2,6 +2,8 @@
 import cv2
 import numpy as np
 
+from faces.images import read_image
+
 HEIGHT, WIDTH = 112, 96
 # Eyes, nose, corners of the mouth in pixels of the aligned face, image-left first: the points of the authors' release
 # (wy1iu/sphereface, preprocess/code/face_align_demo.m). The 112x112 template of later work is this one plus 8 in x.
@@ -69,3 +71,21 @@ def crop_aligned(image):
         return image[:, SQUARE_SHIFT:-SQUARE_SHIFT]
     height, width = image.shape[:2]
     raise ValueError(f"{width}x{height} pixels is no aligned face (96x112 or 112x112); landmarks are needed")
+
+
+def load_face(source, landmarks=None):
+    """Read an image and return its face: aligned by its landmarks, or taken as aligned already where there are none.
+
+    Args:
+        source: path of a file, or the file's bytes.
+        landmarks: float (5, 2), or None.
+
+    Returns:
+        uint8 (HEIGHT, WIDTH, 3), RGB.
+
+    Raises:
+        faces.images.UnreadableImage: see read_image.
+        ValueError: see align and crop_aligned.
+    """
+    image = read_image(source)
+    return crop_aligned(image) if landmarks is None else align(image, landmarks)

@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from faces.align import HEIGHT, TEMPLATE, WIDTH, align, crop_aligned
+from faces.align import HEIGHT, TEMPLATE, WIDTH, load_face
 from faces.casia import read_casia, without_lfw_overlap
 from faces.errors import InputError
 from faces.files import atomic_write, write_json
-from faces.images import UnreadableImage, read_image
+from faces.images import UnreadableImage
 from faces.landmarks import default_list
 
 SHAPE = (HEIGHT, WIDTH, 3)
@@ -172,8 +172,7 @@ def _read_journal(folder):
 def _fill(faces, listing, row):
     """Align one face into its row; return None, or why it can't be."""
     try:
-        image = read_image(listing.source.open(listing.paths[row]))
-        faces[row] = crop_aligned(image) if listing.points is None else align(image, listing.points[row])
+        faces[row] = load_face(*listing.face(row))
     except (UnreadableImage, ValueError) as error:
         return str(error)
 

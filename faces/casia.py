@@ -84,6 +84,10 @@ class TrainingList(NamedTuple):
     labels: np.ndarray
     points: np.ndarray | None
 
+    def face(self, row):
+        """What faces.align.load_face takes to read the face of a row: the image, and its landmarks or None."""
+        return self.source.open(self.paths[row]), None if self.points is None else self.points[row]
+
 
 def read_casia(root, landmarks=None, labels=None):
     """List the training images.

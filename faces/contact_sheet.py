@@ -21,7 +21,7 @@ def error_sheet(path, faces, pairs, similarities, correct, count=10):
 
     Args:
         path: the picture, .png.
-        faces: uint8 (N, HEIGHT, 3), RGB, aligned.
+        faces: uint8 (N, HEIGHT, WIDTH, 3), RGB, aligned.
         pairs: faces.pairs.Pairs, of P pairs.
         similarities: float (P,).
         correct: bool (P,), which were judged rightly.

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from faces.align import HEIGHT, WIDTH, align, crop_aligned
+from faces.align import HEIGHT, WIDTH, load_face
 from faces.binset import read_bin
 from faces.errors import InputError
-from faces.images import UnreadableImage, read_image
+from faces.images import UnreadableImage
 from faces.landmarks import default_list, read_landmarks
 from faces.pairs import Pairs, first, read_pairs
 
@@ -80,8 +80,7 @@ def decode_faces(where, names, sources, points=None):
 
     def load(i):
         try:
-            image = read_image(sources[i])
-            faces[i] = crop_aligned(image) if points is None else align(image, points[i])
+            faces[i] = load_face(sources[i], None if points is None else points[i])
         except (UnreadableImage, ValueError) as error:
             return f"{names[i]}: {error}"
 

@@ -43,6 +43,21 @@ def load_weights(net, path, channels=None):
             "channels": channels}
 
 
+def add_options(parser, nets):
+    """Add --net and --channels, which say how a model's file is to be read.
+
+    Args:
+        parser: argparse.ArgumentParser, or a group of one.
+        nets: names of the networks to choose from.
+    """
+    parser.add_argument("--net", choices=tuple(nets), default="faceNet",
+                        help="faceNet has batch normalisation; sphere20a is the paper's net without it (default: "
+                             "faceNet)")
+    parser.add_argument("--channels", choices=CHANNELS,
+                        help="order of the channels the model was trained with (default: rgb for checkpoints of this "
+                             "project, bgr for any other, as the released ones are)")
+
+
 def architecture(names):
     """Return which network a state dict with these names belongs to: "faceNet", "sphere20a" or None."""
     if "conv1_1.weight" not in names or "fc5.weight" not in names:

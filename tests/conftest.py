@@ -1,4 +1,5 @@
 """Made data for tests: a folder of small drawn faces with landmarks, and scripts run as they are typed."""
+import importlib
 import os
 import subprocess
 import sys
@@ -20,6 +21,51 @@ def script(name, *args, **kwargs):
     env = {**os.environ, "OMP_NUM_THREADS": "2"}
     return subprocess.run([sys.executable, path.name, *map(str, args)], cwd=path.parent, env=env, text=True,
                           capture_output=True, timeout=300, **kwargs)
+
+
+TINY = ["--batch-size", "8", "--epochs", "2", "--checkpoint-every", "2", "--device", "cpu", "--precision", "float32"]
+
+
+def options(casia, folder, name="run"):
+    return ["--casia", casia, "--cache", folder / "cache", "--output", folder / name, *TINY]
+
+
+def torchrun(method, *args):
+    """Run casia_train.py in two processes that share the batch; returns the finished process."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+               "casia_train.py", *map(str, args)]
+    return subprocess.run(command, cwd=ROOT / method, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
+                          capture_output=True, timeout=300)
+
+
+def assert_same_model(one, two):
+    """Compare the networks and heads of two runs' folders; returns both checkpoints."""
+    import torch
+    one, two = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (one, two))
+    for part in ("weights", "head"):
+        for name, tensor in one[part].items():
+            torch.testing.assert_close(two[part][name], tensor, atol=1e-5, rtol=1e-3)
+    return one, two
+
+
+class Main:
+    """Calls a script's main() in this process, which saves the seconds that importing torch takes."""
+
+    def __init__(self, monkeypatch, capsys):
+        self.monkeypatch, self.capsys = monkeypatch, capsys
+
+    def __call__(self, method, *args):
+        self.monkeypatch.setattr(sys, "argv", ["casia_train.py", *map(str, args)])
+        try:
+            status = importlib.import_module(f"{method}.casia_train").main()
+        except SystemExit as end:
+            status = end.code
+        return status, self.capsys.readouterr()
+
+
+@pytest.fixture
+def main(monkeypatch, capsys):
+    return Main(monkeypatch, capsys)
 
 
 def run_lfw_eval(monkeypatch, capsys, *options):

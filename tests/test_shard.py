@@ -1,15 +1,12 @@
 """Centres spread over 2 and 3 processes: loss, gradients, labels and checkpoints are those of one process."""
 import math
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import distributed, multiprocessing, nn
 
-from conftest import ROOT
+from conftest import assert_same_model, options, torchrun
 from cosFace.net import CosFace
 from faces.checkpoint import Checkpoints
 from faces.errors import InputError
@@ -17,7 +14,6 @@ from faces.log import geometry
 from faces.run import averaging
 from faces.shard import SGD, ShardedHead, bounds
 from sphereFace.net import SphereFace
-from test_training import main, options  # noqa: F401 (main is a fixture)
 
 CLASSES = 7                             # over 2 processes 3 and 4, over 3 processes 2, 2 and 3
 LABEL = torch.tensor([0, 6, 3, 3, 2, 5])
@@ -209,22 +205,16 @@ def test_more_processes_than_identities(folder):
         ShardedHead(make_run(folder, 0, 3), CosFace, 2)
 
 
-def test_training_with_a_sharded_head_is_that_of_one_process(main, casia, tmp_path):  # noqa: F811
+def test_training_with_a_sharded_head_is_that_of_one_process(main, casia, tmp_path):
     args = [*options(casia, tmp_path), "--net", "sphere20a", "--epochs", "0.34", "--no-mirror"]
     assert main("sphereFace", *args[:5], tmp_path / "one", *args[6:])[0] == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               "casia_train.py", *map(str, args), "--shard-head"]
-    double = subprocess.run(command, cwd=ROOT / "sphereFace", env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
-                            capture_output=True, timeout=300)
+    double = torchrun("sphereFace", *args, "--shard-head")
     assert double.returncode == 0, double.stderr
-    one, two = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("one", "run"))
-    for part in ("weights", "head"):
-        for name, tensor in one[part].items():
-            torch.testing.assert_close(two[part][name], tensor, atol=1e-5, rtol=1e-3)
+    one, two = assert_same_model(tmp_path / "one", tmp_path / "run")
     assert one["step"] == two["step"] == 2 and two["head"]["weight"].shape == (6, 512)
 
 
-def test_each_step_of_training_draws_centres_of_its_own(main, casia, tmp_path, monkeypatch):  # noqa: F811
+def test_each_step_of_training_draws_centres_of_its_own(main, casia, tmp_path, monkeypatch):
     steps, draw = [], ShardedHead._draw
     monkeypatch.setattr(ShardedHead, "_draw", lambda head, label: steps.append(head.run.step) or draw(head, label))
     args = [*options(casia, tmp_path), "--net", "sphere20a", "--epochs", "0.34", "--sample-centres"]

@@ -1,5 +1,4 @@
 """casia_train.py as it is typed: it learns, resumes exactly after any kill, and says what is wrong with its input."""
-import importlib
 import json
 import os
 import pickle
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT, draw_face, script, write_image
+from conftest import ROOT, assert_same_model, draw_face, options, script, torchrun, write_image
 from cosFace.net import faceNet
 from faces.evaluate import evaluate
 from faces.landmarks import write_landmarks
@@ -20,13 +19,6 @@ from faces.lfw import load_lfw
 from faces.recipe import Recipe
 from faces.run import Order, to_input
 from faces.weights import load_weights
-
-TINY = ["--batch-size", "8", "--epochs", "2", "--checkpoint-every", "2", "--device", "cpu", "--precision", "float32"]
-
-
-def options(casia, folder, name="run"):
-    return ["--casia", casia, "--cache", folder / "cache", "--output", folder / name, *TINY]
-
 
 def tensors(value, name=""):
     """All tensors of a nested checkpoint by name."""
@@ -75,26 +67,6 @@ def test_killed_and_resumed_is_bit_for_bit_as_never_interrupted(method, casia, t
     assert [line["step"] for line in epochs] == [6, 12] and epochs[1]["loss"] < epochs[0]["loss"]
     assert list((tmp_path / "run").glob("events.out.tfevents.*")) and (tmp_path / "run/training.png").exists()
     assert json.loads((tmp_path / "run/settings.json").read_text())["settings"]["batch_size"] == 8
-
-
-class Main:
-    """Calls a script's main() in this process, which saves the seconds that importing torch takes."""
-
-    def __init__(self, monkeypatch, capsys):
-        self.monkeypatch, self.capsys = monkeypatch, capsys
-
-    def __call__(self, method, *args):
-        self.monkeypatch.setattr(sys, "argv", ["casia_train.py", *map(str, args)])
-        try:
-            status = importlib.import_module(f"{method}.casia_train").main()
-        except SystemExit as end:
-            status = end.code
-        return status, self.capsys.readouterr()
-
-
-@pytest.fixture
-def main(monkeypatch, capsys):
-    return Main(monkeypatch, capsys)
 
 
 def fails(main, *args, method="cosFace"):
@@ -201,12 +173,6 @@ def test_processes_of_torchrun_train_one_model(casia, tmp_path):
     args = [*options(casia, tmp_path), "--net", "sphere20a", "--epochs", "0.5", "--no-mirror"]
     single = script("cosFace/casia_train.py", *args[:5], tmp_path / "one", *args[6:])
     assert single.returncode == 0, single.stderr
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               "casia_train.py", *map(str, args)]
-    double = subprocess.run(command, cwd=ROOT / "cosFace", env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
-                            capture_output=True, timeout=300)
+    double = torchrun("cosFace", *args)
     assert double.returncode == 0, double.stderr
-    one, two = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("one", "run"))
-    for part in ("weights", "head"):
-        for name, tensor in one[part].items():
-            torch.testing.assert_close(two[part][name], tensor, atol=1e-5, rtol=1e-3)
+    assert_same_model(tmp_path / "one", tmp_path / "run")

@@ -25,7 +25,8 @@ from faces.figures import comparison_picture
 from faces.images import UnreadableImage, read_image
 from faces.run import pick_device
 from faces.verify import best_threshold, similarities
-from faces.weights import CHANNELS, load_weights
+from faces.weights import add_options as add_model_options
+from faces.weights import load_weights
 from mtcnn.detector import add_options, make_detector
 from mtcnn.landmark_lists import ATTEMPTS, RULES, choose, frame
 
@@ -195,12 +196,7 @@ def _parser():
     parser.add_argument("photos", type=Path, nargs=2, metavar="PHOTO", help="two image files, of any size")
     parser.add_argument("--model", type=Path, required=True, metavar="FILE",
                         help="checkpoint.pt of casia_train.py, or a public checkpoint of the same network")
-    parser.add_argument("--net", choices=tuple(NETS), default="faceNet",
-                        help="faceNet has batch normalisation; sphere20a is the paper's net without it (default: "
-                             "faceNet)")
-    parser.add_argument("--channels", choices=CHANNELS,
-                        help="order of the channels the model was trained with (default: rgb for checkpoints of this "
-                             "project, bgr for any other, as the released ones are)")
+    add_model_options(parser, NETS)
     parser.add_argument("--scores", type=Path, metavar="FILE",
                         help="scores.tsv that lfw_eval.py --output left for this model; gives the threshold and its "
                              "error rates, which hold for photos like those of that set, and slightly flatter a "

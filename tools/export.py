@@ -27,7 +27,8 @@ from faces.errors import InputError, command
 from faces.files import atomic_write, folder
 from faces.images import UnreadableImage, list_images, read_image
 from faces.run import to_input
-from faces.weights import CHANNELS, load_weights
+from faces.weights import add_options as add_model_options
+from faces.weights import load_weights
 
 TOLERANCE = 1e-4     # of the embeddings, relative to the largest of their values where that is over 1
 MADE, READ = 8, 256  # faces to check on: made ones, and at most so many of --check-faces
@@ -203,12 +204,7 @@ def _parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, metavar="FILE",
                         help="checkpoint.pt of casia_train.py, or a public checkpoint of the same network")
-    parser.add_argument("--net", choices=tuple(NETS), default="faceNet",
-                        help="faceNet has batch normalisation; sphere20a is the paper's net without it (default: "
-                             "faceNet)")
-    parser.add_argument("--channels", choices=CHANNELS,
-                        help="order of the channels the model was trained with (default: rgb for checkpoints of this "
-                             "project, bgr for any other); what is exported takes RGB")
+    add_model_options(parser, NETS)
     parser.add_argument("--format", choices=tuple(FORMATS), required=True,
                         help="onnx for other runtimes (pip install onnx onnxruntime), torchscript for LibTorch, "
                              "safetensors for the weights alone")

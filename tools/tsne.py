@@ -15,16 +15,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from cosFace.net import NETS
-from faces.align import align, crop_aligned
+from faces.align import load_face
 from faces.casia import Folder, TrainingList, read_casia
 from faces.embed import embed
 from faces.errors import InputError, command
 from faces.figures import tsne_panels
 from faces.files import folder
-from faces.images import UnreadableImage, read_image
+from faces.images import UnreadableImage
 from faces.landmarks import default_list, read_landmarks
 from faces.run import pick_device
-from faces.weights import CHANNELS, load_weights
+from faces.weights import add_options as add_model_options
+from faces.weights import load_weights
 
 PICTURES = (".png", ".svg", ".pdf")
 
@@ -90,8 +91,7 @@ def read_faces(listing, rows):
     faces = []
     for row in rows:
         try:
-            image = read_image(listing.source.open(listing.paths[row]))
-            faces.append(crop_aligned(image) if listing.points is None else align(image, listing.points[row]))
+            faces.append(load_face(*listing.face(row)))
         except (UnreadableImage, ValueError) as error:
             raise InputError(f"can't use {listing.paths[row]} in {listing.source}: {error}; mend or remove it, or try "
                              "another --seed.") from None
@@ -176,12 +176,7 @@ def _parser():
                         help="checkpoint.pt of casia_train.py, or a public checkpoint of the same network; one a panel")
     parser.add_argument("--title", action="append", metavar="TEXT",
                         help="title of a model's panel, in the order of --model (default: its method)")
-    parser.add_argument("--net", choices=tuple(NETS), default="faceNet",
-                        help="faceNet has batch normalisation; sphere20a is the paper's net without it (default: "
-                             "faceNet)")
-    parser.add_argument("--channels", choices=CHANNELS,
-                        help="order of the channels the models were trained with (default: rgb for checkpoints of this "
-                             "project, bgr for any other, as the released ones are)")
+    add_model_options(parser, NETS)
     data = parser.add_mutually_exclusive_group(required=True)
     data.add_argument("--faces", type=Path, metavar="DIR",
                       help="CASIA-WebFace, a folder of person folders or a zip of them; without a landmark list, faces "
