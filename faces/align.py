@@ -28,19 +28,18 @@ def similarity_transform(source, target=TEMPLATE):
     Raises:
         ValueError: the points coincide or are not finite, or a mirrored face would fit them better.
     """
-    source, target = np.asarray(source, np.float64), np.asarray(target, np.float64)
-    source_mean, target_mean = source.mean(0), target.mean(0)
-    s = (source - source_mean) @ (1, 1j)
-    t = (target - target_mean) @ (1, 1j)
-    spread = (abs(s) ** 2).sum()
+    s, t = (np.ascontiguousarray(points, np.float64).view(np.complex128)[:, 0] for points in (source, target))
+    source_mean, target_mean = s.sum() / len(s), t.sum() / len(t)
+    s, t = s - source_mean, t - target_mean
+    spread = np.vdot(s, s).real                # vdot conjugates its first argument
     if not np.isfinite(spread) or spread < 1e-6:
         raise ValueError("landmarks coincide or are not finite")
-    turned, mirrored = np.conj(s) @ t, s @ t   # how well each of the two fits
+    turned, mirrored = np.vdot(s, t), s @ t    # how well each of the two fits
     if abs(mirrored) > abs(turned):
         raise ValueError("landmarks are mirrored; image-left eye and mouth corner come first")
     a = turned / spread
-    rotation = np.array([[a.real, -a.imag], [a.imag, a.real]])
-    return np.column_stack((rotation, target_mean - rotation @ source_mean))
+    b = target_mean - a * source_mean
+    return np.array([[a.real, -a.imag, b.real], [a.imag, a.real, b.imag]])
 
 
 def align(image, landmarks):

@@ -22,9 +22,10 @@ from faces.files import atomic_write, write_json
 from faces.images import UnreadableImage
 from faces.landmarks import default_list
 
-SHAPE = (HEIGHT, WIDTH, 3)
+SHAPE, FACE = (HEIGHT, WIDTH, 3), HEIGHT * WIDTH * 3    # of a face, and its bytes
 NAME = "casia_landmark.txt"
-CHUNK = 1024                # faces between two lines of the journal: at most this many are aligned again after a kill
+CHUNK = 512                 # faces between two lines of the journal: at most this many are aligned again after a kill
+BLOCK = 32                  # faces that a thread takes at a time
 MAX_FAILED = 0.01           # of the list; more is no accident but a wrong folder
 DEFAULT = Path(__file__).resolve().parents[1] / "cache"
 
@@ -105,6 +106,11 @@ def build(listing, cache=DEFAULT):
     return np.memmap(folder / "faces.u8", np.uint8, "r", shape=shape), failed
 
 
+def processors():
+    """Number of processors that this process may use: under taskset or in a container fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def _known_landmarks(root):
     """The list in the folder, or the one casia_landmark.py wrote for it; None where there is neither."""
     root = Path(root).expanduser()
@@ -120,33 +126,36 @@ def _hash_list(names, labels, points):
 
 
 def _build(listing, folder):
-    faces = _allocate(folder, (len(listing.paths), *SHAPE))
-    limit = MAX_FAILED * len(listing.paths)
+    total = len(listing.paths)
+    _allocate(folder, total * FACE)
     done, failed = _read_journal(folder), []
-    print(f"aligning {len(listing.paths):,} faces of {listing.source} into {folder}, once")
-    with open(folder / "journal.jsonl", "a") as journal, ThreadPoolExecutor(os.cpu_count()) as pool, \
-            tqdm(total=len(listing.paths), unit="img", unit_scale=True, dynamic_ncols=True) as bar:
-        for start in range(0, len(listing.paths), CHUNK):
-            rows = range(start, min(start + CHUNK, len(listing.paths)))
-            if start not in done:
-                reasons = list(pool.map(lambda row: _fill(faces, listing, row), rows))  # decoding frees the interpreter
-                chunk_failed = [(row, reason) for row, reason in zip(rows, reasons) if reason]
-                faces.flush()
-                failed += chunk_failed
-                if len(failed) > limit:
-                    raise InputError(_too_many(listing, failed))
-                if not chunk_failed:  # a chunk with failures is tried again by the next build, if this one is killed
-                    journal.write(json.dumps(start) + "\n")
-                    journal.flush()
-            bar.update(len(rows))
+    print(f"aligning {total:,} faces of {listing.source} into {folder}, once")
+    try:
+        with open(folder / "faces.u8", "r+b") as file, open(folder / "journal.jsonl", "a") as journal, \
+                ThreadPoolExecutor(processors()) as pool, ThreadPoolExecutor(1) as writer, \
+                tqdm(total=total, unit="img", unit_scale=True, dynamic_ncols=True) as bar:
+            stored = writer.submit(int)
+            for start in range(0, total, CHUNK):
+                rows = range(start, min(start + CHUNK, total))
+                if start not in done:
+                    chunk, chunk_failed = _align(listing, rows, pool)
+                    failed += chunk_failed
+                    if len(failed) > MAX_FAILED * total:
+                        raise InputError(_too_many(listing, failed))
+                    stored.result()  # the disk takes a chunk while the next one is aligned, and no more than one waits
+                    stored = writer.submit(_store, chunk, start, file, None if chunk_failed else journal)
+                bar.update(len(rows))
+            stored.result()
+    except OSError as error:
+        raise _unwritable(folder, error) from None
     with atomic_write(folder / "failed.txt", "w", encoding="utf-8") as file:
         file.writelines(f"{listing.paths[row]}\t{reason}\n" for row, reason in failed)
-    write_json(folder / "cache.json", {"faces": len(listing.paths), "failed": failed})
+    write_json(folder / "cache.json", {"faces": total, "failed": failed})
     (folder / "journal.jsonl").unlink()
 
 
-def _allocate(folder, shape):
-    path, size = folder / "faces.u8", int(np.prod(shape))
+def _allocate(folder, size):
+    path = folder / "faces.u8"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         present = path.stat().st_size if path.exists() else 0
@@ -155,10 +164,34 @@ def _allocate(folder, shape):
                              "a larger disk with --cache.")
         with open(path, "ab") as file:
             file.truncate(size)
-        return np.memmap(path, np.uint8, "r+", shape=shape)
     except OSError as error:
-        raise InputError(f"can't write the cache {folder}: {error.strerror}; choose another place with "
-                         "--cache.") from None
+        raise _unwritable(folder, error) from None
+
+
+def _unwritable(folder, error):
+    return InputError(f"can't write the cache {folder}: {error.strerror}; choose another place with --cache, or free "
+                      "some space and start again, which goes on from here.")
+
+
+def _align(listing, rows, pool):
+    """Align a chunk of faces: (uint8 (len(rows), 112, 96, 3), list of (row, reason) of those that can't be)."""
+    chunk = np.empty((len(rows), *SHAPE), np.uint8)
+
+    def block(first):  # faces a thread takes at a time; decoding and warping free the interpreter
+        part = range(first, min(first + BLOCK, len(rows)))
+        return [(rows[i], reason) for i in part if (reason := _fill(chunk[i], listing, rows[i]))]
+    return chunk, sum(pool.map(block, range(0, len(rows), BLOCK)), [])
+
+
+def _store(chunk, start, file, journal):
+    """Write a chunk to the disk, then note it; one with failures is tried again by the next build."""
+    file.seek(start * FACE)
+    file.write(chunk)
+    file.flush()
+    os.fsync(file.fileno())
+    if journal:
+        journal.write(json.dumps(start) + "\n")
+        journal.flush()
 
 
 def _read_journal(folder):
@@ -169,11 +202,12 @@ def _read_journal(folder):
     return {int(line) for line in lines if line.isdigit()}
 
 
-def _fill(faces, listing, row):
-    """Align one face into its row; return None, or why it can't be."""
+def _fill(face, listing, row):
+    """Align the face of a row into `face`; return None, or why it can't be."""
     try:
-        faces[row] = load_face(*listing.face(row))
+        face[:] = load_face(*listing.face(row))
     except (UnreadableImage, ValueError) as error:
+        face[:] = 0
         return str(error)
 
 

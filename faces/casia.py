@@ -1,5 +1,6 @@
 """CASIA-WebFace as people have it: person folders or a zip of them with a landmark list, or faces already aligned in
 folders, in a zip, or as InsightFace's RecordIO."""
+import os
 import zipfile
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -7,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from faces.errors import InputError
-from faces.files import folder, inside
+from faces.files import folder
 from faces.images import EXTENSIONS, MAX_BYTES, UnreadableImage, list_images
 from faces.landmarks import read_labels, read_landmarks
 from faces.recordio import Records
@@ -32,8 +33,8 @@ class Folder:
         return list_images(self.root)
 
     def open(self, name):
-        """What faces.images.read_image takes to read the image `name`."""
-        return inside(self.root, name)
+        """What faces.images.read_image takes to read the image `name`, which the list's reader has checked."""
+        return os.path.join(self.root, name)
 
 
 class Zip:

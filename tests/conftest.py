@@ -1,6 +1,8 @@
 """Made data for tests: a folder of small drawn faces with landmarks, and scripts run as they are typed."""
+import contextlib
 import importlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +50,15 @@ def assert_same_model(one, two):
     return one, two
 
 
+def tensors(value, name=""):
+    """All tensors of a nested checkpoint by name."""
+    import torch
+    if isinstance(value, torch.Tensor):
+        return {name: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    return {key: tensor for k, v in items for key, tensor in tensors(v, f"{name}.{k}").items()}
+
+
 class Main:
     """Calls a script's main() in this process, which saves the seconds that importing torch takes."""
 
@@ -78,6 +89,19 @@ def run_lfw_eval(monkeypatch, capsys, *options):
     except SystemExit as exit:
         status = exit.code
     return status, *capsys.readouterr()
+
+
+@contextlib.contextmanager
+def file_size_limit(size):
+    """Let no file of this process grow beyond `size` bytes: writing more fails as it does on a full disk."""
+    import resource
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def draw_face(person, photo, size=150):

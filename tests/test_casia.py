@@ -7,7 +7,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from conftest import draw_face, write_image
+from conftest import draw_face, file_size_limit, write_image
 from faces import cache as cache_module
 from faces.align import align
 from faces.cache import load_casia
@@ -63,11 +63,11 @@ def test_a_killed_build_goes_on_where_it_was(casia, tmp_path, monkeypatch):
     monkeypatch.setattr(cache_module, "CHUNK", 10)
     aligned, original = [], cache_module._fill
 
-    def die_in_the_third_chunk(faces, listing, row):
+    def die_in_the_third_chunk(face, listing, row):
         if row == 25:
             raise KeyboardInterrupt
         aligned.append(row)
-        return original(faces, listing, row)
+        return original(face, listing, row)
 
     monkeypatch.setattr(cache_module, "_fill", die_in_the_third_chunk)
     with pytest.raises(KeyboardInterrupt):
@@ -77,6 +77,20 @@ def test_a_killed_build_goes_on_where_it_was(casia, tmp_path, monkeypatch):
     faces = load_casia(casia, cache=tmp_path)
     assert sorted(aligned) == list(range(20, 48))                          # the first two chunks were kept
     monkeypatch.undo()
+    assert np.array_equal(faces.images, load_casia(casia, cache=tmp_path / "another").images)
+
+
+def test_a_full_disk_is_one_sentence_and_the_build_goes_on_afterwards(casia, tmp_path, monkeypatch):
+    """A limit on the size of files: writing beyond it fails as on a full disk, in the middle of the build."""
+    monkeypatch.setattr(cache_module, "CHUNK", 10)
+    allocate = cache_module._allocate
+    monkeypatch.setattr(cache_module, "_allocate", lambda folder, size: allocate(folder, 0))   # no room is reserved
+    with file_size_limit(25 * 112 * 96 * 3), pytest.raises(InputError, match="can't write .*: File too large"):
+        load_casia(casia, cache=tmp_path / "cache")
+    folder, = (tmp_path / "cache").iterdir()
+    assert (folder / "journal.jsonl").read_text() == "0\n10\n" and not (folder / "cache.json").exists()
+    monkeypatch.setattr(cache_module, "_allocate", allocate)
+    faces = load_casia(casia, cache=tmp_path / "cache")
     assert np.array_equal(faces.images, load_casia(casia, cache=tmp_path / "another").images)
 
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from faces import images
 from faces.images import MAX_PIXELS, UnreadableImage, read_image
 
 RGB = np.zeros((40, 30, 3), np.uint8)
@@ -58,3 +59,16 @@ def test_size_is_checked_before_memory_is_taken():
     assert len(bomb) < 100_000
     with pytest.raises(UnreadableImage, match="megapixels"):
         read_image(bomb)
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"exif": Image.Exif(), "comment": b"hello"},
+                                     {"quality": 100, "subsampling": 0, "icc_profile": b"x" * 70_000}])
+def test_size_of_a_jpeg_is_found_without_decoding(options):
+    data = encoded(Image.fromarray(RGB), "JPEG", **options)
+    assert images._jpeg_size(data) == (30, 40)
+    large = bytearray(data)
+    place = max(data.find(b"\xff\xc0\x00\x11"), data.find(b"\xff\xc2\x00\x11"))
+    large[place + 5:place + 9] = b"\xff\xdc\xff\xdc"         # says that it is 65,500 pixels wide and high
+    with pytest.raises(UnreadableImage, match="megapixels"):
+        read_image(bytes(large))
+    assert images._jpeg_size(data[:place]) is None and images._jpeg_size(data[:place] + b"junk" * 9) is None
