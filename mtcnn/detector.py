@@ -8,11 +8,12 @@ Inside, a coordinate is a distance from the image's upper left corner: pixel k r
 rectangle its network sees, and its width is x2 - x1. The release counts pixels from 1, adds or subtracts 1 in
 places, cuts fractions off, and takes the scale of a resized image for the one asked for though sizes are whole
 pixels; that shifts a box by a part of a pixel of the resized image, up to a twelfth of the face at the far border.
-Here a side is only rounded where pixels are cut out, and then the rounded box is what comes next is relative to.
+Here no coordinate is ever rounded.
 """
 import argparse
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,18 +21,27 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cv2
 import numpy as np
 import torch
-from torchvision import ops
 from tqdm import tqdm
 
 from faces.errors import InputError, command
 from faces.files import atomic_write, write_json
 from faces.images import UnreadableImage, read_image
 from faces.run import pick_device
+from mtcnn.boxes import nms, nms_of_smaller, regress, squares
 from mtcnn.nets import load_nets
+from mtcnn.processes import in_processes
+from mtcnn.pyramid import CELL, Pyramid
 
-CELL, STRIDE = 12, 2         # pixels that P-Net looks at, and from one look to the next
-MAX_PIXELS = 2_000_000       # resized pixels in P-Net at once: 80 MB for each of its largest two layers
-MAX_CROPS = 128              # crops in R- and O-Net at once: 35 MB for O-Net's largest layer
+STRIDE = 2                   # pixels from one look of P-Net to the next
+# Of boxes that overlap by more, the surest stays: P-Net's of one level, P-Net's of all levels, R-Net's, O-Net's. The
+# release has 0.7 after R-Net and so O-Net judges each face several times, with landmarks that differ by more than
+# they should: 0.3 has the landmarks move with the face more closely (benchmarks/mtcnn_equivariance.py), in a third of
+# O-Net's time, and finds the same faces.
+OVERLAP = (0.5, 0.7, 0.3, 0.7)
+# Pixels in a network at once. On a CPU its largest layers then stay in the cache; a GPU is filled with 320 MB.
+MAX_PIXELS = {"cpu": 50_000, "gpu": 2_000_000}
+GROUP = 8_000_000            # pixels of images that are searched together
+BATCH = 32                   # images at most that one of several processes is given at a time
 
 
 class Faces(NamedTuple):
@@ -62,16 +72,18 @@ class Detector:
             raise ValueError("min_face_size > 0, 0 < factor < 1 and three thresholds are needed")
         self.min_face_size, self.thresholds, self.factor = min_face_size, tuple(thresholds), factor
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.max_pixels = MAX_PIXELS["cpu" if self.device.type == "cpu" else "gpu"]
         self.nets = load_nets(self.device)
 
-    @torch.inference_mode()
-    def detect(self, images, thresholds=None):
+    def detect(self, images, thresholds=None, workers=0):
         """Find the faces of a list of images, or of one.
 
         Args:
             images: uint8 RGB (H, W, 3), uint8 grey (H, W), or path of a file; or a list of these, of any sizes. Same
-                sizes are fastest. Nothing found in one depends on the others.
+                sizes are fastest. Nothing found in one depends on the others. Files are read as they are needed.
             thresholds: instead of the detector's own.
+            workers: processes that search a list, 0 or 1: this one alone. As many as there are cores are fastest on a
+                CPU where the list has hundreds of images; a GPU wants none.
 
         Returns:
             A list of Faces, or one Faces; n = 0 where nothing was found.
@@ -82,89 +94,116 @@ class Detector:
         """
         if isinstance(images, (np.ndarray, str, Path)):
             return self.detect([images], thresholds)[0]
-        images = [as_rgb(image) for image in images]
-        thresholds = thresholds or self.thresholds
-        owner, boxes = self.propose(images, thresholds[0])
-        owner, boxes = self.refine(images, owner, boxes, thresholds[1])
-        owner, boxes, scores, points = self.locate(images, owner, boxes, thresholds[2])
-        found = [np.flatnonzero(owner == i) for i in range(len(images))]
+        if workers > 1 and len(images) > 1:
+            search, batch = partial(self.detect, thresholds=thresholds), min(BATCH, -(-len(images) // (4 * workers)))
+            return [faces for part in in_processes(search, images, batch, workers) for faces in part]
+        found = []
+        for group in groups(map(as_rgb, images), lambda image: image.shape[0] * image.shape[1]):
+            found += self.cascade(group, thresholds or self.thresholds)
+        return found
+
+    @torch.inference_mode()
+    def cascade(self, images, thresholds):
+        """Return the Faces of each of some uint8 (H, W, 3)."""
+        pyramids = [Pyramid(image, self.min_face_size, self.factor) for image in images]
+        boxes, owner = self.propose(pyramids, thresholds[0])
+        boxes, owner = self.refine(pyramids, boxes, owner, thresholds[1])
+        boxes, owner, scores, points = self.locate(pyramids, boxes, owner, thresholds[2])
+        found = [owner == i for i in range(len(pyramids))]
         return [Faces(boxes[rows], scores[rows], points[rows] - np.float32(0.5)) for rows in found]
 
-    def propose(self, images, threshold):
-        """Stage one, P-Net over the pyramid: (owner, boxes), which image each of the proposed boxes belongs to."""
-        sizes = {}
-        for i, image in enumerate(images):
-            sizes.setdefault(image.shape[:2], []).append(i)
-        found = []  # of every size and scale: (owner, box, score), all of one image before non-maximum suppression
-        for size, members in sizes.items():
-            for scaled in pyramid(*size, self.min_face_size, self.factor):
-                chunk = max(1, MAX_PIXELS // (scaled[0] * scaled[1]))
-                for start in range(0, len(members), chunk):
-                    part = members[start:start + chunk]
-                    owner, *rest = self.propose_at_scale([images[i] for i in part], scaled, threshold)
-                    found.append((np.array(part)[owner], *rest))
+    def propose(self, pyramids, threshold):
+        """Stage one, P-Net over all levels: the proposed boxes (n, 4), and which image each belongs to, int (n,)."""
+        alike = {}
+        for i, pyramid in enumerate(pyramids):
+            alike.setdefault(pyramid.size, []).append(i)
+        found = []  # a tuple of arrays for each run of P-Net
+        for (height, width), members in alike.items():
+            for level, (rows, columns, _) in enumerate(map(np.shape, pyramids[members[0]].searched())):
+                scale = np.array((width / columns, height / rows) * 2, np.float32)
+                for part, top, batch in self.batches([pyramids[i].searched()[level] for i in members]):
+                    owner, corner, scores, offsets = self.pnet_cells(batch, threshold)
+                    corner[:, 1] += top
+                    found.append((np.array(members)[part][owner], np.full(len(owner), level), corner, scores, offsets,
+                                  np.broadcast_to(scale, (len(owner), 4))))
         if not found:
-            return np.empty(0, int), np.empty((0, 4), np.float32)
-        owner, boxes, scores, offsets = map(np.concatenate, zip(*found))
-        keep = nms(boxes, scores, owner, 0.7)
-        return owner[keep], regress(boxes[keep], offsets[keep])
+            return np.empty((0, 4), np.float32), np.empty(0, int)
+        owner, level, corner, scores, offsets, scale = map(np.concatenate, zip(*found))
+        # First at most one of overlapping cells of a level: levels lie apart. In whole numbers, so that it makes no
+        # difference where neighbours overlap by just 0.5: all of them stay.
+        apart = np.array((level * (2 + CELL + corner.max(initial=0)), 0 * level)).T + corner
+        keep = nms(np.concatenate((apart, apart + CELL), 1).astype(np.float64), scores, owner, OVERLAP[0])
+        boxes = np.concatenate((corner, corner + CELL), 1).astype(np.float32) * scale
+        keep = keep[nms(boxes[keep], scores[keep], owner[keep], OVERLAP[1])]
+        return regress(boxes[keep], offsets[keep]), owner[keep]
 
-    def propose_at_scale(self, images, scaled, threshold):
-        """P-Net on images of one size, resized to `scaled` (rows, columns), at most one box from overlapping cells.
+    def batches(self, images):
+        """Cut images of one size into what P-Net takes at once: several images, or a strip of one.
 
-        Returns:
-            owner int (n,), boxes float32 (n, 4) in pixels of the images, scores (n,), offsets (n, 4).
+        Yields:
+            (slice of the images, first row, uint8 (n, h, w, 3)).
         """
-        height, width = images[0].shape[:2]
-        batch = np.stack([resize(image, scaled) for image in images])
-        parts = [self.pnet_cells(batch[:, top:bottom], threshold, top) for top, bottom in strips(*scaled)]
-        owner, corner, scores, offsets = map(np.concatenate, zip(*parts))
-        cells = np.concatenate((corner, corner + CELL), 1).astype(np.float32)
-        keep = nms(cells, scores, owner, 0.5)  # on whole numbers: neighbours that overlap by just 0.5 all stay
-        scale = np.array((width / scaled[1], height / scaled[0]) * 2, np.float32)  # as resized, not as asked for
-        return owner[keep], cells[keep] * scale, scores[keep], offsets[keep]
+        rows, columns, _ = images[0].shape
+        size = self.max_pixels // (rows * columns) or 1
+        for start in range(0, len(images), size):
+            part = slice(start, start + size)
+            for top, bottom in strips(rows, columns, self.max_pixels):
+                yield part, top, np.stack([image[top:bottom] for image in images[part]])
 
-    def pnet_cells(self, batch, threshold, top):
-        """P-Net on uint8 (N, H, W, 3): the cells that pass, as owner, corner (n, 2) x then y, scores, offsets."""
-        probability, offsets = self.nets.pnet(self.network_input(batch))
-        owner, i, j = torch.nonzero(probability >= threshold, as_tuple=True)
-        corner = torch.stack((j, i), 1) * STRIDE + torch.tensor((0, top), device=self.device)
-        return tuple(t.cpu().numpy() for t in (owner, corner, probability[owner, i, j], offsets[owner, :, i, j]))
+    def pnet_cells(self, batch, threshold):
+        """P-Net on uint8 (n, h, w, 3): the cells that pass, as owner, corner (n, 2) x then y, scores, offsets."""
+        probability, features = self.nets.pnet(self.network_input(batch))
+        owner, i, j = cells = torch.nonzero(probability >= threshold, as_tuple=True)
+        found = owner, torch.stack((j, i), 1) * STRIDE, probability[cells], self.nets.pnet.offsets(features[cells])
+        return [tensor.cpu().numpy() for tensor in found]
 
-    def refine(self, images, owner, boxes, threshold):
+    def refine(self, pyramids, boxes, owner, threshold):
         """Stage two, R-Net: the proposals that pass, with better boxes."""
-        owner, boxes = squares(images, owner, boxes)
-        scores, offsets = self.judge(self.nets.rnet, images, owner, boxes, 24)
+        boxes, owner = squares(boxes, owner, [pyramid.size for pyramid in pyramids])
+        scores, offsets = self.judge(self.nets.rnet, pyramids, boxes, owner, 24)
         passed = np.flatnonzero(scores > threshold)
-        keep = passed[nms(boxes[passed], scores[passed], owner[passed], 0.7)]
-        return owner[keep], regress(boxes[keep], offsets[keep])
+        keep = passed[nms(boxes[passed], scores[passed], owner[passed], OVERLAP[2])]
+        return regress(boxes[keep], offsets[keep]), owner[keep]
 
-    def locate(self, images, owner, boxes, threshold):
-        """Stage three, O-Net: (owner, boxes, scores, landmarks) of the faces, by falling score."""
-        owner, boxes = squares(images, owner, boxes)
-        scores, offsets, points = self.judge(self.nets.onet, images, owner, boxes, 48)
+    def locate(self, pyramids, boxes, owner, threshold):
+        """Stage three, O-Net: boxes, owner, scores and landmarks of the faces; those of an image by falling score."""
+        boxes, owner = squares(boxes, owner, [pyramid.size for pyramid in pyramids])
+        scores, offsets, points = self.judge(self.nets.onet, pyramids, boxes, owner, 48)
         keep = np.flatnonzero(scores > threshold)
-        owner, boxes, scores = owner[keep], boxes[keep], scores[keep]
+        boxes, owner, scores = boxes[keep], owner[keep], scores[keep]
         corner, size = boxes[:, None, :2], boxes[:, None, 2:] - boxes[:, None, :2]
         points = corner + points[keep] * size  # relative to the box that O-Net saw, not to its correction
         boxes = regress(boxes, offsets[keep])
-        keep = nms_of_smaller(boxes, scores, owner, 0.7)
-        return owner[keep], boxes[keep], scores[keep], points[keep]
+        keep = nms_of_smaller(boxes, scores, owner, OVERLAP[3])
+        return boxes[keep], owner[keep], scores[keep], points[keep]
 
-    def judge(self, net, images, owner, boxes, size):
-        """Run R- or O-Net on the square boxes, resized to `size`: its outputs as arrays, one row a box."""
-        outputs = []
-        for start in range(0, max(1, len(boxes)), MAX_CROPS):  # no boxes: one run on none, for outputs of right shape
-            part = slice(start, start + MAX_CROPS)
+    def judge(self, net, pyramids, boxes, owner, size):
+        """Run R- or O-Net on the square boxes, sampled to `size`: its outputs as arrays, one row a box."""
+        outputs, chunk = [], max(1, self.max_pixels // size ** 2)
+        for start in range(0, max(1, len(boxes)), chunk):  # no boxes: one run on none, for outputs of right shape
+            part = slice(start, start + chunk)
             batch = np.empty((len(boxes[part]), size, size, 3), np.uint8)
-            for i, box, target in zip(owner[part], boxes[part].astype(int).tolist(), batch):
-                target[:] = resize(cut(images[i], box), (size, size))
-            outputs.append([t.cpu().numpy() for t in net(self.network_input(batch))])
+            for i, box, target in zip(owner[part], boxes[part].tolist(), batch):
+                pyramids[i].crop(box, target)
+            outputs.append([tensor.cpu().numpy() for tensor in net(self.network_input(batch))])
         return map(np.concatenate, zip(*outputs))
 
     def network_input(self, batch):
-        """Turn uint8 (N, H, W, 3) into float (N, 3, H, W), (x - 127.5) / 128."""
+        """Turn uint8 (N, H, W, 3) into float (N, 3, H, W), (x - 127.5) / 128, which is then channels_last."""
         return torch.from_numpy(batch).to(self.device).permute(0, 3, 1, 2).float().sub_(127.5).div_(128)
+
+
+def groups(items, pixels):
+    """Yield lists of items that have about GROUP pixels together; pixels(item) counts. Items are taken as needed."""
+    group, total = [], 0
+    for item in items:
+        group.append(item)
+        total += pixels(item)
+        if total >= GROUP:
+            yield group
+            group, total = [], 0
+    if group:
+        yield group
 
 
 def as_rgb(image):
@@ -180,104 +219,13 @@ def as_rgb(image):
     return image
 
 
-def pyramid(height, width, min_face_size, factor):
-    """Return the sizes (rows, columns) to resize an image to, so that faces of P-Net's size are found in one of them.
+def strips(rows, columns, pixels):
+    """Cut an image of even height into strips (top, bottom) of about `pixels`, for P-Net to see each cell just once.
 
-    The largest makes min_face_size 12 pixels; the smallest has at least 12 rows and columns. Sizes are rounded up, as
-    in the release. Empty where the image is smaller than min_face_size.
+    Strips overlap by what a cell reaches beyond its stride.
     """
-    scale, sizes = CELL / min_face_size, []
-    while min(height, width) * scale >= CELL:
-        sizes.append((int(np.ceil(height * scale)), int(np.ceil(width * scale))))
-        scale *= factor
-    return sizes
-
-
-def strips(height, width):
-    """Cut rows 0 to height into (top, bottom) so that P-Net over the strips gives each of its cells just once.
-
-    Strips overlap by what a cell reaches beyond its stride. One strip unless the image is over MAX_PIXELS.
-    """
-    rows = max(MAX_PIXELS // width // STRIDE, CELL) * STRIDE  # that a strip adds
-    tops = range(0, max(height - CELL + STRIDE, 1), rows)
-    return [(top, min(top + rows + CELL - STRIDE, height)) for top in tops]
-
-
-def resize(image, size):
-    """Resize uint8 (H, W, 3) to `size` (rows, columns).
-
-    Averages areas where it shrinks, as the release smoothes before it does, and is bilinear where it enlarges.
-    """
-    shrinks = size[0] <= image.shape[0] and size[1] <= image.shape[1]
-    return cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
-
-
-def squares(images, owner, boxes):
-    """Make boxes the squares of whole pixels that are cut out: same centre, side the longer of the two.
-
-    Boxes without a pixel of their image are dropped: nothing is there to be judged.
-
-    Returns:
-        (owner, boxes) of the rest; boxes float32 of whole numbers.
-    """
-    side = np.maximum(np.rint((boxes[:, 2:] - boxes[:, :2]).max(1, initial=0)), 0)
-    corner = np.rint((boxes[:, :2] + boxes[:, 2:] - side[:, None]) / 2)
-    limit = np.array([image.shape[1::-1] for image in images]).reshape(-1, 2)[owner]
-    keep = ((side[:, None] >= 1) & (corner < limit) & (corner + side[:, None] > 0)).all(1)
-    return owner[keep], np.concatenate((corner, corner + side[:, None]), 1)[keep]
-
-
-def cut(image, box):
-    """Cut a box of whole pixels out of uint8 (H, W, 3); it is black where it reaches beyond the image."""
-    x1, y1, x2, y2 = box
-    height, width = image.shape[:2]
-    inner = image[max(y1, 0):y2, max(x1, 0):x2]
-    if x1 >= 0 and y1 >= 0 and x2 <= width and y2 <= height:
-        return inner
-    return cv2.copyMakeBorder(inner, max(-y1, 0), max(y2 - height, 0), max(-x1, 0), max(x2 - width, 0),
-                              cv2.BORDER_CONSTANT, value=(0, 0, 0))
-
-
-def regress(boxes, offsets):
-    """Move the sides of boxes (n, 4) by `offsets` (n, 4), parts of the width or height."""
-    size = boxes[:, 2:] - boxes[:, :2]
-    return boxes + offsets * np.concatenate((size, size), 1)
-
-
-def nms(boxes, scores, owner, threshold):
-    """Non-maximum suppression within each image; overlap is intersection over union.
-
-    Returns:
-        Rows to keep, int; those of one image by falling score.
-    """
-    keep = [np.empty(0, int)]
-    for rows in rows_of_each(owner):
-        keep.append(rows[ops.nms(torch.from_numpy(boxes[rows]), torch.from_numpy(scores[rows]), threshold).numpy()])
-    return np.concatenate(keep)
-
-
-def nms_of_smaller(boxes, scores, owner, threshold):
-    """The same with intersection over the smaller of the two areas, so that a box inside another goes too."""
-    keep = []
-    for rows in rows_of_each(owner):
-        kept = []
-        for row in rows[np.argsort(-scores[rows], kind="stable")]:
-            inner = np.minimum(boxes[row, 2:], boxes[kept, 2:]) - np.maximum(boxes[row, :2], boxes[kept, :2])
-            smaller = np.minimum(area_of(boxes[row]), area_of(boxes[kept]))
-            if not (inner.clip(0).prod(1) > threshold * smaller).any():
-                kept.append(row)
-        keep += kept
-    return np.array(keep, int)
-
-
-def rows_of_each(owner):
-    """Return the rows of each image that has any."""
-    return [np.flatnonzero(owner == i) for i in np.unique(owner)]
-
-
-def area_of(boxes):
-    """Area of boxes (..., 4)."""
-    return (boxes[..., 2:] - boxes[..., :2]).prod(-1)
+    height = max(CELL, pixels // columns // STRIDE * STRIDE)
+    return [(top, min(top + height, rows)) for top in range(0, rows - CELL + STRIDE, height - CELL + STRIDE)]
 
 
 def add_options(parser):

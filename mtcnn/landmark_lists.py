@@ -1,130 +1,22 @@
 """Find the landmarks of every image below a folder; what lfw_landmark.py and casia_landmark.py have in common.
 
-One face an image is wanted. Where MTCNN finds none, the image is looked at again in a black frame, which makes room
-for a face that is cut by the border, and then with lower thresholds.
-
 What is found goes to a journal beside the list, `.NAME.partial`, line by line. A run that was interrupted, or killed,
 continues from there; the list itself is written at the end, whole.
 """
 import hashlib
 import json
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
-import cv2
 import numpy as np
 from tqdm import tqdm
 
-from faces.align import similarity_transform
 from faces.errors import InputError
 from faces.files import atomic_write
-from faces.images import UnreadableImage, read_image
 from mtcnn.detector import add_options
+from mtcnn.search import ATTEMPTS, RULES, Find, search
 
-# Thresholds of the three nets, and the frame as a part of the image, one attempt after the other. On tight crops (89 to
-# 190 pixels) of web photos the frame finds nine in ten of the faces that the first attempt misses.
-ATTEMPTS = (((0.6, 0.7, 0.7), 0), ((0.6, 0.7, 0.7), 0.25), ((0.5, 0.5, 0.5), 0.25), ((0.3, 0.3, 0.3), 0.25))
-RULES = ("centre", "largest", "score")
 MAX_UNREADABLE = 0.01
 SHOWN = 20       # names printed of each kind of failure; the rest are in the list's .failed.txt
-READERS = 2      # threads that decode the next batch while this one is searched
-
-
-class Find(NamedTuple):
-    """The face of one image.
-
-    index: of the image among the paths.
-    size: its (width, height).
-    attempt: index into ATTEMPTS of the one that found it; -1: no face.
-    points: ten numbers, x and y of the landmarks in turn; None: no face.
-    """
-    index: int
-    size: tuple
-    attempt: int
-    points: list | None
-
-
-def search(root, paths, indices, detector, select="centre", batch_size=32):
-    """Look for the face of each of the images paths[i] for i in `indices`.
-
-    Yields:
-        For each batch, (list of Find, {index: reason} of the images that can't be read).
-    """
-    for part, images in read_ahead(root, paths, indices, batch_size):
-        unreadable = {i: str(image) for i, image in zip(part, images) if isinstance(image, UnreadableImage)}
-        readable = [(i, image) for i, image in zip(part, images) if i not in unreadable]
-        found = find_faces(detector, [image for _, image in readable], select)
-        yield [Find(int(i), image.shape[1::-1], *face) for (i, image), face in zip(readable, found)], unreadable
-
-
-def find_faces(detector, images, select):
-    """Return (attempt, ten numbers), or (-1, None), for the face of each image that `select` chooses."""
-    found = [(-1, None)] * len(images)
-    for attempt, (thresholds, part) in enumerate(ATTEMPTS):
-        missing = [i for i, (_, points) in enumerate(found) if points is None]
-        framed = [frame(images[i], part) for i in missing]
-        for i, (image, corner), faces in zip(missing, framed, detector.detect([f[0] for f in framed], thresholds)):
-            face = choose(faces, image.shape[:2], select)
-            if face is not None:
-                found[i] = attempt, np.round(faces.landmarks[face] - corner, 2).ravel().tolist()
-    return found
-
-
-def frame(image, part):
-    """Put an image into a black frame as wide as `part` of it: (framed image, its corner (x, y) in there)."""
-    y, x = (round(part * side) for side in image.shape[:2])
-    return cv2.copyMakeBorder(image, y, y, x, x, cv2.BORDER_CONSTANT, value=(0, 0, 0)), np.array((x, y), np.float32)
-
-
-def choose(faces, shape, select):
-    """Choose one of an image's Faces: its row, or None if there is none that can be aligned.
-
-    Args:
-        shape: (height, width) of the image.
-        select: "centre", the face whose box is nearest the image's centre (LFW's rule); "largest"; or "score", the
-            surest.
-    """
-    rows = [row for row, points in enumerate(faces.landmarks) if can_be_aligned(points)]
-    middle = (faces.boxes[:, :2] + faces.boxes[:, 2:] - shape[::-1]) / 2
-    worth = {"centre": -(middle ** 2).sum(1), "largest": (faces.boxes[:, 2:] - faces.boxes[:, :2]).prod(1),
-             "score": faces.scores}[select]
-    return max(rows, key=lambda row: worth[row], default=None)
-
-
-def can_be_aligned(points):
-    """Whether landmarks are those of a face, not of its mirror image."""
-    try:
-        similarity_transform(points)
-    except ValueError:
-        return False
-    return True
-
-
-def read_ahead(root, paths, indices, batch_size):
-    """Yield (indices, images) of one batch after another; an image that can't be read is its UnreadableImage.
-
-    The next batch is read meanwhile.
-    """
-    with ThreadPoolExecutor(READERS) as pool:
-        ahead = None
-        for start in range(0, len(indices), batch_size):
-            part = indices[start:start + batch_size]
-            now, ahead = ahead, (part, [pool.submit(read, root, paths[i]) for i in part])
-            if now:
-                yield now[0], [future.result() for future in now[1]]
-        if ahead:
-            yield ahead[0], [future.result() for future in ahead[1]]
-
-
-def read(root, path):
-    """Read the image root / path, or return the UnreadableImage that says why not."""
-    try:
-        if not path.isprintable():
-            raise UnreadableImage("its name has a character, as a tab, that a list can't hold")
-        return read_image(Path(root) / path)
-    except UnreadableImage as error:
-        return error
 
 
 def median_points(finds):
@@ -245,7 +137,9 @@ def add_list_options(parser):
                         help="which face of several: nearest the image's centre (default; right for LFW and CASIA), "
                              "the largest, or the surest")
     parser.add_argument("--batch-size", type=int, default=32, metavar="IMAGES",
-                        help="images in memory at once (1 to 256, default 32); fewer if they are large photos")
+                        help="images a process is given at a time (1 to 256, default 32)")
+    parser.add_argument("--workers", type=int, metavar="N",
+                        help="processes that search (default: one a core; 0 on a GPU, where this process does)")
     add_options(parser)
 
 
@@ -253,7 +147,7 @@ def find_all(root, paths, output, detector, args):
     """Find the faces of all images below a folder, continuing the journal beside `output`.
 
     Args:
-        args: select and batch_size, as by add_list_options().
+        args: select, batch_size and workers, as by add_list_options().
 
     Returns:
         Journal that is complete but for unreadable images, and {index: reason} of those.
@@ -263,6 +157,8 @@ def find_all(root, paths, output, detector, args):
     """
     if args.batch_size < 1:
         raise InputError(f"--batch-size {args.batch_size} makes no sense; 1 to 256 do.")
+    if args.workers is not None and args.workers < 0:
+        raise InputError(f"--workers {args.workers} makes no sense; 0 and more do.")
     names = "\n".join(paths).encode(errors="surrogateescape")
     settings = {"folder": str(root.resolve()), "images": hashlib.sha256(names).hexdigest(), "select": args.select,
                 "min_face_size": detector.min_face_size, "factor": detector.factor, "attempts": ATTEMPTS}
@@ -271,7 +167,7 @@ def find_all(root, paths, output, detector, args):
     if 0 < len(indices) < len(paths):
         print(f"continuing: {len(paths) - len(indices)} of {len(paths)} images are done")
     with tqdm(desc="landmarks", total=len(paths), initial=len(paths) - len(indices), unit=" images") as bar:
-        for finds, bad in search(root, paths, indices, detector, args.select, args.batch_size):
+        for finds, bad in search(root, paths, indices, detector, args.select, args.batch_size, args.workers):
             journal.add(finds)
             unreadable.update(bad)
             if len(unreadable) > MAX_UNREADABLE * len(paths):

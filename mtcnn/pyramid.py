@@ -1,0 +1,79 @@
+"""An image in falling sizes: what P-Net searches, and what the crops for R- and O-Net are sampled from."""
+from bisect import bisect_right
+
+import cv2
+import numpy as np
+
+CELL = 12  # pixels that P-Net looks at
+
+
+class Pyramid:
+    """Levels of an image, each a bilinear resize of the one before and at most twice smaller, so that none aliases.
+
+    Args:
+        image: uint8 (H, W, 3).
+        min_face_size, factor: as of mtcnn.detector.Detector.
+
+    Attributes:
+        size: (height, width) of the image.
+        levels: uint8 arrays, the image first.
+        first: the index of the largest level that P-Net searches; it searches all from there on.
+    """
+
+    def __init__(self, image, min_face_size, factor):
+        self.size = image.shape[:2]
+        sizes, self.first = level_sizes(*self.size, min_face_size, factor)
+        self.levels = [image]
+        for rows, columns in sizes[1:]:
+            self.levels.append(cv2.resize(self.levels[-1], (columns, rows), interpolation=cv2.INTER_LINEAR))
+        self.scales = [min(rows / self.size[0], columns / self.size[1]) for rows, columns in sizes]
+
+    def searched(self):
+        """Return the levels that P-Net searches."""
+        return self.levels[self.first:]
+
+    def crop(self, box, target):
+        """Sample a box into `target`, uint8 (size, size, 3), bilinearly; what lies beyond the image is black.
+
+        The level is the smallest that has at least a pixel for each of the target's. A box need not be of whole
+        pixels: what is found in the crop is relative to the box itself, and no rounding comes between.
+
+        Args:
+            box: four floats, a square, in pixels of the image; pixel k reaches from k to k + 1.
+        """
+        size = target.shape[0]
+        need = (box[2] - box[0]) / size                               # pixels of the image for one of the target
+        level = max(0, bisect_right(self.scales, -1 / need, key=lambda scale: -scale) - 1)
+        pixels = self.levels[level]
+        sy, sx = pixels.shape[0] / self.size[0], pixels.shape[1] / self.size[1]
+        left, top = box[0] * sx, box[1] * sy
+        # OpenCV warps from images of up to 32,767 pixels a side: it gets the neighbourhood only.
+        x0, y0 = max(0, int(left) - 2), max(0, int(top) - 2)
+        near = pixels[y0:max(0, int(box[3] * sy)) + 3, x0:max(0, int(box[2] * sx)) + 3]
+        ax, ay = need * sx, need * sy                                 # pixels of the level for one of the target
+        to_level = np.array(((ax, 0, left - x0 + ax / 2 - 0.5), (0, ay, top - y0 + ay / 2 - 0.5)))
+        cv2.warpAffine(near, to_level, (size, size), dst=target, flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
+
+
+def level_sizes(height, width, min_face_size, factor):
+    """Return the sizes (rows, columns) of all levels, the image's own first, and the index of the first one searched.
+
+    The first that is searched makes min_face_size 12 pixels, and the last has at least 12 rows and columns; those
+    before it only lead there by halves. Sizes that are searched are rounded up, to even numbers as P-Net needs them.
+    None is searched where the image is smaller than min_face_size.
+    """
+    sizes, scale = [(height, width)], CELL / min_face_size
+    step = 0.5
+    while step > scale and min(height, width) * scale >= CELL:
+        sizes.append((round(height * step), round(width * step)))
+        step /= 2
+    first = len(sizes)
+    while min(height, width) * scale >= CELL:
+        sizes.append((even(height * scale), even(width * scale)))
+        scale *= factor
+    return sizes, first
+
+
+def even(number):
+    """Round up to an even whole number."""
+    return 2 * int(np.ceil(number / 2))
