@@ -42,7 +42,8 @@ def parse_args():
     if args.steps < 4 or args.batch_size < 1 or not 0 < (args.sample_centres or 1) <= 1:
         parser.error("--steps must be at least 4, --batch-size at least 1, --sample-centres above 0 and at most 1")
     # What Run looks at besides; the head goes its sharded way in one process as well.
-    vars(args).update(shard_head=True, precision="float32", workers=0, output=None, seed=0, mirror=False)
+    vars(args).update(shard_head=True, precision="float32", workers=0, output=None, seed=0, mirror=False,
+                      jitter=0, accumulate=1, compile=False)
     return args
 
 

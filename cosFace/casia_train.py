@@ -55,23 +55,24 @@ def main():
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate(step)
             ramp = min(1.0, step / args.margin_warmup) if args.margin_warmup else 1.0
-            with run.autocast():
-                embedding = net(images)                            # (B, 512)
-            loss, predicted = head(embedding, labels, ramp)
-            log.look(embedding, labels, head)
             optimizer.zero_grad()
-            loss.backward()
+            for part, identity in run.parts(images, labels, net, head):    # one part without --accumulate
+                with run.autocast():
+                    embedding = net(part)                          # (B, 512)
+                loss, predicted = head(embedding, identity, ramp)
+                (loss / args.accumulate).backward()
+                log.look(loss, predicted, embedding, identity, head)
             optimizer.step()
+            log.add(learning_rate=recipe.learning_rate(step), margin=args.margin * ramp)
             step += 1
 
-            log.add(loss, predicted == labels, learning_rate=recipe.learning_rate(step - 1), margin=args.margin * ramp)
-            stop = run.should_stop()
+            last = run.should_stop() or step == recipe.steps
             if step % recipe.epoch == 0 or step == recipe.steps:
                 log.end_epoch(**lfw.measure(net))
-            if step % args.checkpoint_every == 0 or step == recipe.steps or stop:
+            if step % args.checkpoint_every == 0 or last:
                 log.flush()
-                checkpoints.save(step)
-            if stop:
+                checkpoints.save(step, last)
+            if last:
                 break
     return run.finish(step, recipe)
 

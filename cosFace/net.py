@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from faces.margin import ALL, float32, margin_softmax
+from faces.margin import ALL, float32, margin_softmax, projections
 
 
 STAGES = ((64, 1), (128, 2), (256, 4), (512, 1))  # channels and residual units of each stage; a stage halves the image
@@ -105,5 +105,5 @@ class CosFace(nn.Module):
 
         with float32(embedding):
             x = nn.functional.normalize(embedding.float())         # a zero embedding stays zero, its gradient finite
-            logits = (self.s * x) @ nn.functional.normalize(self.weight.float()).T   # (N, C): s cos t
+            logits = projections(self.s * x, self.weight.float())  # (N, C): s cos t
             return margin_softmax(logits, label, margin, centres=centres)

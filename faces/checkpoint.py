@@ -1,10 +1,14 @@
 """Training checkpoints: one file, written whole or not at all, that loads without unpickling any code."""
+import os
 import platform
+import shutil
+import sys
 import warnings
 import zipfile
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from faces.errors import InputError
 from faces.files import atomic_write
@@ -14,11 +18,15 @@ FORMAT = "faces-checkpoint-1"
 MAX_BYTES = 8 * 10**9   # a million identities with momentum are half of it; checked before any memory is taken
 # Settings that may differ between a run and its continuation, since they don't change what is computed.
 FREE = frozenset({"casia", "landmarks", "list", "cache", "output", "resume", "checkpoint_every", "device", "workers",
-                  "lfw", "lfw_landmarks", "shard_head"})
+                  "lfw", "lfw_landmarks", "shard_head", "keep_last"})
+# Options that older checkpoints don't name, and what these runs did.
+LATER = {"jitter": 0, "accumulate": 1, "compile": False}
 
 
 class Checkpoints:
     """The checkpoint of a training run, checkpoint.pt in its folder: all that continues it exactly, and the model.
+
+    With --keep-last N the N - 1 before it stay beside it under their steps' numbers, checkpoint-0001000.pt.
 
     Order, mirroring, learning rate and margin are functions of the seed and the step, so the step stands for them.
 
@@ -35,6 +43,7 @@ class Checkpoints:
         self.settings = {name: value if isinstance(value, (int, float, type(None))) else str(value)
                          for name, value in vars(args).items()}
         self.faces, self.net, self.head, self.optimizer = faces, net, head, optimizer
+        self.older, self.saved = args.keep_last - 1, None
 
     def resume(self, wanted):
         """Restore the run if `wanted`; return the step to start from.
@@ -56,29 +65,67 @@ class Checkpoints:
             head, optimizer = self.head.own_state(head, optimizer, self.optimizer)
         _unwrap(self.head).load_state_dict(head)
         self.optimizer.load_state_dict(optimizer)
-        print(f"resumed {self.path} at step {state['step']:,}")
-        return state["step"]
+        self.saved = state["step"]
+        print(f"resumed {self.path} at step {self.saved:,}")
+        return self.saved
 
-    def save(self, step):
-        """Write the checkpoint after `step` steps; every process calls it, the first one writes."""
+    def save(self, step, last=False):
+        """Write the checkpoint after `step` steps; every process calls it, the first one writes.
+
+        Where the disk is full, the checkpoint before stays and training goes on to the next attempt.
+
+        Raises:
+            InputError: it can't be written and is the `last` one.
+        """
         head, optimizer = self.head.whole_state(self.optimizer) if isinstance(self.head, ShardedHead) else (
             _unwrap(self.head).state_dict(), self.optimizer.state_dict())
-        if self.run.first:
+        if not self.run.first:
+            return
+        try:
+            self._keep_older()
             save(self.path, {
                 "method": type(_unwrap(self.head)).__name__, "net": self.settings["net"], "step": step,
                 "weights": _unwrap(self.net).state_dict(), "head": head,
                 "optimizer": optimizer, "classes": self.faces.classes,
                 "faces": self.faces.fingerprint, "settings": self.settings,
                 "versions": {"python": platform.python_version(), "torch": str(torch.__version__)}})
+        except InputError as error:
+            kept = "there is none before it" if self.saved is None else f"that of step {self.saved:,} is kept"
+            if last:
+                raise InputError(f"{error} Of the checkpoints, {kept}.") from None
+            tqdm.write(f"step {step:,}: {error} Training goes on; {kept}.", file=sys.stderr)
+            return
+        self.saved = step
+        self._prune()
+
+    def _numbered(self, step):
+        return self.path.with_name(f"checkpoint-{step:07d}.pt")
+
+    def _keep_older(self):
+        """Give the checkpoint that is about to be replaced a second name."""
+        if not self.older or self.saved is None or self._numbered(self.saved).exists():
+            return
+        try:
+            os.link(self.path, self._numbered(self.saved))
+        except OSError:  # a file system without hard links
+            with atomic_write(self._numbered(self.saved)) as file, open(self.path, "rb") as source:
+                shutil.copyfileobj(source, file)
+
+    def _prune(self):
+        """Delete all numbered checkpoints but the newest; those beyond this step are of another past of this run."""
+        steps = sorted(int(path.stem[11:]) for path in self.path.parent.glob("checkpoint-*.pt")
+                       if path.stem[11:].isdecimal())
+        for step in [step for step in steps if step < self.saved][:-self.older or None]:
+            self._numbered(step).unlink(missing_ok=True)
 
     def _check_same(self, state):
         if state["faces"] != self.faces.fingerprint:
             raise InputError(f"{self.path} was trained on another set of faces (list, labels or unusable images "
                              "differ); resume with the same one.")
-        other = [name for name in self.settings if name not in FREE
-                 and state["settings"].get(name) != self.settings[name]]
+        settings = {**LATER, **state["settings"]}
+        other = [name for name in self.settings if name not in FREE and settings.get(name) != self.settings[name]]
         if other:
-            before = ", ".join(f"--{name.replace('_', '-')} {state['settings'].get(name)}" for name in other)
+            before = ", ".join(f"--{name.replace('_', '-')} {settings.get(name)}" for name in other)
             raise InputError(f"{self.path} was trained with {before}; resume with the same settings.")
 
 
@@ -98,8 +145,8 @@ def save(path, state):
     try:
         with atomic_write(path) as file:
             torch.save({"format": FORMAT, **state}, file)
-    except RuntimeError as error:  # torch's zip writer reports a full disk so
-        raise InputError(f"can't write {path}: {error}; free some space.") from None
+    except RuntimeError:  # torch's zip writer speaks of positions in the file where the disk is full
+        raise InputError(f"can't write {path}, most likely since the disk is full; free some space.") from None
 
 
 def load(path, mmap=False):

@@ -16,6 +16,7 @@ from faces.files import atomic_write, write_json
 from faces.margin import ALL
 from faces.shard import ShardedHead
 
+HISTOGRAMS, BINS = ("genuine", "impostor"), 100
 EVERY = 20  # steps between two readings of the loss; each reading waits for the device
 
 
@@ -39,17 +40,22 @@ class TrainingLog:
         self.board = SummaryWriter(run.output, purge_step=start + 1) if run.first else None
         self.bar = tqdm(total=recipe.steps * recipe.batch, initial=start * recipe.batch, unit="img", unit_scale=True,
                         dynamic_ncols=True, disable=not run.first)
-        self.epoch_start, self.epoch_sums, self.epoch_steps = time.monotonic(), {}, 0
+        self._begin_epoch()
         self._clear()
 
-    def look(self, embedding, labels, head):
-        """Take the geometry of a step whose figures add() is going to read; of any other step, nothing.
+    def look(self, loss, predicted, embedding, labels, head):
+        """Take the figures of a step's batch, or of each of its parts with --accumulate.
 
         Args:
+            loss: scalar tensor.
+            predicted: int64 (B,).
             embedding: float (B, 512).
             labels: int64 (B,).
             head: module whose `weight` is float (C, 512), wrapped for several processes or not.
         """
+        self.loss += loss.detach()
+        self.correct += (predicted == labels).float().mean()
+        self.parts += 1
         if not self._is_read(self.count + 1, self.step + 1):
             return
         if isinstance(head, ShardedHead):  # every process has a part of the answer
@@ -58,19 +64,15 @@ class TrainingLog:
         elif self.board:
             self.geometry = geometry(embedding, labels, getattr(head, "module", head).weight)
 
-    def add(self, loss, correct, **scalars):
-        """Take the figures of one step.
+    def add(self, **scalars):
+        """End a step.
 
         Args:
-            loss: scalar tensor.
-            correct: bool (B,) tensor.
             scalars: further numbers, such as the learning rate.
 
         Raises:
             InputError: the loss is not finite.
         """
-        self.loss += loss.detach()
-        self.correct += correct.float().mean()
         self.count, self.step = self.count + 1, self.step + 1
         self.bar.update(self.recipe.batch)
         if self._is_read(self.count, self.step):
@@ -95,8 +97,10 @@ class TrainingLog:
             self._draw()
             for name in figures:
                 self.board.add_scalar(name, figures[name], self.step)
+            for name, counts in self.histograms.items():
+                _add_histogram(self.board, f"cosine/{name}", counts.tolist(), self.step)
             self.bar.write("  ".join(f"{name} {value}" for name, value in line.items()))
-        self.epoch_start, self.epoch_sums, self.epoch_steps = time.monotonic(), {}, 0
+        self._begin_epoch()
 
     def __enter__(self):
         return self
@@ -125,13 +129,16 @@ class TrainingLog:
             with atomic_write(path, "w", encoding="utf-8") as file:
                 file.writelines(kept)
 
+    def _begin_epoch(self):
+        self.epoch_start, self.epoch_sums, self.epoch_steps, self.histograms = time.monotonic(), {}, 0, {}
+
     def _clear(self):
         self.loss = torch.zeros((), device=self.run.device)
         self.correct = torch.zeros((), device=self.run.device)
-        self.count, self.since, self.geometry = 0, time.monotonic(), {}
+        self.count, self.parts, self.since, self.geometry = 0, 0, time.monotonic(), {}
 
     def _read(self, scalars):
-        loss, accuracy = self.loss.item() / self.count, self.correct.item() / self.count
+        loss, accuracy = self.loss.item() / self.parts, self.correct.item() / self.parts
         if not math.isfinite(loss):
             raise InputError(f"the loss is not finite near step {self.step}; lower --lr, add --warmup, or try "
                              "--precision float32. The last checkpoint is from before and is kept.")
@@ -142,7 +149,10 @@ class TrainingLog:
             rate = self.count * self.recipe.batch / (time.monotonic() - self.since)
             figures = {"loss": loss, "accuracy": accuracy, "images_per_second": rate, **scalars, **self.geometry}
             for name, value in figures.items():
-                self.board.add_scalar(name, value, self.step)
+                if name in HISTOGRAMS:
+                    self.histograms[name] = self.histograms.get(name, 0) + value
+                else:
+                    self.board.add_scalar(name, value, self.step)
         self.bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.3f}", refresh=False)
         self._clear()
 
@@ -159,17 +169,34 @@ def geometry(embedding, labels, weight, centres=ALL):
 
     Returns:
         dict of scalar tensors: target_cosine, the mean of the cosines between the embeddings and their own identities'
-        centres; nontarget_cosine, that of all other centres; embedding_norm, the mean |x|.
+        centres; nontarget_cosine, that of all other centres; embedding_norm, the mean |x|; and of two histograms over
+        -1 to 1, float (BINS,): genuine, of an embedding and its identity's centre; impostor, of an embedding and the
+        centres of the other identities in the batch.
     """
     embedding, weight = embedding.float(), weight.float()
     x = torch.nn.functional.normalize(embedding)                       # (B, 512)
     shrink = 1 / weight.norm(dim=1).clamp_min(1e-12)                   # (C,)
     rows, own = centres.targets(labels)
-    target = centres.sum(((x[rows] * weight[own]).sum(1) * shrink[own]).sum()) / len(x)
+    centre = centres.sum(torch.zeros_like(x).index_put((rows,), weight[own] * shrink[own, None]))      # (B, 512)
+    cosine = x @ centre.T                                              # (B, B)
+    target = cosine.diagonal().mean()
     total = centres.sum((x @ (shrink @ weight)).mean())                # a sum of cosines is a product with a sum
     count = centres.sum(shrink.new_tensor(len(weight)))
     return {"target_cosine": target, "nontarget_cosine": (total - target) / (count - 1),
-            "embedding_norm": embedding.norm(dim=1).mean()}
+            "embedding_norm": embedding.norm(dim=1).mean(), "genuine": _histogram(cosine.diagonal()),
+            "impostor": _histogram(cosine[labels[:, None] != labels])}
+
+
+def _histogram(cosines):
+    return torch.histc(cosines.clamp(-1, 1), BINS, -1, 1)
+
+
+def _add_histogram(board, name, counts, step):
+    """Write a histogram over -1 to 1 whose counts were added up over an epoch."""
+    limits = np.linspace(-1, 1, BINS + 1)
+    middle, counts = (limits[:-1] + limits[1:]) / 2, np.array(counts)
+    board.add_histogram_raw(name, -1, 1, counts.sum(), counts @ middle, counts @ middle ** 2, limits[1:].tolist(),
+                            counts.tolist(), step)
 
 
 def _circumstances(run, recipe, start, settings):

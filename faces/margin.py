@@ -1,5 +1,11 @@
-"""The softmax cross entropy both heads share: only the target's logit is changed, and only its column is touched."""
+"""What both heads share: projections onto the class centres, and their softmax cross entropy, of which a margin changes
+the target's logit alone and touches its column alone.
+
+Gradients are written by hand, so that the (N, C) logits of the forward pass are the only tensor of their size that is
+kept, and no copy of the (C, 512) centres is. A second backward pass through them raises an error, as does create_graph.
+"""
 import torch
+from torch.autograd.function import once_differentiable
 
 
 def float32(tensor):
@@ -31,10 +37,40 @@ class AllCentres:
 ALL = AllCentres()
 
 
+def projections(x, weight):
+    """Lengths of vectors along the centres' directions, x_i w_j / |w_j| = |x_i| cos t_ij.
+
+    Args:
+        x: float32 (N, D).
+        weight: float32 (C, D), of any length; a zero row gives zeros.
+
+    Returns:
+        float32 (N, C).
+    """
+    return _Projections.apply(x, weight)
+
+
+class _Projections(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        length = weight.norm(dim=1).clamp_min_(1e-12)                                          # (C,)
+        ctx.save_for_backward(x, weight, length)
+        return (x @ weight.T).div_(length)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight, length = ctx.saved_tensors
+        grad_x = grad.div(length) @ weight if ctx.needs_input_grad[0] else None
+        grad_weight = (grad.T @ x).div_(length[:, None])
+        along = torch.einsum("cd,cd->c", grad_weight, weight) / length.square()  # a centre's length changes nothing
+        return grad_x, grad_weight.addcmul_(weight, along[:, None], value=-1)
+
+
 def margin_softmax(logits, label, margin, *inputs, centres=ALL):
     """Cross entropy of logits whose target column is replaced by margin(target logit, *inputs).
 
-    The softmax overwrites `logits`, and its gradient is written by hand, so that a margin costs O(N) beside the
+    The softmax overwrites `logits` and its gradient overwrites the softmax, so that a margin costs O(N) beside the
     O(N C) of the softmax, in time and in memory. Where the centres are spread over processes, each calls this with its
     own columns and the whole batch, and has the exact loss of all columns and the gradient of its own ones.
 
@@ -64,18 +100,19 @@ class _MarginSoftmax(torch.autograd.Function):
         largest = centres.max(logits.amax(1))                                                  # (N,)
         total = centres.sum(logits.sub_(largest[:, None]).exp_().sum(1))                       # (N,)
         targets = centres.sum(_scatter(target.detach(), rows, len(label)))                     # (N,)
-        ctx.save_for_backward(logits.div_(total[:, None]), rows, columns)
+        ctx.save_for_backward(logits, total, rows, columns)
         ctx.leaves, ctx.target = leaves, target
         ctx.mark_non_differentiable(predicted)
         return (largest + total.log() - targets).mean(), predicted
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_loss, _):
-        probability, rows, columns = ctx.saved_tensors
-        count = len(probability)
-        grad = probability * (grad_loss / count)                       # (N, C): d loss / d logit_j = p_j - [j = y]
+        powers, total, rows, columns = ctx.saved_tensors  # autograd notes that they change here, and takes them once
+        count = len(powers)
+        grad = powers.mul_((grad_loss / count / total)[:, None])       # (N, C): d loss / d logit_j = p_j - [j = y]
         grad_target = grad[rows, columns] - grad_loss / count          # with respect to the replaced logits
-        grad_logit, *grad_inputs = torch.autograd.grad(ctx.target, ctx.leaves, grad_target, retain_graph=True)
+        grad_logit, *grad_inputs = torch.autograd.grad(ctx.target, ctx.leaves, grad_target)
         grad[rows, columns] = grad_logit
         return grad, None, None, None, *(_scatter(values, rows, count) for values in grad_inputs)
 

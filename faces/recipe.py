@@ -39,6 +39,8 @@ def training_parser(description):
                         help="faceNet has batch normalisation; sphere20a is the paper's net without it")
     recipe.add_argument("--batch-size", type=int, default=BATCH, metavar="N",
                         help="images a step, over all devices; on a CPU 64 to 128 learns more per hour")
+    recipe.add_argument("--accumulate", type=int, default=1, metavar="K",
+                        help="take the batch in K parts and the memory of one; batch normalisation sees a part")
     recipe.add_argument("--epochs", type=float, metavar="E",
                         help="passes over the set (default: the authors' 14.3 million images, 29 epochs of CASIA)")
     recipe.add_argument("--lr", type=float, metavar="RATE",
@@ -51,6 +53,9 @@ def training_parser(description):
     recipe.add_argument("--weight-decay", type=float, default=5e-4, metavar="W", help="L2 penalty of convolutions and "
                         "matrices; biases, PReLU and batch normalisation have none")
     recipe.add_argument("--mirror", action=argparse.BooleanOptionalAction, default=True, help="flip half of the faces")
+    recipe.add_argument("--jitter", type=int, default=0, metavar="PIXELS",
+                        help="move each face at random by up to so many pixels along x and y, its border repeated; "
+                             "2 as in the 2017 PyTorch port (default: not at all)")
     recipe.add_argument("--sample-centres", type=float, metavar="F",
                         help="fraction of the identities that a step's softmax sees, those of its batch always; 0.1 "
                              "for hundreds of thousands of identities; implies --shard-head (default: all of them)")
@@ -61,11 +66,17 @@ def training_parser(description):
     run.add_argument("--resume", action="store_true", help="continue the run in --output exactly where it was saved")
     run.add_argument("--checkpoint-every", type=int, default=1000, metavar="STEPS",
                      help="steps between two checkpoints; one is saved as well when interrupted and at the end")
+    run.add_argument("--keep-last", type=int, default=1, metavar="N",
+                     help="checkpoints to keep: checkpoint.pt and the N - 1 before it, named by their steps")
     run.add_argument("--shard-head", action=argparse.BooleanOptionalAction, default=False,
                      help="spread the identities over torchrun's processes, so that a million fit; changes no result")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     run.add_argument("--precision", choices=("auto", "bf16", "float32"), default="auto",
-                     help="of the network; auto takes bf16 where the device computes it in hardware")
+                     help="of the network; auto takes bf16 where it is the faster: GPUs from Ampere on, CPUs "
+                          "with AMX, AMD's from Zen 4 on")
+    run.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
+                     help="translate the network with torch.compile, which takes minutes and needs a C++ compiler or "
+                          "Triton; else one sentence and no compiling")
     run.add_argument("--workers", type=int, metavar="N", help="reader processes (default: 0 on a CPU, 4 on a GPU)")
     return parser
 
@@ -107,8 +118,14 @@ def make_recipe(args, faces):
     Raises:
         InputError: a number that makes no sense, or a batch larger than the set.
     """
-    if args.batch_size < 2 or args.warmup < 0 or args.checkpoint_every < 1:
-        raise InputError("--batch-size must be at least 2, --warmup at least 0, --checkpoint-every at least 1.")
+    if args.batch_size < 2 or args.warmup < 0 or args.checkpoint_every < 1 or args.keep_last < 1:
+        raise InputError("--batch-size must be at least 2, --warmup at least 0, --checkpoint-every and --keep-last at "
+                         "least 1.")
+    if args.accumulate > 1 and args.sample_centres is not None:
+        raise InputError("--accumulate and --sample-centres can't be used together, since each part would draw its "
+                         "own centres; use --shard-head alone.")
+    if not 0 <= args.jitter <= 16:
+        raise InputError("--jitter must be 0 to 16 pixels.")
     if args.sample_centres is not None and not 0 < args.sample_centres <= 1:
         raise InputError("--sample-centres must be greater than 0 and at most 1.")
     if args.batch_size > faces:

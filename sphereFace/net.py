@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from faces.margin import ALL, float32, margin_softmax
+from faces.margin import ALL, float32, margin_softmax, projections
 
 
 STAGES = ((64, 1), (128, 2), (256, 4), (512, 1))  # channels and residual units of each stage; a stage halves the image
@@ -130,5 +130,5 @@ class SphereFace(nn.Module):
         with float32(embedding):
             x = embedding.float()
             norm = (x.square().sum(1) + 1e-12).sqrt()              # (N,); the epsilon keeps a zero embedding finite
-            logits = x @ nn.functional.normalize(self.weight.float()).T  # (N, C): |x| cos t
+            logits = projections(x, self.weight.float())           # (N, C): |x| cos t
             return margin_softmax(logits, label, margin, norm, centres=centres)

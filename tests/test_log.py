@@ -27,6 +27,9 @@ def test_geometry_is_that_of_the_matrix_of_cosines():
     assert got["target_cosine"].item() == pytest.approx(cosines[own].mean().item(), abs=1e-6)
     assert got["nontarget_cosine"].item() == pytest.approx(cosines[~own].mean().item(), abs=1e-6)
     assert got["embedding_norm"].item() == pytest.approx(embedding.double().norm(dim=1).mean().item(), rel=1e-6)
+    impostor = cosines[:, labels][labels[:, None] != labels]
+    for name, of in (("genuine", cosines[own]), ("impostor", impostor)):
+        assert got[name].tolist() == np.histogram(of.numpy(), 100, (-1, 1))[0].tolist()
     zero = geometry(torch.zeros(2, 512), labels[:2], weight)
     assert zero["target_cosine"] == 0 and zero["embedding_norm"] == 0
 
@@ -37,8 +40,9 @@ def train(folder, start, steps, lfw=None):
     head = SimpleNamespace(weight=torch.eye(3, 512))
     with TrainingLog(run, RECIPE, start, {"lr": None, "seed": 3}) as log:
         for step in range(start + 1, start + steps + 1):
-            log.look(torch.eye(3, 512)[[0, 1, 1, 2]] * step, torch.tensor([0, 1, 2, 0]), head)
-            log.add(torch.tensor(float(step)), torch.ones(4).bool(), learning_rate=0.1)
+            label = torch.tensor([0, 1, 2, 0])
+            log.look(torch.tensor(float(step)), label, torch.eye(3, 512)[[0, 1, 1, 2]] * step, label, head)
+            log.add(learning_rate=0.1)
             if step % RECIPE.epoch == 0:
                 log.end_epoch(**({"lfw": lfw} if lfw else {}))
 
@@ -77,8 +81,8 @@ def test_only_the_first_process_writes(tmp_path):
     run = SimpleNamespace(first=False, output=tmp_path, device=torch.device("cpu"))
     with TrainingLog(run, RECIPE, 0, {}) as log:
         for _ in range(30):
-            log.look(torch.ones(4, 512), torch.zeros(4).long(), None)
-            log.add(torch.tensor(1.0), torch.ones(4).bool())
+            log.look(torch.tensor(1.0), torch.zeros(4), torch.ones(4, 512), torch.zeros(4).long(), None)
+            log.add()
         log.end_epoch()
     assert not list(tmp_path.iterdir())
 

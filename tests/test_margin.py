@@ -121,12 +121,18 @@ def test_heads_compute_in_float32_under_autocast(make, extra, dtype):
     assert head.weight.grad.dtype == torch.float32
 
 
-def test_backward_can_run_twice():
-    head, x = SphereFace(4), torch.randn(3, 512, requires_grad=True)
-    loss, _ = head(x, torch.tensor([0, 1, 2]), 0.0)
-    first, = torch.autograd.grad(loss, x, retain_graph=True)
-    second, = torch.autograd.grad(2 * loss, x)
-    torch.testing.assert_close(second, 2 * first)
+@pytest.mark.parametrize("make, extra", HEADS)
+def test_a_second_backward_pass_is_refused(make, extra):
+    """The first one overwrites what it needs, so it must not be answered wrongly; nor a gradient of the gradient."""
+    head, x = make(), torch.randn(3, 512, requires_grad=True)
+    loss, _ = head(x, torch.tensor([0, 1, 2]), extra)
+    torch.autograd.grad(loss, x, retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, x)
+    loss, _ = head(x, torch.tensor([0, 1, 2]), extra)
+    gradient, = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
 
 
 def test_lambda_schedule_is_the_release():

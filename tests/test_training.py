@@ -6,26 +6,20 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT, assert_same_model, draw_face, options, script, torchrun, write_image
+from conftest import ROOT, assert_same_model, draw_face, options, script, tensors, torchrun, write_image
 from cosFace.net import faceNet
 from faces.evaluate import evaluate
 from faces.landmarks import write_landmarks
 from faces.lfw import load_lfw
 from faces.recipe import Recipe
-from faces.run import Order, to_input
+from faces.run import Order, Run, shifted, to_input
 from faces.weights import load_weights
-
-def tensors(value, name=""):
-    """All tensors of a nested checkpoint by name."""
-    if isinstance(value, torch.Tensor):
-        return {name: value}
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
-    return {key: tensor for k, v in items for key, tensor in tensors(v, f"{name}.{k}").items()}
 
 
 def interrupt(method, args, number, checkpoint, step):
@@ -168,11 +162,66 @@ def test_network_input():
     assert torch.equal(x[1], to_input(faces)[1].flip(2)) and torch.equal(x[0], to_input(faces)[0])
 
 
+def test_jitter_moves_faces_and_repeats_their_border():
+    """Against one face and one pixel at a time."""
+    faces = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (7, 112, 96, 3), np.uint8))
+    shift = torch.tensor([[0, 0], [2, 0], [0, 2], [-2, 0], [0, -2], [1, -2], [-16, 16]])
+    moved = shifted(faces, shift).numpy()
+    for face, (down, right), got in zip(faces.numpy(), shift.tolist(), moved):
+        expected = [[face[min(max(y - down, 0), 111), min(max(x - right, 0), 95)] for x in range(96)]
+                    for y in range(112)]
+        assert np.array_equal(got, expected)
+
+
+def test_augmentation_depends_on_seed_step_and_process_alone(casia, tmp_path):
+    from faces.cache import load_casia
+    faces = load_casia(casia, cache=tmp_path)
+    recipe = Recipe(batch=8, epoch=6, steps=12, peak=0.1, warmup=0, schedule="step")
+
+    def inputs(start, rank=0, **options):
+        args = {"device": "cpu", "batch_size": 8, "precision": "float32", "workers": 0, "output": tmp_path, "seed": 0,
+                "shard_head": False, "sample_centres": None, "mirror": True, "jitter": 2,
+                "accumulate": 1, "compile": False}
+        run = Run(SimpleNamespace(**{**args, **options}), "test")
+        run.rank = rank
+        return [images for images, _ in run.batches(faces, recipe, start)]
+
+    whole, resumed, plain = inputs(0), inputs(5), inputs(0, jitter=0, mirror=False)
+    assert len(resumed) == 7 and all(map(torch.equal, whole[5:], resumed))
+    for other in ({"rank": 1}, {"seed": 1}, {"jitter": 0}):
+        assert not torch.equal(whole[0], inputs(0, **other)[0])
+    centre = (slice(None), slice(None), slice(2, -2), slice(2, -2))
+    seen = set()
+    for before, after in zip(torch.cat(plain), torch.cat(whole)):        # each is its face, moved and perhaps mirrored
+        found = [(down, right, flip) for flip in (False, True) for down in range(-2, 3) for right in range(-2, 3)
+                 if torch.equal((after.flip(2) if flip else after)[centre[1:]],
+                                before.roll((down, right), (1, 2))[centre[1:]])]
+        assert len(found) == 1
+        seen.add(found[0])
+    assert len({flip for *_, flip in seen}) == 2 and {down for down, *_ in seen} == {right for _, right, _ in seen} \
+        == {-2, -1, 0, 1, 2}
+
+
+def test_a_batch_in_parts_is_the_batch(main, casia, tmp_path):
+    """Without batch normalisation, which sees each part by itself."""
+    args = ["--net", "sphere20a", "--epochs", "0.34"]
+    assert main("sphereFace", *options(casia, tmp_path, "one"), *args)[0] == 0
+    assert main("sphereFace", *options(casia, tmp_path, "parts"), *args, "--accumulate", "4")[0] == 0
+    one, _ = assert_same_model(tmp_path / "one", tmp_path / "parts")
+    assert one["step"] == 2
+    whole, parts = (json.loads((tmp_path / run / "epochs.jsonl").read_text()) for run in ("one", "parts"))
+    assert whole["loss"] == pytest.approx(parts["loss"], rel=1e-5) and whole["accuracy"] == parts["accuracy"]
+    assert "does not divide into 3 parts" in fails(main, *options(casia, tmp_path), "--accumulate", "3")
+    assert "does not divide into 0 parts" in fails(main, *options(casia, tmp_path), "--accumulate", "0")
+    assert "can't be used together" in fails(main, *options(casia, tmp_path), "--accumulate", "2",
+                                             "--sample-centres", "0.5")
+
+
 def test_processes_of_torchrun_train_one_model(casia, tmp_path):
-    """Two processes see the batch of one, halved, and end with one model between them."""
+    """Two processes see the batch of one, halved and each half in two parts, and end with one model between them."""
     args = [*options(casia, tmp_path), "--net", "sphere20a", "--epochs", "0.5", "--no-mirror"]
     single = script("cosFace/casia_train.py", *args[:5], tmp_path / "one", *args[6:])
     assert single.returncode == 0, single.stderr
-    double = torchrun("cosFace", *args)
+    double = torchrun("cosFace", *args, "--accumulate", "2")
     assert double.returncode == 0, double.stderr
     assert_same_model(tmp_path / "one", tmp_path / "run")
