@@ -1,23 +1,22 @@
 """Turn aligned faces into embeddings: large batches, each face and its mirror image through the network once."""
-import contextlib
-
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from faces.inference import for_inference
 from faces.run import to_input
 
 MIRROR = ("concatenate", "sum", "none")
 
 
-def embed(net, faces, device, batch_size=256, mirror="concatenate", dtype=torch.float32, progress=True):
-    """Embed aligned faces; the network is in eval mode meanwhile and in its former mode afterwards.
+def embed(net, faces, device, batch_size=None, mirror="concatenate", dtype=torch.float32, progress=True):
+    """Embed aligned faces in eval mode, by a copy of the network made for it; the network itself stays as it is.
 
     Args:
-        net: module, (B, 3, 112, 96) to (B, D), on `device`.
+        net: module, (B, 3, 112, 96) to (B, D).
         faces: uint8 (N, 112, 96, 3), RGB, N >= 1; a memory map will do.
         device: torch.device.
-        batch_size: faces per batch; no figure depends on it beyond rounding.
+        batch_size: faces per batch, None for default_batch_size(); no figure depends on it beyond rounding.
         mirror: what becomes of the embedding of the mirror image: "concatenate" puts it behind the face's own,
             "sum" adds the two, "none" does without.
         dtype: torch.float32, or what autocast is to compute in.
@@ -28,8 +27,9 @@ def embed(net, faces, device, batch_size=256, mirror="concatenate", dtype=torch.
     """
     if mirror not in MIRROR:
         raise ValueError(f"mirror is one of {', '.join(MIRROR)}, not {mirror!r}")
-    parts = []
-    with _eval_mode(net), torch.inference_mode(), _autocast(device, dtype), \
+    batch_size = batch_size or default_batch_size(device)
+    net, parts = for_inference(net, device, dtype, len(faces)), []
+    with torch.inference_mode(), _autocast(device, dtype), \
             tqdm(total=len(faces), desc="embedding", unit="face", disable=not progress, leave=False) as bar:
         for start in range(0, len(faces), batch_size):
             pixels = torch.from_numpy(np.array(faces[start:start + batch_size]))
@@ -43,14 +43,9 @@ def embed(net, faces, device, batch_size=256, mirror="concatenate", dtype=torch.
     return np.concatenate(parts)
 
 
-@contextlib.contextmanager
-def _eval_mode(net):
-    was_training = net.training
-    net.eval()
-    try:
-        yield
-    finally:
-        net.train(was_training)
+def default_batch_size(device):
+    """Return how many faces to embed at a time: on a CPU as many as its caches hold, elsewhere enough to fill it."""
+    return 16 if torch.device(device).type == "cpu" else 256
 
 
 def _autocast(device, dtype):

@@ -8,7 +8,7 @@ import torch
 
 from faces import report
 from faces.bootstrap import bootstrap
-from faces.embed import MIRROR, embed
+from faces.embed import MIRROR, default_batch_size, embed
 from faces.errors import InputError, command
 from faces.lfw import load_lfw
 from faces.protocols import identify, operate
@@ -20,12 +20,12 @@ PRECISION = {"float32": torch.float32, "bf16": torch.bfloat16}
 PROTOCOLS = ("folds", "tar", "identification")
 
 
-def evaluate(net, lfw, device, mirror="concatenate", subtract_mean=False, batch_size=256, dtype=torch.float32,
+def evaluate(net, lfw, device, mirror="concatenate", subtract_mean=False, batch_size=None, dtype=torch.float32,
              progress=True):
     """Run the k-fold protocol on a network.
 
     Args:
-        net: module, (B, 3, 112, 96) to (B, D), on `device`; its training mode is restored.
+        net: module, (B, 3, 112, 96) to (B, D); it stays as it is.
         lfw: faces.lfw.Lfw, loaded once and used as often as wanted.
         mirror, batch_size, dtype, progress: see faces.embed.
         subtract_mean: see faces.verify.
@@ -52,6 +52,7 @@ def main(net_module, method):
     if args.output:
         _make_folder(args.output)  # before the work, not after it
     device = pick_device(args.device)
+    args.batch_size = args.batch_size or default_batch_size(device)
     nets = [net_module.NETS[name]() for name in args.net]
     loaded = [load_weights(net, path, args.channels) for net, path in zip(nets, args.model)]
     lfw = load_lfw(args.lfw, args.pairs, args.landmarks, args.aligned, device, args.view)
@@ -72,7 +73,6 @@ def main(net_module, method):
 
 def _measure(args, net, device, lfw):
     """Return (faces.verify.Verification, bootstrap draws, Operating points, Identification or None) of a network."""
-    net.to(device, memory_format=torch.channels_last)
     try:
         embeddings = embed(net, lfw.faces, device, args.batch_size, args.mirror, PRECISION[args.precision])
     except torch.OutOfMemoryError:
@@ -111,8 +111,9 @@ def _parse(net_module, method):
     _add_protocol(parser.add_argument_group("protocol"))
     machine = parser.add_argument_group("machine and output")
     machine.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (default: auto)")
-    machine.add_argument("--batch-size", type=_positive, default=256, metavar="N",
-                         help="faces at a time, 1 to whatever fits; changes the speed only (default: 256)")
+    machine.add_argument("--batch-size", type=_positive, metavar="N",
+                         help="faces at a time, 1 to whatever fits; changes the speed only (default: 256, on a CPU "
+                              "16)")
     machine.add_argument("--precision", choices=tuple(PRECISION), default="float32",
                          help="bf16 is faster where the device has it, and rounds more (default: float32)")
     machine.add_argument("--output", type=Path, metavar="DIR",

@@ -146,7 +146,7 @@ def test_landmarks_are_found_now_where_there_is_no_list(tmp_path, monkeypatch, c
     loaded = load_lfw(tmp_path / "lfw")
     said = capsys.readouterr().err
     assert "finding the landmarks of 4 images now" in said and "no face in 0 of 4 images" in loaded.landmarks
-    assert abs(loaded.faces[0].astype(int) - loaded.faces[2]).mean() < 8  # the shift is gone
+    assert abs(loaded.faces[0].astype(int) - loaded.faces[2]).mean() < 12  # the shift is gone
     expected = similarity_transform(np.array([[104, 101], [147, 103]]), TEMPLATE[:2])
     face = cv2.warpAffine(photo, expected, (96, 112))
     assert np.corrcoef(face.ravel(), loaded.faces[0].ravel())[0, 1] > 0.8

@@ -54,10 +54,10 @@ def public_model(tmp_path_factory):
 def photos(tmp_path_factory):
     """A portrait, the same brighter and mirrored, one twice in a row, and a picture without a face."""
     root = tmp_path_factory.mktemp("photos")
-    face = skimage.data.astronaut()[:260, 100:360]
+    face = skimage.data.astronaut()[:200, 100:360]
     write_image(root / "face.png", face)
     write_image(root / "brighter.png", cv2.convertScaleAbs(face[:, ::-1], alpha=1, beta=25))
-    write_image(root / "two.png", np.hstack((face, cv2.copyMakeBorder(cv2.resize(face, (200, 200)), 0, 60, 0, 0, 0))))
+    write_image(root / "two.png", np.hstack((face, cv2.copyMakeBorder(cv2.resize(face, (195, 150)), 0, 50, 0, 0, 0))))
     write_image(root / "coffee.png", skimage.data.coffee()[:260, :260])
     return root
 

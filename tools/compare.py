@@ -28,7 +28,7 @@ from faces.verify import best_threshold, similarities
 from faces.weights import add_options as add_model_options
 from faces.weights import load_weights
 from mtcnn.detector import add_options, make_detector
-from mtcnn.landmark_lists import ATTEMPTS, RULES, choose, frame
+from mtcnn.search import ATTEMPTS, RULES, choose, frame
 
 
 class Comparison(NamedTuple):

@@ -142,7 +142,7 @@ def main():
     for model in args.model:
         net = NETS[args.net]()
         methods.append(load_weights(net, model, args.channels)["method"])
-        layouts.append(separate(embed(net.to(device), faces, device, args.batch_size), labels, args.seed))
+        layouts.append(separate(embed(net, faces, device, args.batch_size), labels, args.seed))
     titles = titles_of(args.model, methods, args.title)
     for title, (_, silhouette) in zip(titles, layouts):
         print(f"silhouette {silhouette:.4f}  {title}  ({args.identities} identities of {args.per_identity} images)")
@@ -158,7 +158,7 @@ def _check(args):
             raise InputError(f"{name} {value} makes no clusters; give 2 or more.")
     if args.identities > 70:
         raise InputError(f"--identities {args.identities} can't be told apart in a picture; give 2 to 70.")
-    if args.seed < 0 or args.batch_size < 1:
+    if args.seed < 0 or (args.batch_size is not None and args.batch_size < 1):
         raise InputError("--seed is 0 or more, and --batch-size 1 or more.")
     if args.title and len(args.title) != len(args.model):
         raise InputError(f"{len(args.title)} --title for {len(args.model)} --model; give one for each, in their order.")
@@ -191,8 +191,8 @@ def _parser():
     parser.add_argument("--output", type=Path, default=Path("tsne.png"), metavar="FILE",
                         help="the picture, .png, .svg or .pdf (default: tsne.png)")
     parser.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (default: auto)")
-    parser.add_argument("--batch-size", type=int, default=256, metavar="N",
-                        help="faces at a time; changes the speed only (default: 256)")
+    parser.add_argument("--batch-size", type=int, metavar="N",
+                        help="faces at a time; changes the speed only (default: 256, on a CPU 16)")
     return parser
 
 
