@@ -3,7 +3,7 @@
     python draw.py
 
 They depend on the project's own code and on a public-domain photo that scikit-image carries (Eileen Collins, NASA),
-and come out the same each time. Needs requirements-dev.txt.
+and come out the same each time; tests/test_pictures.py compares. Needs requirements-dev.txt.
 """
 import sys
 from pathlib import Path
@@ -22,23 +22,41 @@ from sphereFace.net import psi
 
 HERE = Path(__file__).resolve().parent
 STYLES = ("-", "--", "-.", ":")
+# Equation 7 of the SphereFace paper with the annealing of its release (t counts steps), equation 4 of CosFace's; for a
+# face x of class y, and averaged over a batch.
+SPHEREFACE = (
+    r"$L=-\log\;\dfrac{e^{\Vert x\Vert\,\psi(\theta_y)}}"
+    r"{e^{\Vert x\Vert\,\psi(\theta_y)}+\sum_{j\neq y}e^{\Vert x\Vert\,\cos\,\theta_j}}$",
+    r"$\psi(\theta)=(-1)^k\,\cos\,m\theta-2k\quad\mathrm{for}\;\;\theta\in[\,k\pi/m,\;(k+1)\,\pi/m\,],"
+    r"\;\;k=0,\,\ldots,\,m-1$",
+    r"$\psi_\lambda(\theta)=\dfrac{\lambda\,\cos\,\theta+\psi(\theta)}{1+\lambda},\quad"
+    r"\lambda=\max\left(5,\;\dfrac{1000}{1+0.12\,t}\right)$")
+COSFACE = (
+    r"$L=-\log\;\dfrac{e^{s\,(\cos\,\theta_y-m)}}{e^{s\,(\cos\,\theta_y-m)}+\sum_{j\neq y}e^{s\,\cos\,\theta_j}}$",
+    r"$s=64,\quad m=0.35$",
+    r"$\mathrm{both:}\;\;\cos\,\theta_j=\dfrac{W_j\cdot x}{\Vert W_j\Vert\,\Vert x\Vert}$")
 
 
-def margins():
-    """The target's logit over its angle: SphereFace's psi for m = 1..4, its blends by lambda, CosFace's cos t - m."""
+def margins(folder=HERE):
+    """Both papers' losses, and the target's logit over its angle: psi for m = 1..4, its blends by lambda, cos t - m."""
     t = np.linspace(0, np.pi, 721)
     cosine = torch.tensor(np.cos(t))
-    figure, (left, middle, right) = _figure((10, 3.6), 3)
-    _curves(left, t, r"SphereFace: $\psi(\theta)=(-1)^k\cos m\theta-2k$",
-            {f"m = {m}": psi(cosine, m).numpy() for m in (1, 2, 3, 4)})
-    _curves(middle, t, r"Annealed, m = 4: $(\lambda\cos\theta+\psi(\theta))/(1+\lambda)$",
-            {rf"$\lambda$ = {lam}": ((lam * cosine + psi(cosine, 4)) / (1 + lam)).numpy() for lam in (1000, 20, 5, 0)})
-    _curves(right, t, r"CosFace: $\cos\theta-m$", {f"m = {m}": np.cos(t) - m for m in (0, 0.2, 0.35, 0.5)})
-    left.set_ylabel("target logit, over |x| or s")
-    _save(figure, "margins.png")
+    blends = {lam: ((lam * cosine + psi(cosine, 4)) / (1 + lam)).numpy() for lam in (1000, 20, 5, 0)}
+    figure, (left, middle, right) = _figure((10, 6.1), 3)
+    figure.get_layout_engine().set(rect=(0, 0, 1, 0.6))                # the formulas stand above the curves
+    _curves(left, t, r"SphereFace: $\psi(\theta)$", {f"m = {m}": psi(cosine, m).numpy() for m in (1, 2, 3, 4)})
+    _curves(middle, t, r"SphereFace while training, m = 4: $\psi_\lambda(\theta)$",
+            {rf"$\lambda$ = {lam}": blend for lam, blend in blends.items()})
+    _curves(right, t, r"CosFace: $\cos\,\theta-m$", {f"m = {m}": np.cos(t) - m for m in (0, 0.2, 0.35, 0.5)})
+    right.plot(np.degrees(t), blends[5], color="black", linewidth=1, label=r"$\psi_\lambda$, $\lambda$ = 5")
+    right.legend(frameon=False, fontsize=9)
+    left.set_ylabel(r"target logit, over $\Vert x\Vert$ or $s$")
+    _formulas(figure, 0.01, "SphereFace (A-Softmax)", SPHEREFACE)
+    _formulas(figure, 0.66, "CosFace", COSFACE)
+    _save(figure, folder / "margins.png")
 
 
-def detection():
+def detection(folder=HERE):
     """MTCNN on a photo, and the face before and after alignment with the template's points."""
     photo = data.astronaut()[:300, 60:400]
     faces = Detector(device="cpu").detect(photo)
@@ -56,7 +74,7 @@ def detection():
     aligned.set_title("aligned to 96 x 112; template", fontsize=10)
     for axes in (whole, aligned):
         axes.set_axis_off()
-    _save(figure, "detection.png")
+    _save(figure, folder / "detection.png")
 
 
 def _curves(axes, t, title, curves):
@@ -68,14 +86,20 @@ def _curves(axes, t, title, curves):
     axes.legend(frameon=False, fontsize=9)
 
 
+def _formulas(figure, x, title, lines):
+    figure.text(x, 0.972, title, fontsize=12, fontweight="bold", va="center")
+    for y, line, size in zip((0.87, 0.755, 0.665), lines, (16, 13, 13)):
+        figure.text(x, y, line, fontsize=size, math_fontfamily="stix", va="center")
+
+
 def _figure(size, columns, **grid):
     figure = Figure(size, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(1, columns, gridspec_kw=grid)
 
 
-def _save(figure, name):
-    figure.savefig(HERE / name, dpi=150, metadata={"Software": None})  # the version would change the file
+def _save(figure, path):
+    figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":
