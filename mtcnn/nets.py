@@ -139,6 +139,8 @@ def load_nets(device="cpu", path=WEIGHTS):
     Raises:
         RuntimeError: the file's names or shapes are not those of the networks.
     """
+    # glibc maps each large block anew, and the kernel clears it, until one of 31 MB was freed; from then on it uses
+    # blocks again. The detector is 7 % faster for it.
     torch.empty(31 << 20, dtype=torch.uint8)
     tensors = load_file(path)
     nets = Nets(PNet(), RNet(), ONet())

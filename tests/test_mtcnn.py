@@ -112,6 +112,23 @@ def test_strips_give_what_the_whole_image_gives(detector, photo):
         assert cells == list(range(0, rows - 10, 2))
 
 
+def test_a_photo_of_36_megapixels_takes_little_more_memory_than_itself():
+    """Beside the image: its pyramid, 0.8 of it, and what the networks hold at once, whatever the number of strips."""
+    program = """
+import resource, numpy as np
+from mtcnn.detector import Detector
+detector, peak = Detector(device="cpu"), lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+detector.detect(np.zeros((200, 200, 3), np.uint8))
+photo = np.full((6000, 6000, 3), 90, np.uint8)
+before = peak()
+detector.detect(photo)
+print((peak() - before) / photo.nbytes)"""
+    process = subprocess.run([sys.executable, "-c", program], cwd=MTCNN.parent, text=True, capture_output=True,
+                             timeout=300)
+    assert process.returncode == 0, process.stderr
+    assert float(process.stdout) < 1.5
+
+
 def test_groups_take_no_more_than_they_need():
     taken = []
     lists = groups((taken.append(size) or size for size in [5_000_000, 4_000_000, 30_000_000, 1, 1]), lambda size: size)

@@ -1,0 +1,163 @@
+"""How faithfully landmarks move with a face: detect on a photo, and on a copy moved by a known similarity transform.
+
+    python mtcnn_equivariance.py --lfw DIR                 this repository and facenet-pytorch, 400 images of LFW
+    python mtcnn_equivariance.py --lfw DIR --choices       and this repository with other choices in its pipeline
+
+Nobody knows a photo's landmarks to a fraction of a pixel, but how they must move is known exactly. The figure is the
+distance between the landmarks found in the copy and those found in the photo and moved with it, mean of the five, in
+units of the distance between the eyes. The copies are shifted, resized, turned, or all of it; all detectors see the
+same ones. What counts is the face nearest the middle, where every detector found it in the photo and in the copies.
+
+facenet-pytorch needs `pip install --no-deps facenet-pytorch==2.6.0`; without it, it is left out.
+"""
+import argparse
+import importlib.util
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from unittest.mock import patch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from benchmarks.mtcnn import FACTOR, MIN_FACE, THRESHOLDS, facenet_on_images, read
+from faces.errors import InputError, command
+from faces.files import folder
+from faces.images import list_images
+from mtcnn import detector
+from mtcnn.pyramid import Pyramid
+
+# Of each kind of copy: at most so many pixels to either side, so much larger or smaller, so many degrees.
+MOVES = {"shifted 8 pixels": (8, 1, 0), "resized 0.8-1.25": (0, 1.25, 0), "turned 10 degrees": (0, 1, 10),
+         "all of it": (8, 1.25, 10)}
+BATCH = 32      # photos at a time, and a copy of each kind
+
+
+class FromTheImage(Pyramid):
+    """Each level made of the image itself by area, as facenet-pytorch does, not of the level before."""
+
+    def __init__(self, image, *args):
+        super().__init__(image, *args)
+        self.levels[1:] = [cv2.resize(image, level.shape[1::-1], interpolation=cv2.INTER_AREA)
+                           for level in self.levels[1:]]
+
+
+class CropsOfTheImage(Pyramid):
+    """Crops sampled from the image itself, however much larger it is than the crop."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.scales = self.scales[:1]
+
+
+class CropsOfWholePixels(Pyramid):
+    """Crops rounded to whole pixels, as the release cuts them, while what is found refers to the box as it was."""
+
+    def crop(self, box, target):
+        x, y, size = round(box[0]), round(box[1]), max(1, round(box[2] - box[0]))
+        super().crop((x, y, x + size, y + size), target)
+
+
+def in_place(name, value):
+    """A context in which the detector's module has another `name`."""
+    return lambda: patch.object(detector, name, value)
+
+
+CHOICES = {"levels by area, of the image": in_place("Pyramid", FromTheImage),
+           "crops of the whole image": in_place("Pyramid", CropsOfTheImage),
+           "crops of whole pixels": in_place("Pyramid", CropsOfWholePixels),
+           "overlap 0.7 after R-Net": in_place("OVERLAP", (0.5, 0.7, 0.7, 0.7))}
+FACTORS = (0.5, 0.794)      # levels that halve the side; three to each halving, where the default has two
+
+
+def detectors(choices):
+    """Functions of a list of images that return (boxes, landmarks) of each, by name."""
+    found = {"this repository": ours()}
+    if importlib.util.find_spec("facenet_pytorch"):
+        found["facenet-pytorch"] = facenet_on_images()
+    if choices:
+        found |= {f"  {name}": ours(context=context) for name, context in CHOICES.items()}
+        found |= {f"  factor {factor}": ours(factor) for factor in FACTORS}
+    return found
+
+
+def ours(factor=FACTOR, context=nullcontext):
+    instance = detector.Detector(MIN_FACE, THRESHOLDS, factor, device="cpu")
+
+    def detect(images):
+        with context():
+            return [(faces.boxes, faces.landmarks) for faces in instance.detect(images)]
+    return detect
+
+
+def move(image, limits, rng):
+    """Return the image moved about its middle, and the transform (2, 3) that moves its points."""
+    shift, size, degrees = limits
+    height, width = image.shape[:2]
+    middle = (width - 1) / 2, (height - 1) / 2
+    matrix = cv2.getRotationMatrix2D(middle, rng.uniform(-degrees, degrees), size ** rng.uniform(-1, 1))
+    matrix[:, 2] += rng.uniform(-shift, shift, 2)
+    return cv2.warpAffine(image, matrix, (width, height), borderMode=cv2.BORDER_REPLICATE), matrix
+
+
+def face_nearest(middle, faces):
+    """Landmarks (5, 2) of the face whose box is nearest, NaN where there is none."""
+    boxes, points = faces
+    if not len(boxes):
+        return np.full((5, 2), np.nan)
+    return points[np.linalg.norm((boxes[:, :2] + boxes[:, 2:]) / 2 - middle, axis=1).argmin()]
+
+
+def errors(detect, photos, copies):
+    """Equivariance errors of photos and their copies (lists of (image, transform)), float (N, kinds); NaN: no face."""
+    images = [image for photo, moved in zip(photos, copies) for image in (photo, *(image for image, _ in moved))]
+    found, rows = iter(detect(images)), []
+    for photo, moved in zip(photos, copies):
+        middle = np.array(photo.shape[1::-1]) / 2
+        points = face_nearest(middle, next(found))
+        row = []
+        for _, matrix in moved:
+            expected = points @ matrix[:, :2].T + matrix[:, 2]
+            got = face_nearest(matrix @ (*middle, 1), next(found))
+            row.append(np.linalg.norm(got - expected, axis=1).mean() / np.linalg.norm(expected[0] - expected[1]))
+        rows.append(row)
+    return np.array(rows)
+
+
+@command
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lfw", type=Path, required=True, metavar="DIR", help="LFW, Name/Name_0001.jpg")
+    parser.add_argument("--images", type=int, default=400, metavar="N", help="spread over LFW (default: 400)")
+    parser.add_argument("--choices", action="store_true", help="this repository with other choices, one at a time, too")
+    args = parser.parse_args()
+    root = folder(args.lfw, "LFW images as Name/Name_0001.jpg")
+    paths = list_images(root)
+    if not paths or args.images < 1:
+        raise InputError(f"{root} holds no images, or --images is below 1; give the folder that holds "
+                         "Name/Name_0001.jpg, and 1 or more.")
+    count = min(args.images, len(paths))
+    paths = [str(root / paths[i * len(paths) // count]) for i in range(count)]
+    rng, by_name = np.random.default_rng(0), {name: (detect, []) for name, detect in detectors(args.choices).items()}
+    for start in tqdm(range(0, count, BATCH), unit=" batches", disable=None):
+        photos = [read(path) for path in paths[start:start + BATCH]]
+        copies = [[move(photo, limits, rng) for limits in MOVES.values()] for photo in photos]
+        for detect, rows in by_name.values():
+            rows.append(errors(detect, photos, copies))
+    report({name: np.concatenate(rows) for name, (_, rows) in by_name.items()})
+
+
+def report(by_name):
+    everybody = np.isfinite(np.array(list(by_name.values()))).all((0, 2))             # (N,)
+    print(f"equivariance error in eye distances, mean and 95 % of {everybody.sum()} faces")
+    print(f"{'':32}" + "".join(f"{kind:>20}" for kind in MOVES) + "   not found")
+    for name, values in by_name.items():
+        cells = zip(values[everybody].mean(0), np.percentile(values[everybody], 95, axis=0))
+        print(f"{name:32}" + "".join(f"{mean:>12.4f} {high:.4f} " for mean, high in cells)
+              + f"{np.isnan(values).any(1).sum():>11}")
+
+
+if __name__ == "__main__":
+    main()
