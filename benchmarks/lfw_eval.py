@@ -138,7 +138,7 @@ def report(args, device, whole, pairs, times, preparing, folds, rest):
     ours_whole = preparing + times[:, 1] * len(whole.paths) + folds
     ratios = textbook_whole / ours_whole  # of each turn, so that a machine that slows down harms both alike
     how = "measured" if len(pairs.same) == len(whole.same) else "extrapolated from these rates"
-    print(f"device       {device}, {torch.get_num_threads()} threads, {_processor()}, torch {torch.__version__}\n"
+    print(f"device       {device}, {torch.get_num_threads()} threads, {processor()}, torch {torch.__version__}\n"
           f"measured     {len(pairs.same)} pairs of {len(pairs.paths)} images, medians of {TURNS} turns\n"
           f"textbook     {2 / pair:6.2f} images/s, {1 / pair:.2f} pairs/s; at {4 * FLOP / pair / 1e9:.1f} GFLOP/s\n"
           f"ours         {1 / image:6.2f} images/s in {args.precision}; at "
@@ -152,7 +152,8 @@ def report(args, device, whole, pairs, times, preparing, folds, rest):
           f"protocol     {folds:.2f} s for the ten folds, {rest:.2f} s for bootstrap, TAR and identification")
 
 
-def _processor():
+def processor():
+    """Name of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))

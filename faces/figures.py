@@ -19,13 +19,24 @@ DPI = 150
 
 
 def roc_picture(path, curves):
-    """Draw ROC curves over a logarithmic false acceptance rate, as steps: the best rate that some threshold reaches.
+    """Draw ROC curves.
 
     Args:
         path: the picture.
+        curves: see draw_roc().
+    """
+    figure, axes = new_figure((6, 4.5))
+    draw_roc(axes, curves)
+    save(figure, path)
+
+
+def draw_roc(axes, curves):
+    """Draw ROC curves over a logarithmic false acceptance rate, as steps: the best rate that some threshold reaches.
+
+    Args:
+        axes: matplotlib's.
         curves: dict from a curve's name to (far, tar), float (V + 1,) each, far rising from 0 to 1.
     """
-    figure, axes = _figure((6, 4.5))
     left = min(0.1, *(10 ** np.floor(np.log10(far[far > 0].min())) for far, _ in curves.values()))
     lowest = 1.0
     for i, (name, (far, tar)) in enumerate(curves.items()):
@@ -36,7 +47,6 @@ def roc_picture(path, curves):
     axes.set(xscale="log", xlim=(left, 1), ylim=(max(0, np.floor(lowest * 10 - 0.2) / 10), 1.01),
              xlabel="false acceptance rate", ylabel="true acceptance rate")
     axes.legend(loc="lower right", frameon=False)
-    _save(figure, path)
 
 
 def histogram_picture(path, similarities, same, threshold):
@@ -44,19 +54,28 @@ def histogram_picture(path, similarities, same, threshold):
 
     Args:
         path: the picture.
+        similarities, same, threshold: see draw_histogram().
+    """
+    figure, axes = new_figure((6, 4))
+    draw_histogram(axes, similarities, same, threshold)
+    save(figure, path)
+
+
+def draw_histogram(axes, similarities, same, threshold):
+    """The same into matplotlib's axes.
+
+    Args:
         similarities: float (P,).
         same: bool (P,).
         threshold: float.
     """
-    figure, axes = _figure((6, 4))
     bins = np.histogram_bin_edges(similarities, int(np.clip(len(similarities) ** 0.5, 10, 60)))
     for kind, name, colour in ((~same, "impostor", COLOURS[1]), (same, "genuine", COLOURS[0])):
         axes.hist(similarities[kind], bins, color=colour, alpha=0.3)
         axes.hist(similarities[kind], bins, color=colour, histtype="step", label=f"{name} ({kind.sum()})")
     axes.axvline(threshold, color=COLOURS[-1], linestyle="--", linewidth=1, label=f"threshold {threshold:.3f}")
-    axes.set(xlabel="cosine similarity", ylabel="pairs")
-    axes.legend(frameon=False)
-    _save(figure, path)
+    axes.set(xlabel="cosine similarity", ylabel="pairs", ylim=(0, 1.35 * axes.get_ylim()[1]))  # room for the legend
+    axes.legend(loc="upper left", framealpha=1, edgecolor="none")  # over the threshold's line
 
 
 def training_picture(path, images, loss, lfw):
@@ -68,7 +87,7 @@ def training_picture(path, images, loss, lfw):
         loss: float (E,), mean over the epoch.
         lfw: float (E,), accuracy, NaN where it was not measured.
     """
-    figure, axes = _figure((6, 4))
+    figure, axes = new_figure((6, 4))
     axes.plot(images, loss, color=COLOURS[0], marker="o", markersize=4)
     axes.set(xlim=(0, None), ylim=(0, None), xlabel="images seen")
     axes.set_ylabel("loss", color=COLOURS[0])
@@ -79,7 +98,7 @@ def training_picture(path, images, loss, lfw):
         right.spines["top"].set_visible(False)
         right.plot(images[measured], 100 * lfw[measured], color=COLOURS[1], marker="s", markersize=4, linestyle="--")
         right.set_ylabel("LFW accuracy (%)", color=COLOURS[1])
-    _save(figure, path)
+    save(figure, path)
 
 
 def tsne_picture(path, points, labels, names):
@@ -105,7 +124,7 @@ def tsne_panels(path, panels, labels, names):
         labels: int (N,), 0 .. len(names) - 1.
         names: the identities' names.
     """
-    figure, axes = _figure((5.4 * len(panels) + 1.6, 5.5), len(panels))
+    figure, axes = new_figure((5.4 * len(panels) + 1.6, 5.5), len(panels))
     for panel, (title, points) in zip(np.ravel(axes), panels):
         for i, name in enumerate(names):
             style = {"color": COLOURS[i % 7], "marker": MARKERS[i % 10], "linewidths": 0, "alpha": 0.85}
@@ -116,7 +135,7 @@ def tsne_panels(path, panels, labels, names):
         panel.set_axis_off()
     columns = 1 + (len(names) - 1) // 25
     panel.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8, ncols=columns)
-    _save(figure, path)
+    save(figure, path)
 
 
 def comparison_picture(path, crops, names, words):
@@ -128,20 +147,21 @@ def comparison_picture(path, crops, names, words):
         names: what stands under each.
         words: what stands above both.
     """
-    figure, axes = _figure((4.4, 3.1), 2)
+    figure, axes = new_figure((4.4, 3.1), 2)
     for panel, crop, name in zip(axes, crops, names):
         panel.imshow(crop)
         panel.set_axis_off()
         panel.set_title(_shortened(name), fontsize=9, y=-0.12, parse_math=False)
     figure.suptitle(words, fontsize=10)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _shortened(name, length=30):
     return name if len(name) <= length else name[:length - 11] + "..." + name[-8:]
 
 
-def _figure(size, columns=1):
+def new_figure(size, columns=1):
+    """A figure of so many inches and its axes beside each other."""
     figure = Figure(size, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, columns)
@@ -152,6 +172,7 @@ def _figure(size, columns=1):
     return figure, axes
 
 
-def _save(figure, path):
+def save(figure, path):
+    """Write a picture, whole or not at all, in the format that its name says."""
     with atomic_write(path) as file:
         figure.savefig(file, format=Path(path).suffix[1:] or "png", dpi=DPI, facecolor="white")

@@ -1,9 +1,14 @@
-"""Draw the pictures of the README that need no data into this folder; tsne.png is by tools/tsne.py.
+"""Draw the pictures of the README that need no faces into this folder; tsne.png is by tools/tsne.py.
 
     python draw.py
 
-They depend on the project's own code and on a public-domain photo that scikit-image carries (Eileen Collins, NASA),
-and come out the same each time; tests/test_pictures.py compares. Needs requirements-dev.txt.
+They depend on the project's own code, on a public-domain photo that scikit-image carries (Eileen Collins, NASA), and on
+what is in scores/: the similarities of LFW's pairs by the models of the README's table, of which each file is
+
+    cut -f 3,5 DIR/scores.tsv > scores/METHOD.tsv
+
+of what `lfw_eval.py --output DIR` left. They come out the same each time; tests/test_pictures.py compares. Needs
+requirements-dev.txt.
 """
 import sys
 from pathlib import Path
@@ -16,9 +21,11 @@ from skimage import data
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from faces.align import TEMPLATE, align
-from faces.figures import COLOURS
+from faces.figures import COLOURS, draw_histogram, draw_roc, new_figure, save
+from faces.verify import auc, best_threshold, roc
 from mtcnn.detector import Detector
 from sphereFace.net import psi
+from tools.compare import read_scores
 
 HERE = Path(__file__).resolve().parent
 STYLES = ("-", "--", "-.", ":")
@@ -77,6 +84,19 @@ def detection(folder=HERE):
     _save(figure, folder / "detection.png")
 
 
+def verification(folder=HERE):
+    """ROC curves of the models whose scores are kept, and how their genuine and impostor pairs spread."""
+    scores = {file.stem[0].upper() + file.stem[1:]: read_scores(file) for file in sorted(HERE.glob("scores/*.tsv"))}
+    curves = {name: roc(one.similarity, one.same) for name, one in scores.items()}
+    figure, (left, *others) = new_figure((3.6 + 3.6 * len(scores), 3.6), 1 + len(scores))
+    draw_roc(left, {f"{name}, AUC {auc(*curve):.3f}": curve for name, curve in curves.items()})
+    left.set_title("LFW, view 2", fontsize=10)
+    for axes, (name, one) in zip(others, scores.items()):
+        draw_histogram(axes, one.similarity, one.same, best_threshold(one.similarity, one.same))
+        axes.set_title(name, fontsize=10)
+    save(figure, folder / "verification.png")
+
+
 def _curves(axes, t, title, curves):
     for (name, values), colour, style in zip(curves.items(), COLOURS, STYLES):
         axes.plot(np.degrees(t), values, style, color=colour, label=name, linewidth=2)
@@ -105,3 +125,4 @@ def _save(figure, path):
 if __name__ == "__main__":
     margins()
     detection()
+    verification()

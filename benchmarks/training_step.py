@@ -1,0 +1,144 @@
+"""Time a step of training beside the textbook's: the same network, head and optimizer in a plain float32 loop.
+
+    python training_step.py --casia DIR                    CosFace, 20 steps of 64 faces each, by turns
+    python training_step.py --casia DIR --method sphereFace --batch-size 256 --steps 200
+
+The textbook loop has tensors in PyTorch's default memory order, float32 throughout, the heads that most repositories
+have (the logits of all N x C pairs with the margin and without, and a one-hot matrix to choose between), and torch's
+plain SGD over all parameters, one after the other. Ours is what casia_train.py runs, precision as it chooses it. Both
+start from the same weights, see the same faces, mirrored alike, and take turns step by step, so that a machine that
+slows down harms both. What is printed: images/s of the median step, their ratio, and how far the two loss curves lie
+apart; they must agree to the end of the noise that bf16 and the order of sums make.
+"""
+import argparse
+import copy
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import cosFace.net
+import sphereFace.net
+from benchmarks.lfw_eval import processor
+from benchmarks.margin_softmax import LAMBDA, M, S, textbook_cosface, textbook_sphereface
+from faces.cache import DEFAULT, load_casia
+from faces.errors import InputError, command
+from faces.run import has_bf16, no_decay_on_vectors, pick_device, to_input
+from faces.shard import SGD
+
+RATE, DECAY = 0.02, 5e-4    # small enough for a first step without warm-up
+FIRST, CURVE = 1e-2, 0.02   # relative differences of the first loss and of the mean loss that bf16 and rounding explain
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--casia", type=Path, required=True, metavar="DIR", help="as of casia_train.py")
+    parser.add_argument("--cache", type=Path, default=DEFAULT, metavar="DIR", help="as of casia_train.py")
+    parser.add_argument("--method", choices=("cosFace", "sphereFace"), default="cosFace")
+    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="faces a step (default: 64)")
+    parser.add_argument("--steps", type=int, default=20, help="of each (default: 20)")
+    parser.add_argument("--precision", choices=("auto", "bf16", "float32"), default="auto", help="of ours")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    args = parser.parse_args()
+    if args.batch_size < 2 or args.steps < 3:
+        parser.error("--batch-size must be at least 2, --steps at least 3")
+    return args
+
+
+def batches(faces, args, device):
+    """Yield the faces of each step, uint8 (N, 112, 96, 3) on the device, which to mirror, and labels."""
+    rng = np.random.default_rng(0)
+    for _ in range(args.steps):
+        images, labels = faces.batch(rng.choice(len(faces), args.batch_size, replace=False))
+        mirror = rng.random(args.batch_size) < 0.5
+        yield [torch.from_numpy(array).to(device) for array in (images, mirror, labels)]
+
+
+def ours(net, head, bf16, device):
+    """A step as casia_train.py makes it: function of uint8 faces, mirror and labels that returns the loss."""
+    net = net.to(memory_format=torch.channels_last)
+    optimizer = SGD(no_decay_on_vectors(net, head, DECAY), RATE, momentum=0.9)
+    setting = () if isinstance(head, cosFace.net.CosFace) else (LAMBDA,)
+
+    def step(faces, mirror, labels):
+        optimizer.zero_grad()
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            embedding = net(to_input(faces, mirror))
+        loss, _ = head(embedding, labels, *setting)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+    return step
+
+
+def textbook(net, head):
+    """The same in a plain float32 loop."""
+    optimizer = torch.optim.SGD(no_decay_on_vectors(net, head, DECAY), RATE, momentum=0.9, foreach=False)
+    loss_of = textbook_cosface if isinstance(head, cosFace.net.CosFace) else textbook_sphereface
+
+    def step(faces, mirror, labels):
+        faces = torch.where(mirror[:, None, None, None], faces.flip(2), faces)
+        x = (faces.permute(0, 3, 1, 2).contiguous().float() - 127.5) / 128
+        loss = loss_of(net(x), head.weight, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+    return step
+
+
+def race(steps, data):
+    """Run both on each batch: {name: list of (seconds, loss)}."""
+    results = {name: [] for name in steps}
+    for number, batch in enumerate(data, 1):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            loss = step(*batch).item()                     # waits for the device
+            results[name].append((time.perf_counter() - start, loss))
+        print(f"step {number}: " + ", ".join(f"{name} {seconds:.2f} s, loss {loss:.4f}" for name, (seconds, loss)
+                                             in ((name, runs[-1]) for name, runs in results.items())), file=sys.stderr)
+    return results
+
+
+@command
+def main():
+    args = parse_args()
+    device = pick_device(args.device)
+    faces = load_casia(args.casia, cache=args.cache)
+    if args.batch_size > len(faces):
+        raise InputError(f"--batch-size {args.batch_size} is larger than the set of {len(faces)} faces.")
+    torch.manual_seed(0)
+    module = cosFace.net if args.method == "cosFace" else sphereFace.net
+    net = module.faceNet().to(device)
+    head = (module.CosFace(faces.classes, S, M) if args.method == "cosFace" else module.SphereFace(faces.classes))
+    head = head.to(device)
+    bf16 = has_bf16(device) if args.precision == "auto" else args.precision == "bf16"
+    steps = {"textbook": textbook(copy.deepcopy(net), copy.deepcopy(head)), "ours": ours(net, head, bf16, device)}
+    results = race(steps, batches(faces, args, device))
+    report(args, device, bf16, {name: np.array(runs) for name, runs in results.items()})
+
+
+def report(args, device, bf16, results):
+    """Print the figures; raise InputError where the two did not compute the same."""
+    warm = {name: statistics.median(runs[1:, 0]) for name, runs in results.items()}     # a first step prepares kernels
+    losses = {name: runs[:, 1] for name, runs in results.items()}
+    first = abs(losses["ours"][0] / losses["textbook"][0] - 1)
+    curve = abs(losses["ours"].mean() / losses["textbook"].mean() - 1)
+    print(f"device       {device}, {torch.get_num_threads()} threads, {processor()}, torch {torch.__version__}\n"
+          f"measured     {args.method}, {args.steps} steps of {args.batch_size}, medians\n"
+          f"textbook     {args.batch_size / warm['textbook']:8.1f} images/s in float32\n"
+          f"ours         {args.batch_size / warm['ours']:8.1f} images/s in {'bf16' if bf16 else 'float32'}\n"
+          f"ratio        {warm['textbook'] / warm['ours']:8.2f}\n"
+          f"agreement    first loss {losses['textbook'][0]:.4f} and {losses['ours'][0]:.4f}, last "
+          f"{losses['textbook'][-1]:.4f} and {losses['ours'][-1]:.4f}, mean of the curve within {curve:.2%}")
+    if not (first <= FIRST and curve <= CURVE):
+        raise InputError(f"the two losses differ by more than {FIRST:.0%} at first or {CURVE:.0%} in the mean; tell "
+                         "the authors.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
