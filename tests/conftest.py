@@ -74,6 +74,13 @@ class Main:
         return status, self.capsys.readouterr()
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """Weights and data that a test draws are the same each time."""
+    import torch
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def main(monkeypatch, capsys):
     return Main(monkeypatch, capsys)

@@ -42,7 +42,7 @@ def test_residual_units_start_near_the_identity():
     assert net.conv3_5.bias is None and net.conv3_5.weight.std().item() == pytest.approx(0.01, rel=0.05)
     assert not net.conv3_1.bias.any() and not net.fc5.bias.any()
     bound = (6 / (9 * (128 + 256))) ** 0.5                                 # Xavier's, fan in plus fan out
-    assert bound * 0.99 < net.conv3_1.weight.abs().max().item() <= bound
+    assert bound * 0.99 < net.conv3_1.weight.abs().max().item() <= bound * (1 + 1e-6)       # rounded to float32
 
 
 def test_forward_is_the_papers_chain():
