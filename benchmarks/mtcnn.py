@@ -33,10 +33,10 @@ import numpy as np
 import torch
 from torchvision import ops
 
+from faces.cache import processors
 from faces.errors import InputError, command
 from faces.files import folder
 from faces.images import list_images
-from mtcnn.processes import cores
 
 MIN_FACE, THRESHOLDS, FACTOR = 20, (0.6, 0.7, 0.7), 0.709
 WARM_UP = 16       # images before the clock starts
@@ -77,7 +77,7 @@ def facenet_on_images():
 
 def facenet_on_every_core(batch_size):
     """The same in one process a core, with one thread each."""
-    pool = get_context("spawn").Pool(cores(), _prepare, (batch_size,))
+    pool = get_context("spawn").Pool(processors(), _prepare, (batch_size,))
 
     def run(paths):
         return [faces for batch in pool.map(_run, [paths[i:i + 32] for i in range(0, len(paths), 32)], 1)
@@ -119,7 +119,7 @@ def read(path):
 
 
 # name: (how to make it, its setting, the package it needs)
-DETECTORS = {"ours, a process a core": (ours, cores(), None),
+DETECTORS = {"ours, a process a core": (ours, processors(), None),
              "ours, one process": (ours, 0, None),
              "facenet-pytorch": (facenet, 1, "facenet_pytorch"),
              "facenet-pytorch, batches of 32": (facenet, 32, "facenet_pytorch"),
@@ -237,7 +237,7 @@ def compare(detectors, listing, middles, rounds):
             print(f"{name}: {count / results[name][-1][0]:.1f} images/s", file=sys.stderr)
     best = {name: min(runs, key=lambda run: run[0]) for name, runs in results.items()}
     first, *_ = best.values()
-    print(f"{count} images, {cores()} cores of {platform.processor() or platform.machine()}, Python "
+    print(f"{count} images, {processors()} cores of {platform.processor() or platform.machine()}, Python "
           f"{platform.python_version()}, torch {torch.__version__}, OpenCV {cv2.__version__}")
     print(f"{'':50}images/s  ours is    GB  faces")
     for name, (seconds, memory, found) in best.items():

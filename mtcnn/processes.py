@@ -1,13 +1,6 @@
 """Run a function on one batch after the other, on every core."""
-import os
-
 import cv2
 from torch.utils.data import DataLoader, Dataset
-
-
-def cores():
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def in_processes(function, items, batch_size, workers):

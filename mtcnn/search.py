@@ -11,9 +11,10 @@ import cv2
 import numpy as np
 
 from faces.align import similarity_transform
+from faces.cache import processors
 from faces.images import UnreadableImage, read_image
 from mtcnn.detector import groups
-from mtcnn.processes import cores, in_processes
+from mtcnn.processes import in_processes
 
 # Thresholds of the three nets, and the frame as a part of the image, one attempt after the other. On tight crops (89 to
 # 190 pixels) of web photos the frame finds nine in ten of the faces that the first attempt misses.
@@ -54,7 +55,7 @@ def search(root, paths, indices, detector, select="centre", batch_size=32, worke
     """
     job = _Job(root, paths, detector, select)
     if workers is None:
-        workers = cores() if detector.device.type == "cpu" else 0
+        workers = processors() if detector.device.type == "cpu" else 0
     if workers > 1 and len(indices) > batch_size:
         yield from in_processes(job.search, indices, batch_size, workers)
     else:
