@@ -42,19 +42,19 @@ def parse_args():
     return parser.parse_args()
 
 
-def textbook_cosface(x, weight, label):
+def textbook_cosface(x, weight, label, s=S, m=M):
     cosine = F.linear(F.normalize(x), F.normalize(weight))
-    phi = cosine - M
+    phi = cosine - m
     one_hot = torch.zeros_like(cosine).scatter_(1, label[:, None], 1)
-    return F.cross_entropy(S * (one_hot * phi + (1 - one_hot) * cosine), label)
+    return F.cross_entropy(s * (one_hot * phi + (1 - one_hot) * cosine), label)
 
 
-def textbook_sphereface(x, weight, label):
+def textbook_sphereface(x, weight, label, lam=LAMBDA):
     cosine = F.linear(F.normalize(x), F.normalize(weight)).clamp(-1 + 1e-6, 1 - 1e-6)
     theta = cosine.acos()
     k = (4 * theta / math.pi).floor().detach()
     psi = (1 - 2 * (k % 2)) * (8 * cosine ** 4 - 8 * cosine ** 2 + 1) - 2 * k
-    phi = (LAMBDA * cosine + psi) / (1 + LAMBDA)
+    phi = (lam * cosine + psi) / (1 + lam)
     one_hot = torch.zeros_like(cosine).scatter_(1, label[:, None], 1)
     return F.cross_entropy(x.norm(dim=1, keepdim=True) * (one_hot * phi + (1 - one_hot) * cosine), label)
 

@@ -1,4 +1,4 @@
-"""Pictures: ROC curves, the two histograms of similarity, a training's loss and accuracy, a map of embeddings.
+"""Pictures: ROC and CMC curves, the two histograms of similarity, a training's loss and accuracy, a map of embeddings.
 
 Drawn off screen without pyplot's global state, on white, in the colours of Okabe and Ito, which colour-blind eyes tell
 apart. The file's extension decides the format (.png, .svg, .pdf).
@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, ScalarFormatter
 
 from faces.files import atomic_write
 
@@ -47,6 +47,27 @@ def draw_roc(axes, curves):
     axes.set(xscale="log", xlim=(left, 1), ylim=(max(0, np.floor(lowest * 10 - 0.2) / 10), 1.01),
              xlabel="false acceptance rate", ylabel="true acceptance rate")
     axes.legend(loc="lower right", frameon=False)
+
+
+def cmc_picture(path, ranks, curves):
+    """Draw cumulative match characteristics: how many probes find their own person among the first so many.
+
+    Args:
+        path: the picture.
+        ranks: where the axis ends, if the gallery is not smaller.
+        curves: dict from a curve's name to faces.protocols.Identification.cmc, float (G,).
+    """
+    figure, axes = new_figure((6, 4))
+    ranks = min(ranks, *(len(cmc) for cmc in curves.values()))
+    for i, (name, cmc) in enumerate(curves.items()):
+        axes.plot(range(1, ranks + 1), cmc[:ranks], color=COLOURS[i % len(COLOURS)],
+                  linestyle=("-", "--", ":", "-.")[i % 4], label=name)
+    lowest = min(cmc[0] for cmc in curves.values())
+    axes.set(xscale="log", xlim=(1, ranks), ylim=(max(0, np.floor(lowest * 10 - 0.2) / 10), 1.01), xlabel="rank",
+             ylabel="probes identified")
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.legend(loc="lower right", frameon=False)
+    save(figure, path)
 
 
 def histogram_picture(path, similarities, same, threshold):

@@ -13,7 +13,7 @@ from faces.verify import Verification, tar_at_far
 
 FAR = 1e-3       # the lowest that 3,000 impostor pairs can speak of: three false acceptances
 RANKS = (1, 5, 10)
-CMC = 100        # ranks that results.json lists
+CMC = 100        # ranks that results.json lists and cmc.png shows
 
 
 class Measured(NamedTuple):
@@ -105,7 +105,7 @@ def write(folder, models, lfw, settings):
         _draw(place, measured, lfw)
     if len(models) > 1:
         write_json(folder / "results.json", {"models": results, "comparison": compare(models)})
-        _draw_roc(folder / "roc.png", models)
+        _draw_curves(folder, models)
 
 
 def _fold_rows(measured, impostors, with_tar):
@@ -165,13 +165,17 @@ def _write_scores(path, pairs, result):
 
 def _draw(folder, measured, lfw):
     result = measured.result
-    _draw_roc(folder / "roc.png", [measured])
+    _draw_curves(folder, [measured])
     figures.histogram_picture(folder / "histogram.png", result.similarities, lfw.pairs.same, result.threshold)
     error_sheet(folder / "errors.png", lfw.faces, lfw.pairs, result.similarities, result.correct)
 
 
-def _draw_roc(path, models):
-    names = [f"{m.method} {m.net}, AUC {m.result.auc:.4f}" for m in models]
+def _draw_curves(folder, models):
+    names = [f"{m.method} {m.net}" for m in models]
     if len(models) > 1:
         names = [f"{i}: {name}" for i, name in enumerate(names, 1)]  # two models may have the same words
-    figures.roc_picture(path, {name: (m.result.far, m.result.tar) for name, m in zip(names, models)})
+    figures.roc_picture(folder / "roc.png", {f"{name}, AUC {m.result.auc:.4f}": (m.result.far, m.result.tar)
+                                             for name, m in zip(names, models)})
+    if models[0].identification:
+        figures.cmc_picture(folder / "cmc.png", CMC, {f"{name}, rank 1 {m.identification.cmc[0]:.4f}": m.identification.cmc
+                                                 for name, m in zip(names, models)})

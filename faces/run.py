@@ -1,6 +1,7 @@
 """What surrounds a training loop: device, precision, processes, seeds, signals, and batches on the device."""
 import contextlib
 import copy
+import ctypes
 import os
 import signal
 import sys
@@ -52,6 +53,14 @@ def _is_amd():
         return False
 
 
+def keep_large_blocks():
+    """Let glibc use large blocks again. It maps each anew otherwise, for the kernel to clear: 6 % of a step on a CPU."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):   # no mallopt in other C libraries
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)                  # M_MMAP_MAX: blocks of any size from the heap,
+        mallopt(-1, 2**31 - 1)          # M_TRIM_THRESHOLD: whose end stays ours
+
+
 def shifted(faces, shift):
     """Move faces by whole pixels; what comes into view repeats the border, as a black edge would tell the shift.
 
@@ -94,6 +103,8 @@ class Run:
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if self.world > 1 and args.device in ("auto", "cuda") \
             and torch.cuda.is_available() else args.device
         self.device = pick_device(name)
+        if self.device.type == "cpu":
+            keep_large_blocks()
         if self.world > 1:
             distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         if args.batch_size % self.world:

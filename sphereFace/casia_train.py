@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from sphereFace.net import NETS, SphereFace
+from sphereFace.net import NETS, SphereFace, SphereFaceR
 from faces.cache import load_casia
 from faces.checkpoint import Checkpoints
 from faces.errors import command
@@ -26,11 +26,22 @@ from faces.shard import SGD
 def parse_args():
     parser = training_parser("Train SphereFace on CASIA-WebFace.")
     method = parser.add_argument_group("SphereFace")
-    method.add_argument("--margin", type=int, default=4, choices=range(1, 6), help="m; the paper's 4")
-    method.add_argument("--lambda-min", type=float, default=5, help="where lambda ends; the authors' 5")
+    method.add_argument("--margin", type=float, metavar="M",
+                        help="m: 1, 2, 3, 4 or 5, the paper's 4; with --scale any number from 1 to 5, 1.5 in the "
+                             "authors' code (default: these)")
+    method.add_argument("--lambda-min", type=float, default=5, metavar="L",
+                        help="where lambda ends; the authors' 5 (default: 5; with --scale there is no lambda)")
+    method.add_argument("--scale", type=float, metavar="S",
+                        help="SphereFace-R (arXiv:2109.05565): S in place of |x|, and a gradient that keeps the margin "
+                             "steady from the first step; 30 in the authors' code, and for a small set (default: |x|, "
+                             "the paper's)")
     args = parser.parse_args()
-    if not args.lambda_min >= 0:
-        parser.error("--lambda-min must be at least 0")
+    if args.margin is None:
+        args.margin = 1.5 if args.scale else 4
+    if not 1 <= args.margin <= 5 or not (args.scale or args.margin == int(args.margin)):
+        parser.error("--margin must be 1, 2, 3, 4 or 5, or with --scale a number from 1 to 5")
+    if not (args.lambda_min >= 0 and (args.scale is None or args.scale > 0)):
+        parser.error("--lambda-min must be at least 0, --scale greater than 0")
     return args
 
 
@@ -42,7 +53,8 @@ def main():
         faces = load_casia(args.casia, args.landmarks, args.cache, args.drop_lfw_overlap, args.list)
     recipe = make_recipe(args, len(faces))
     net = run.parallel(NETS[args.net]())
-    head = run.head(SphereFace, faces.classes, args.margin)
+    head = (run.head(SphereFaceR, faces.classes, args.scale, args.margin) if args.scale else
+            run.head(SphereFace, faces.classes, int(args.margin)))
     optimizer = SGD(no_decay_on_vectors(net, head, args.weight_decay), recipe.peak, momentum=0.9)
     checkpoints = Checkpoints(run, args, faces, net, head, optimizer)
     lfw = LfwProbe(args, run)
@@ -52,7 +64,7 @@ def main():
         for images, labels in run.batches(faces, recipe, step):    # (B, 3, 112, 96), (B,)
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate(step)
-            lam = max(args.lambda_min, SphereFace.annealing(step))
+            lam = 0 if args.scale else max(args.lambda_min, SphereFace.annealing(step))
             optimizer.zero_grad()
             for part, identity in run.parts(images, labels, net, head):    # one part without --accumulate
                 with run.autocast():

@@ -1,4 +1,4 @@
-"""SphereFace (Liu et al., CVPR 2017, arXiv:1704.08063): the 20-layer CNN and the A-Softmax head."""
+"""SphereFace (Liu et al., CVPR 2017, arXiv:1704.08063): the 20-layer CNN, the A-Softmax head and SphereFace-R's."""
 import math
 import sys
 from pathlib import Path
@@ -132,3 +132,35 @@ class SphereFace(nn.Module):
             norm = (x.square().sum(1) + 1e-12).sqrt()              # (N,); the epsilon keeps a zero embedding finite
             logits = projections(x, self.weight.float())           # (N, C): |x| cos t
             return margin_softmax(logits, label, margin, norm, centres=centres)
+
+
+class SphereFaceR(nn.Module):
+    """SphereFace-R (Liu et al., TPAMI 2022, arXiv:2109.05565), its first margin, with hard feature normalisation:
+    logit_j = s cos t_j; the target's is s psi(t), its gradient that of s cos t ("characteristic gradient detachment").
+
+    A constant s in place of |x|, which the net otherwise has to grow, and a gradient that has cos t's sign and size at
+    every angle: so the margin holds from the first step, without lambda, and m may be any number.
+
+    Args:
+        classes: number of identities C.
+        s: scale; 30 in the authors' code (ydwen/opensphere).
+        m: angular margin, m >= 1; 1.5 there.
+    """
+
+    def __init__(self, classes, s=30.0, m=1.5):
+        super().__init__()
+        self.s, self.m = s, m
+        self.weight = nn.Parameter(torch.randn(classes, 512) / 512 ** 0.5)
+
+    def forward(self, embedding, label, lam=0.0, centres=ALL):
+        """Loss of a batch; arguments and results as of SphereFace, with (lambda cos t + psi(t)) / (1 + lambda) again."""
+        def margin(logit):                                         # (N,), of the targets
+            t = (logit.detach() / self.s).clamp(-1, 1).acos()
+            k = (t * (self.m / math.pi)).floor()
+            psi = (1 - 2 * (k % 2)) * torch.cos(self.m * t) - 2 * k
+            return logit + self.s * (psi - t.cos()) / (1 + lam)    # the second summand is a constant to the gradient
+
+        with float32(embedding):
+            x = nn.functional.normalize(embedding.float())         # a zero embedding stays zero, its gradient finite
+            logits = projections(self.s * x, self.weight.float())  # (N, C): s cos t
+            return margin_softmax(logits, label, margin, centres=centres)

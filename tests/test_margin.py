@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from cosFace.net import CosFace
-from sphereFace.net import SphereFace, psi
+from sphereFace.net import SphereFace, SphereFaceR, psi
 
 
 def psi_by_angle(t, m):
@@ -42,6 +42,15 @@ def naive_sphereface(m, lam):
     return target, lambda cosine, norm: norm * cosine
 
 
+def naive_sphereface_r(s, m, lam):
+    """Its value has the margin; its gradient is that of the cosine, the margin's share being a constant."""
+    def target(cosine, _):
+        t = torch.acos(cosine).item()
+        psi = (-1) ** int(t * m / math.pi) * math.cos(m * t) - 2 * int(t * m / math.pi)
+        return s * (cosine + (psi - math.cos(t)) / (1 + lam))
+    return target, lambda cosine, _: s * cosine
+
+
 def naive_cosface(s, m):
     return lambda cosine, norm: s * (cosine - m), lambda cosine, norm: s * cosine
 
@@ -66,6 +75,11 @@ def test_psi_stays_right_where_rounding_leaves_the_range_of_cosines(m):
 @pytest.mark.parametrize("m", [1, 2, 3, 4, 5])
 def test_sphereface_equals_the_equation_in_value_and_gradient(m, lam):
     check_head(SphereFace(6, m), naive_sphereface(m, lam), [(k + 0.37) * math.pi / m for k in range(m)], lam)
+
+
+@pytest.mark.parametrize("s, m, lam", [(30, 1.5, 0), (30, 4, 0), (8, 1, 2), (64, 2.3, 5)])
+def test_sphereface_r_equals_the_equation_in_value_and_gradient(s, m, lam):
+    check_head(SphereFaceR(6, s, m), naive_sphereface_r(s, m, lam), [0.1, 1.0, 2.0, 3.0], lam)
 
 
 @pytest.mark.parametrize("s, m", [(64, 0.35), (30, 0.0), (8, 0.5)])
@@ -95,7 +109,8 @@ def check_head(head, naive, angles, extra):
     assert predicted.tolist() == cosine.argmax(1).tolist()                 # of the cosine, before the margin
 
 
-HEADS = [(lambda: SphereFace(4), 5.0), (lambda: SphereFace(4), 0.0), (lambda: CosFace(4), 1.0)]
+HEADS = [(lambda: SphereFace(4), 5.0), (lambda: SphereFace(4), 0.0), (lambda: SphereFaceR(4), 0.0),
+         (lambda: CosFace(4), 1.0)]
 
 
 @pytest.mark.parametrize("make, extra", HEADS)

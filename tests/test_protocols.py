@@ -212,7 +212,7 @@ def test_two_models_and_every_protocol(lfw, models, tmp_path, monkeypatch, capsy
         assert [(point["far"], point["resolved"]) for point in one["tar"]] == [(1e-3, False), (0.25, True)]
         found = one["identification"]
         assert found["gallery"] == PEOPLE and found["rank_1"] == pytest.approx(found["cmc"][0], abs=1e-6)
-        for picture in ("roc.png", "histogram.png", "errors.png"):
+        for picture in ("roc.png", "cmc.png", "histogram.png", "errors.png"):
             assert read_image(place / picture).std() > 5
     assert out.count("too few of them to resolve this rate, which takes 1,000") == 2
     assert len(re.findall(r"^(TAR@FAR=1e-3|TAR@FAR=2.5e-1|rank 1 |rank 5 |gallery) ", out, re.M)) == 10
@@ -220,7 +220,7 @@ def test_two_models_and_every_protocol(lfw, models, tmp_path, monkeypatch, capsy
     assert compared["difference"] == pytest.approx(results["models"][1]["accuracy"] - results["models"][0]["accuracy"])
     assert f"{models[1]} minus {models[0]}: accuracy {compared['difference']:+.4f}, 95 % interval " in out
     low, high = compared["interval_95"]
-    assert low <= compared["difference"] <= high and (tmp_path / "roc.png").exists()
+    assert low <= compared["difference"] <= high and (tmp_path / "roc.png").exists() and (tmp_path / "cmc.png").exists()
 
 
 def test_one_protocol_alone_and_a_bin_set(lfw, models, tmp_path, monkeypatch, capsys):
