@@ -34,18 +34,25 @@ class SphereNet(nn.Module):
                 previous = channels
         self.fc5 = nn.Linear(512 * 7 * 6, 512)
         self.fc5_bn = nn.BatchNorm1d(512) if batch_norm else nn.Identity()
-        self.apply(self._initialise)
+        self._initialise(batch_norm)
 
-    @staticmethod
-    def _initialise(module):
-        # As the Caffe releases: Xavier where there is a bias, a narrow normal in the bias-free residual units,
-        # which so begin close to the identity.
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            if module.bias is None:
+    def _initialise(self, batch_norm):
+        # Residual units begin as the identity or close to it. Without batch normalisation as in the Caffe releases: a
+        # narrow normal in the units, Xavier elsewhere. With it the weights' size does not count: He's everywhere, and
+        # a unit's last normalisation starts at zero.
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d) and batch_norm:
+                nn.init.kaiming_normal_(module.weight, mode="fan_out")
+            elif isinstance(module, nn.Conv2d) and module.bias is None:
                 nn.init.normal_(module.weight, std=0.01)
-            else:
+            elif isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.xavier_uniform_(module.weight)
+            if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
+        if batch_norm:
+            for stage, (_, units) in enumerate(STAGES, 1):
+                for unit in range(1, units + 1):
+                    nn.init.zeros_(self.get_submodule(f"conv{stage}_{2 * unit + 1}bn").weight)
 
     def _layer(self, name, x):
         for part in (f"conv{name}", f"conv{name}bn", f"relu{name}"):
