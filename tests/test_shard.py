@@ -13,12 +13,13 @@ from faces.errors import InputError
 from faces.log import geometry
 from faces.run import averaging
 from faces.shard import SGD, ShardedHead, bounds
-from sphereFace.net import SphereFace
+from sphereFace.net import SphereFace, SphereFaceR
 
 CLASSES = 7                             # over 2 processes 3 and 4, over 3 processes 2, 2 and 3
 LABEL = torch.tensor([0, 6, 3, 3, 2, 5])
 # class, settings, and the ramp or lambda of a step
-METHODS = {"cosFace": (CosFace, (64.0, 0.35), 1.0), "sphereFace": (SphereFace, (4,), 2.0)}
+METHODS = {"cosFace": (CosFace, (64.0, 0.35), 1.0), "sphereFace": (SphereFace, (4,), 2.0),
+           "sphereFaceR": (SphereFaceR, (30.0, 1.5), 0.0)}
 
 
 def batch(step=0):

@@ -217,6 +217,15 @@ def test_a_batch_in_parts_is_the_batch(main, casia, tmp_path):
                                              "--sample-centres", "0.5")
 
 
+def test_sphereface_r_by_its_options(main, casia, tmp_path):
+    args = [*options(casia, tmp_path), "--epochs", "0.34", "--margin", "1.5"]
+    status, output = main("sphereFace", *args)
+    assert status == 2 and "--margin must be 1, 2, 3, 4 or 5; with --scale" in output.err
+    assert main("sphereFace", *args, "--scale", "30")[0] == 0
+    epoch = json.loads((tmp_path / "run/epochs.jsonl").read_text())
+    assert 18 < epoch["loss"] < 30      # at right angles: 30 (cos 90 - cos 135) = 21 more than plain softmax
+
+
 def test_processes_of_torchrun_train_one_model(casia, tmp_path):
     """Two processes see the batch of one, halved and each half in two parts, and end with one model between them."""
     args = [*options(casia, tmp_path), "--net", "sphere20a", "--epochs", "0.5", "--no-mirror"]
