@@ -8,6 +8,9 @@ import torch
 from torch.autograd.function import once_differentiable
 
 
+PARTS = 16   # of the centres, where a copy of all of them would be the largest tensor of a step
+
+
 def float32(tensor):
     """Context in which matrix products keep float32 whatever the autocast type around them."""
     return torch.autocast(tensor.device.type, enabled=False)
@@ -62,9 +65,12 @@ class _Projections(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight, length = ctx.saved_tensors
         grad_x = grad.div(length) @ weight if ctx.needs_input_grad[0] else None
-        grad_weight = (grad.T @ x).div_(length[:, None])
-        along = torch.einsum("cd,cd->c", grad_weight, weight) / length.square()  # a centre's length changes nothing
-        return grad_x, grad_weight.addcmul_(weight, along[:, None], value=-1)
+        grad_weight = grad.T @ x
+        # A centre's length changes nothing, so what points along it is taken off. By parts, for the products' memory.
+        for part, w, norm in zip(grad_weight.chunk(PARTS), weight.chunk(PARTS), length.chunk(PARTS)):
+            along = (part * w).sum(1) / norm.square()
+            part.addcmul_(w, along[:, None], value=-1).div_(norm[:, None])
+        return grad_x, grad_weight
 
 
 def margin_softmax(logits, label, margin, *inputs, centres=ALL):
