@@ -3,6 +3,7 @@ learn.
 
     python training_step.py --casia DIR                    CosFace, 20 steps of 64 faces each, by turns
     python training_step.py --casia DIR --method sphereFace --batch-size 256
+    python training_step.py --casia DIR --compile
     python training_step.py --casia DIR --steps 200 --lfw DIR --landmarks FILE
 
 The textbook loop has tensors in PyTorch's default memory order, float32 throughout, the heads that most repositories
@@ -53,6 +54,8 @@ def parse_args():
     parser.add_argument("--lfw", type=Path, metavar="DIR", help="LFW, to measure both at the end")
     parser.add_argument("--landmarks", type=Path, metavar="FILE", help="LFW's (default: lfw_landmark.py's)")
     parser.add_argument("--precision", choices=("auto", "bf16", "float32"), default="auto", help="of ours")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="as of casia_train.py; "
+                        "of ours")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     args = parser.parse_args()
     if args.batch_size < 2 or args.steps < 3:
@@ -146,6 +149,8 @@ def main():
     bf16 = has_bf16(device) if args.precision == "auto" else args.precision == "bf16"
     steps = {"textbook": textbook(nets["textbook"], heads["textbook"]),
              "ours": ours(nets["ours"], heads["ours"], bf16, device)}
+    if args.compile:
+        nets["ours"].compile()
     recipe = Recipe(args.batch_size, len(faces) // args.batch_size, args.steps, args.lr, args.steps // 10, "cosine")
     setting = ((lambda step: min(1.0, 2 * step / args.steps)) if args.method == "cosFace" else head.annealing)
     results = race(steps, batches(faces, args, device), recipe.learning_rate, setting)
@@ -165,7 +170,8 @@ def report(args, device, bf16, results):
     print(f"device       {device}, {torch.get_num_threads()} threads, {processor()}, torch {torch.__version__}\n"
           f"measured     {args.method}, {args.steps} steps of {args.batch_size}, medians\n"
           f"textbook     {args.batch_size / warm['textbook']:8.1f} images/s in float32\n"
-          f"ours         {args.batch_size / warm['ours']:8.1f} images/s in {'bf16' if bf16 else 'float32'}\n"
+          f"ours         {args.batch_size / warm['ours']:8.1f} images/s in {'bf16' if bf16 else 'float32'}"
+          f"{', compiled' if args.compile else ''}\n"
           f"ratio        {warm['textbook'] / warm['ours']:8.2f}\n"
           f"agreement    first loss {losses['textbook'][0]:.4f} and {losses['ours'][0]:.4f}, last "
           f"{losses['textbook'][-1]:.4f} and {losses['ours'][-1]:.4f}, mean of the curve within {curve:.2%}")
