@@ -43,6 +43,13 @@ def test_residual_units_start_near_the_identity():
     assert not net.conv3_1.bias.any() and not net.fc5.bias.any()
     bound = (6 / (9 * (128 + 256))) ** 0.5                                 # Xavier's, fan in plus fan out
     assert bound * 0.99 < net.conv3_1.weight.abs().max().item() <= bound * (1 + 1e-6)       # rounded to float32
+    net = cosFace.net.faceNet()
+    assert net.conv3_5.weight.std().item() == pytest.approx((2 / (9 * 256)) ** 0.5, rel=0.05)      # He's
+    with torch.no_grad():
+        x = net._layer("1_1", torch.randn(2, 3, 112, 96))
+        assert torch.equal(x + net._layer("1_3", net._layer("1_2", x)), x)
+    assert not any(net.get_submodule(f"conv{name}bn").weight.any() for name in ("1_3", "2_3", "2_5", "3_9", "4_3"))
+    assert all((net.get_submodule(f"conv{name}bn").weight == 1).all() for name in ("1_1", "1_2", "3_8", "4_1"))
 
 
 def test_forward_is_the_papers_chain():

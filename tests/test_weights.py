@@ -70,6 +70,7 @@ def test_batch_normalised_variant_and_our_own_checkpoint(image, tmp_path):
     trained = faceNet()
     for module in trained.modules():
         if isinstance(module, (nn.BatchNorm2d, nn.BatchNorm1d)):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.uniform_(module.running_mean, -0.1, 0.1)
             nn.init.uniform_(module.running_var, 0.5, 2)
             nn.init.uniform_(module.bias, -0.1, 0.1)
