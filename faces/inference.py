@@ -5,15 +5,13 @@ Convolutions take 95 % of a CPU's time, and oneDNN's run at the speed of matrix 
 gain is to multiply less. (Fusing PReLU could save 2 %; torch.compile with frozen weights saved 10 %, and took 36 s.)
 """
 import copy
-import platform
 
 import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from faces.winograd import Winograd
+from faces.winograd import Winograd, pays
 
-WIDE = 128  # channels from which Winograd's fewer products pay for its transforms; with 64 the two are even
 MANY = 64   # images from which they pay for transforming the weights, which takes half a second
 
 
@@ -28,12 +26,14 @@ def for_inference(net, device, dtype=torch.float32, images=MANY):
     """
     fast = copy.deepcopy(net).eval()
     fold_batch_norm(fast)
-    # cuDNN has Winograd of its own, bfloat16 has units of its own, and on other CPUs it was never measured.
-    x86 = torch.device(device).type == "cpu" and platform.machine() in ("x86_64", "AMD64")
-    if x86 and dtype == torch.float32 and images >= MANY:
+    # cuDNN has Winograd of its own, bfloat16 has units of its own.
+    if torch.device(device).type == "cpu" and dtype == torch.float32 and images >= MANY:
         for name, layer in list(fast.named_children()):
-            if is_wide(layer):
-                setattr(fast, name, Winograd(layer))
+            if pays(layer):
+                prelu = getattr(fast, name.replace("conv", "relu"), None)
+                setattr(fast, name, Winograd(layer, prelu if isinstance(prelu, nn.PReLU) else None))
+                if isinstance(prelu, nn.PReLU):
+                    setattr(fast, name.replace("conv", "relu"), nn.Identity())
     return fast.to(device, memory_format=torch.channels_last)
 
 
@@ -49,9 +49,3 @@ def fold_batch_norm(net):
         else:
             continue
         setattr(net, name, nn.Identity())
-
-
-def is_wide(layer):
-    """Whether a layer is a convolution that Winograd() computes, and faster."""
-    return isinstance(layer, nn.Conv2d) and layer.in_channels >= WIDE and layer.groups == 1 and (
-        layer.kernel_size, layer.stride, layer.padding, layer.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1))

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from faces.align import HEIGHT, WIDTH
 from faces.errors import InputError
+from faces.fast_training import for_training
 from faces.shard import ShardedHead
 
 
@@ -145,6 +146,8 @@ class Run:
     def parallel(self, net):
         """Move a network to the device; with several processes, average its gradients over them."""
         net = net.to(self.device, memory_format=torch.channels_last)
+        if self.device.type == "cpu" and not self.bf16 and not self.compile:
+            net = for_training(net)
         x = torch.zeros(2, 3, HEIGHT, WIDTH, device=self.device)
         if self.compile and self._compiles(net, x):
             net.compile()

@@ -1,47 +1,133 @@
 """3x3 convolutions by Winograd's minimal filtering, F(4x4, 3x3) (Lavin and Gray, arXiv:1509.09308), on a CPU.
 
 A tile d of 6x6 pixels gives 4x4 outputs A'[(G g G') * (B'd B)]A, with 36 products a pair of channels instead of 144;
-summed over the channels they are 36 matrix products, which MKL computes as fast as oneDNN convolves.
+summed over the channels they are 36 matrix products, which MKL computes as fast as oneDNN convolves. The gradient by
+the image is such a convolution again, that by the kernel G'[V' (A e A')]G with 36 products as well.
 """
+import functools
+import platform
+
 import numpy as np
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
+
+from faces import kernels
 
 OUT, IN = 4, 6  # pixels along the side of a tile
 POINTS = (0, 0.5 ** 0.5, -0.5 ** 0.5, 2 ** 0.5, -2 ** 0.5)  # and infinity; the usual 0, +-1, +-2 round worse
 
 
+CACHED = 16 << 20   # bytes of products at a time
+WIDE = 128      # channels from which it pays without the kernels, whose transforms cost next to nothing
+
+
+def pays(layer):
+    """Whether a layer is a convolution that these compute, and faster than PyTorch does on a CPU in float32."""
+    if not isinstance(layer, nn.Conv2d) or (
+            layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode) != (
+            (3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros"):
+        return False
+    if kernels.available():
+        return kernels.fits(layer.in_channels) and kernels.fits(layer.out_channels)
+    return layer.in_channels >= WIDE and platform.machine() in ("x86_64", "AMD64")      # elsewhere never measured
+
+
 class Winograd(nn.Module):
-    """A 3x3 convolution of stride 1 and padding 1; rounds in float32 about as the direct sum does.
+    """A 3x3 convolution of stride 1 and padding 1, for inference; rounds in float32 about as the direct sum does.
 
     Args:
         conv: nn.Conv2d, whose weights are taken as they are now.
+        prelu: nn.PReLU that follows and is to be computed with it, or None.
     """
 
-    def __init__(self, conv):
+    def __init__(self, conv, prelu=None):
         super().__init__()
-        to_products, to_kernel, to_outputs = (torch.from_numpy(np.kron(m, m)) for m in winograd_matrices(POINTS))
-        out_channels, in_channels = conv.weight.shape[:2]
-        weight = to_kernel @ conv.weight.detach().double().transpose(0, 1).reshape(-1, 9).T
-        bias = torch.zeros(out_channels) if conv.bias is None else conv.bias.detach()
-        self.register_buffer("weight", weight.float().view(IN ** 2, in_channels, out_channels))
-        self.register_buffer("bias", bias)
-        self.register_buffer("to_products", to_products.float())                      # (36, 36): B'd B of flat tiles
-        self.register_buffer("to_outputs", to_outputs.float())                        # (16, 36)
+        channels = conv.out_channels
+        self.register_buffer("weight", kernel_products(conv.weight.detach().double()).float())
+        self.register_buffer("bias", torch.zeros(channels) if conv.bias is None else conv.bias.detach().clone())
+        self.register_buffer("slope", torch.ones(channels) if prelu is None else
+                             prelu.weight.detach().expand(channels).contiguous())
 
     def forward(self, x):
         """Convolve float (N, C, H, W) to (N, K, H, W); fastest if channels are last in memory, as the result's are."""
-        count, channels, height, width = x.shape
-        down, across = -(-height // OUT), -(-width // OUT)
-        tiles = count * down * across                                                 # T
-        x = nn.functional.pad(x, (1, across * OUT + 1 - width, 1, down * OUT + 1 - height)).permute(0, 2, 3, 1)
-        x = x.unfold(1, IN, OUT).unfold(2, IN, OUT).permute(0, 1, 2, 4, 5, 3)         # (N, down, across, 6, 6, C)
-        x = torch.bmm(self.to_products.expand(tiles, -1, -1), x.reshape(tiles, IN ** 2, channels))
-        x = torch.bmm(x.transpose(0, 1), self.weight).transpose(0, 1)                 # (T, 36, K)
-        x = torch.baddbmm(self.bias, self.to_outputs.expand(tiles, -1, -1), x)        # (T, 16, K)
-        x = x.view(count, down, across, OUT, OUT, -1).transpose(2, 3)
-        x = x.reshape(count, down * OUT, across * OUT, -1)[:, :height, :width]
-        return x.permute(0, 3, 1, 2)
+        return _convolve(x, self.weight, self.bias, self.slope)
+
+
+class WinogradConv2d(nn.Conv2d):
+    """The same for training: nn.Conv2d with another way to compute it and its gradients. Needs faces.kernels."""
+
+    def forward(self, x):
+        y = _Convolution.apply(x, self.weight)
+        return y if self.bias is None else y + self.bias[:, None, None]
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)    # x and not its transform, which is twice as large and soon made again
+        return _convolve_plainly(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        grad_x = _convolve_plainly(grad, weight.flip(2, 3).transpose(0, 1)) if ctx.needs_input_grad[0] else None
+        to_products, to_kernel, to_outputs = _matrices(torch.float32)
+        from_outputs, products = to_outputs.T.contiguous(), grad.new_zeros(IN ** 2, x.shape[1], len(weight))
+        for part, grad_part in zip(_parts(x), _parts(grad, x.shape)):
+            products.baddbmm_(kernels.to_products(part, to_products).transpose(1, 2),
+                              kernels.to_products(grad_part, from_outputs))                   # (36, C, K)
+        grad_weight = (torch.kron(to_kernel, to_kernel).T @ products.flatten(1)).view(3, 3, x.shape[1], len(weight))
+        return grad_x, grad_weight.permute(3, 2, 0, 1).contiguous(memory_format=torch.channels_last)
+
+
+def kernel_products(weight):
+    """G g G' of each pair of channels: float (K, C, 3, 3) to (36, C, K)."""
+    to_kernel = _matrices(weight.dtype)[1]
+    flat = torch.kron(to_kernel, to_kernel) @ weight.permute(2, 3, 1, 0).reshape(9, -1)
+    return flat.view(IN ** 2, weight.shape[1], weight.shape[0])
+
+
+def _convolve_plainly(x, weight):
+    return _convolve(x, kernel_products(weight), weight.new_zeros(len(weight)), weight.new_ones(len(weight)))
+
+
+def _convolve(x, weight, bias, slope):
+    """PReLU of the convolution of float (N, C, H, W) with kernel_products() (36, C, K); bias and slope (K,)."""
+    if not (kernels.available() and kernels.fits(x.shape[1]) and kernels.fits(len(bias))):
+        return _convolve_without_kernels(x, weight, bias, slope)
+    to_products, _, to_outputs = _matrices(torch.float32)
+    y = x.new_empty(len(x), *x.shape[2:], len(bias))
+    for part, images in zip(_parts(x), _parts(y, x.shape)):
+        kernels.to_outputs(torch.bmm(kernels.to_products(part, to_products), weight), to_outputs, bias, slope, images)
+    return y.permute(0, 3, 1, 2)
+
+
+def _parts(tensor, shape=None):
+    """Split a batch into parts whose products stay in a processor's cache; shape: of what they are products of."""
+    _, channels, height, width = shape or tensor.shape
+    return tensor.split(max(1, CACHED // (4 * IN ** 2 * channels * -(-height // OUT) * -(-width // OUT))))
+
+
+def _convolve_without_kernels(x, weight, bias, slope):
+    count, channels, height, width = x.shape
+    down, across = -(-height // OUT), -(-width // OUT)
+    to_products, to_outputs = (torch.kron(m, m).expand(count * down * across, -1, -1) for m in
+                               _matrices(torch.float32)[::2])
+    x = nn.functional.pad(x, (1, across * OUT + 1 - width, 1, down * OUT + 1 - height)).permute(0, 2, 3, 1)
+    x = x.unfold(1, IN, OUT).unfold(2, IN, OUT).permute(0, 1, 2, 4, 5, 3)                     # (N, down, across, 6, 6, C)
+    x = torch.bmm(to_products, x.reshape(len(to_products), IN ** 2, channels))
+    x = torch.bmm(x.transpose(0, 1), weight).transpose(0, 1)                                  # (T, 36, K)
+    x = torch.baddbmm(bias, to_outputs, x).view(count, down, across, OUT, OUT, -1).transpose(2, 3)
+    x = x.reshape(count, down * OUT, across * OUT, -1)[:, :height, :width].permute(0, 3, 1, 2)
+    return nn.functional.prelu(x, slope)
+
+
+@functools.cache
+def _matrices(dtype):
+    """B', G and A' of F(4x4, 3x3)."""
+    return tuple(torch.from_numpy(matrix).to(dtype).contiguous() for matrix in winograd_matrices(POINTS))
 
 
 def winograd_matrices(points):

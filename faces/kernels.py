@@ -1,0 +1,125 @@
+"""kernels.c, compiled by this machine's C compiler when it is first called, in a second, and kept in the cache.
+
+Where there is no compiler, or one that can't, `available()` is False and callers go on without.
+"""
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+SOURCE = Path(__file__).with_name("kernels.c")
+FOLDER = Path(__file__).resolve().parents[1] / "cache" / "kernels"
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+PARTS = 64      # of the rows that PReLU's gradient is summed over
+LANES = 16      # what numbers of channels must be a multiple of
+
+
+def available():
+    """Whether kernels.c could be compiled; measured on x86 only, so elsewhere it is not tried."""
+    return platform.machine() in ("x86_64", "AMD64") and _library() is not None
+
+
+def fits(channels):
+    """Whether the kernels take so many channels."""
+    return channels % LANES == 0 and channels <= 4096
+
+
+def to_products(x, matrix):
+    """m X m' of each tile X of an image: 6x6 pixels from one above and left of it on, or the 4x4 of the tile itself.
+
+    Args:
+        x: float32 (N, C, H, W), in any memory order; C such as fits().
+        matrix: float32 (6, 6) or (6, 4), m.
+
+    Returns:
+        float32 (36, T, C), of the T = N ceil(H/4) ceil(W/4) tiles of 4x4 pixels.
+    """
+    x = x.contiguous(memory_format=torch.channels_last)
+    count, channels, height, width = x.shape
+    products = x.new_empty(36, count * -(-height // 4) * -(-width // 4), channels)
+    _library().to_products(*map(_at, (x, matrix, products)), count, height, width, channels, matrix.shape[1],
+                           torch.get_num_threads())
+    return products
+
+
+def to_outputs(products, matrix, bias, slope, images):
+    """PReLU of m V m' + bias of each tile's 6x6 products V, written into images.
+
+    Args:
+        products: float32 (36, T, K).
+        matrix: float32 (4, 6), m.
+        bias, slope: float32 (K,); slope 1 leaves PReLU out.
+        images: float32 (N, H, W, K), which the tiles make up; overwritten.
+    """
+    _library().to_outputs(*map(_at, (products, matrix, bias, slope, images)), *images.shape, torch.get_num_threads())
+
+
+def prelu_gradients(gradient, x, slope):
+    """Gradients of PReLU by its input, float32 (N, C, H, W), and by its slopes, float32 (C,), from that by its output.
+
+    Args:
+        gradient, x: float32 (N, C, H, W), in any memory order; C such as fits().
+        slope: float32 (C,).
+    """
+    gradient, x = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (gradient, x))
+    of_x, of_slope = torch.empty_like(x), x.new_empty(PARTS, len(slope))
+    _library().prelu_gradients(*map(_at, (gradient, x, slope, of_x, of_slope)), x.numel() // len(slope), len(slope),
+                               PARTS, torch.get_num_threads())
+    return of_x, of_slope.sum(0)
+
+
+def _at(tensor):
+    if not (tensor.dtype == torch.float32 and (tensor.is_contiguous() or
+                                               tensor.is_contiguous(memory_format=torch.channels_last))):
+        raise TypeError("the kernels take dense float32 tensors")
+    return tensor.data_ptr()
+
+
+@functools.cache
+def _library():
+    """The compiled file, or None."""
+    compiler = shutil.which(os.environ.get("CC") or "cc")
+    if compiler is None:
+        return None
+    key = hashlib.sha256(b"".join((SOURCE.read_bytes(), compiler.encode(), *map(str.encode, FLAGS), _processor())))
+    for folder in (FOLDER, Path(tempfile.mkdtemp(prefix="faces-kernels-"))):     # the clone may be read-only
+        try:
+            return _typed(ctypes.CDLL(str(_compile(compiler, folder / f"{key.hexdigest()[:16]}.so"))))
+        except (OSError, subprocess.SubprocessError):
+            continue
+    return None
+
+
+def _compile(compiler, path):
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:             # then moved: whole or absent
+            made = Path(folder) / path.name
+            subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(made)], check=True, capture_output=True, timeout=60)
+            os.replace(made, path)
+    return path
+
+
+def _typed(library):
+    pointer, number, short = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
+    library.to_products.argtypes = [*3 * [pointer], *4 * [number], short, short]
+    library.to_outputs.argtypes = [*5 * [pointer], *4 * [number], short]
+    library.prelu_gradients.argtypes = [*5 * [pointer], *2 * [number], short, short]
+    for function in (library.to_products, library.to_outputs, library.prelu_gradients):
+        function.restype = None
+    return library
+
+
+def _processor():
+    """What -march=native looks at: a clone on a shared disk serves machines of several kinds."""
+    try:
+        return next(line for line in Path("/proc/cpuinfo").read_bytes().splitlines() if line.startswith(b"flags"))
+    except (OSError, StopIteration):
+        return platform.processor().encode()
