@@ -28,7 +28,7 @@ from faces.landmarks import default_list
 from faces.lfw import landmarks_of, load_faces
 from faces.pairs import read_pairs
 from faces.protocols import identify, operate
-from faces.run import pick_device
+from faces.run import keep_large_blocks, pick_device
 from faces.verify import verify
 from faces.weights import add_options as add_model_options
 from faces.weights import load_weights
@@ -110,6 +110,8 @@ def protocol_seconds(embeddings, pairs):
 def main():
     args = _parse()
     device = pick_device(args.device)
+    if device.type == "cpu":
+        keep_large_blocks()     # as lfw_eval.py does; of both: it is the process's
     whole = read_pairs(args.lfw)
     pairs = sample(whole, args.pairs or len(whole.same))
     points = landmarks_of(args.landmarks or default_list(args.lfw, "lfw_landmark.txt"), pairs.paths)

@@ -34,6 +34,7 @@ from benchmarks.margin_softmax import textbook_cosface, textbook_sphereface
 from faces.cache import DEFAULT, load_casia
 from faces.errors import InputError, command
 from faces.evaluate import evaluate
+from faces.fast_training import for_training
 from faces.lfw import load_lfw
 from faces.recipe import Recipe
 from faces.run import has_bf16, keep_large_blocks, no_decay_on_vectors, pick_device, to_input
@@ -72,10 +73,12 @@ def batches(faces, args, device):
         yield [torch.from_numpy(array).to(device) for array in (images, mirror, labels)]
 
 
-def ours(net, head, bf16, device):
+def ours(net, head, bf16, compiled, device):
     """A step as casia_train.py makes it: a function of the learning rate, of what the head takes after the labels,
     and of a batch, that returns the loss."""
     net = net.to(memory_format=torch.channels_last)
+    if device.type == "cpu" and not bf16 and not compiled:
+        net = for_training(net)
     optimizer = SGD(no_decay_on_vectors(net, head, DECAY), 0.0, momentum=0.9)
 
     def step(rate, setting, faces, mirror, labels):
@@ -148,7 +151,7 @@ def main():
     heads = {name: copy.deepcopy(head).to(device) for name in nets}
     bf16 = has_bf16(device) if args.precision == "auto" else args.precision == "bf16"
     steps = {"textbook": textbook(nets["textbook"], heads["textbook"]),
-             "ours": ours(nets["ours"], heads["ours"], bf16, device)}
+             "ours": ours(nets["ours"], heads["ours"], bf16, args.compile, device)}
     if args.compile:
         nets["ours"].compile()
     recipe = Recipe(args.batch_size, len(faces) // args.batch_size, args.steps, args.lr, args.steps // 10, "cosine")

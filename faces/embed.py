@@ -45,7 +45,7 @@ def embed(net, faces, device, batch_size=None, mirror="concatenate", dtype=torch
 
 def default_batch_size(device):
     """Return how many faces to embed at a time: on a CPU as many as its caches hold, elsewhere enough to fill it."""
-    return 16 if torch.device(device).type == "cpu" else 256
+    return 32 if torch.device(device).type == "cpu" else 256
 
 
 def _autocast(device, dtype):

@@ -12,7 +12,7 @@ from faces.embed import MIRROR, default_batch_size, embed
 from faces.errors import InputError, command
 from faces.lfw import load_lfw
 from faces.protocols import identify, operate
-from faces.run import pick_device
+from faces.run import keep_large_blocks, pick_device
 from faces.verify import verify
 from faces.weights import CHANNELS, load_weights
 
@@ -52,6 +52,8 @@ def main(net_module, method):
     if args.output:
         _make_folder(args.output)  # before the work, not after it
     device = pick_device(args.device)
+    if device.type == "cpu":
+        keep_large_blocks()
     args.batch_size = args.batch_size or default_batch_size(device)
     nets = [net_module.NETS[name]() for name in args.net]
     loaded = [load_weights(net, path, args.channels) for net, path in zip(nets, args.model)]
@@ -113,7 +115,7 @@ def _parse(net_module, method):
     machine.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (default: auto)")
     machine.add_argument("--batch-size", type=_positive, metavar="N",
                          help="faces at a time, 1 to whatever fits; changes the speed only (default: 256, on a CPU "
-                              "16)")
+                              "32)")
     machine.add_argument("--precision", choices=tuple(PRECISION), default="float32",
                          help="bf16 is faster where the device has it, and rounds more (default: float32)")
     machine.add_argument("--output", type=Path, metavar="DIR",
