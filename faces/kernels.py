@@ -2,11 +2,13 @@
 
 Where there is no compiler, or one that can't, `available()` is False and callers go on without.
 """
+import contextlib
 import ctypes
 import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -85,15 +87,14 @@ def _at(tensor):
 @functools.cache
 def _library():
     """The compiled file, or None."""
-    compiler = shutil.which(os.environ.get("CC") or "cc")
-    if compiler is None:
+    compiler = shlex.split(os.environ.get("CC") or "cc")
+    if shutil.which(compiler[0]) is None:
         return None
-    key = hashlib.sha256(b"".join((SOURCE.read_bytes(), compiler.encode(), *map(str.encode, FLAGS), _processor())))
-    for folder in (FOLDER, Path(tempfile.mkdtemp(prefix="faces-kernels-"))):     # the clone may be read-only
-        try:
-            return _typed(ctypes.CDLL(str(_compile(compiler, folder / f"{key.hexdigest()[:16]}.so"))))
-        except (OSError, subprocess.SubprocessError):
-            continue
+    parts = (SOURCE.read_bytes(), *map(str.encode, (*compiler, *FLAGS)), _processor())
+    name = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16] + ".so"
+    for folder in (lambda: contextlib.nullcontext(FOLDER), tempfile.TemporaryDirectory):    # the clone may be read-only
+        with contextlib.suppress(OSError, subprocess.SubprocessError), folder() as place:
+            return _typed(ctypes.CDLL(str(_compile(compiler, Path(place) / name))))
     return None
 
 
@@ -102,7 +103,7 @@ def _compile(compiler, path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:             # then moved: whole or absent
             made = Path(folder) / path.name
-            subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(made)], check=True, capture_output=True, timeout=60)
+            subprocess.run([*compiler, *FLAGS, SOURCE, "-o", made], check=True, capture_output=True, timeout=60)
             os.replace(made, path)
     return path
 

@@ -55,7 +55,7 @@ def _is_amd():
 
 
 def keep_large_blocks():
-    """Let glibc use large blocks again. It maps each anew otherwise, for the kernel to clear: 6 % of a step on a CPU."""
+    """Let glibc use large blocks again; else each is mapped and cleared anew, which is 6 % of a step on a CPU."""
     with contextlib.suppress(AttributeError, OSError, TypeError):   # no mallopt in other C libraries
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)                  # M_MMAP_MAX: blocks of any size from the heap,

@@ -116,7 +116,7 @@ def _convolve_without_kernels(x, weight, bias, slope):
     to_products, to_outputs = (torch.kron(m, m).expand(count * down * across, -1, -1) for m in
                                _matrices(torch.float32)[::2])
     x = nn.functional.pad(x, (1, across * OUT + 1 - width, 1, down * OUT + 1 - height)).permute(0, 2, 3, 1)
-    x = x.unfold(1, IN, OUT).unfold(2, IN, OUT).permute(0, 1, 2, 4, 5, 3)                     # (N, down, across, 6, 6, C)
+    x = x.unfold(1, IN, OUT).unfold(2, IN, OUT).permute(0, 1, 2, 4, 5, 3)                   # (N, down, across, 6, 6, C)
     x = torch.bmm(to_products, x.reshape(len(to_products), IN ** 2, channels))
     x = torch.bmm(x.transpose(0, 1), weight).transpose(0, 1)                                  # (T, 36, K)
     x = torch.baddbmm(bias, to_outputs, x).view(count, down, across, OUT, OUT, -1).transpose(2, 3)

@@ -160,7 +160,7 @@ class SphereFaceR(nn.Module):
         self.weight = nn.Parameter(torch.randn(classes, 512) / 512 ** 0.5)
 
     def forward(self, embedding, label, lam=0.0, centres=ALL):
-        """Loss of a batch; arguments and results as of SphereFace, with (lambda cos t + psi(t)) / (1 + lambda) again."""
+        """Loss of a batch; arguments and results as of SphereFace, (lambda cos t + psi(t)) / (1 + lambda) again."""
         def margin(logit):                                         # (N,), of the targets
             t = (logit.detach() / self.s).clamp(-1, 1).acos()
             k = (t * (self.m / math.pi)).floor()
