@@ -1,7 +1,7 @@
 /* What PyTorch's CPU kernels are slow at or don't have: the transforms of Winograd's F(4x4, 3x3) and the gradient of
    PReLU. float32, channels last in memory and a multiple of 16; faces/kernels.py compiles this file and says more. */
 
-typedef float vector __attribute__((vector_size(64), aligned(4), may_alias));  /* 16 channels; narrower units halve it */
+typedef float vector __attribute__((vector_size(64), aligned(4), may_alias));  /* 16 channels; smaller units halve it */
 typedef int mask __attribute__((vector_size(64)));
 enum { LANES = 16, MOST = 4096 / LANES };
 #define AT(array, index) (*(vector *)((array) + (index)))
