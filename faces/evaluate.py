@@ -120,7 +120,8 @@ def _parse(net_module, method):
                          help="bf16 is faster where the device has it, and rounds more (default: float32)")
     machine.add_argument("--output", type=Path, metavar="DIR",
                          help="folder for results.json, scores.tsv, roc.png, cmc.png of an identification, "
-                              "histogram.png and errors.png, the hardest pairs; of several models each gets a folder in it")
+                              "histogram.png and errors.png, the hardest pairs; of several models each gets a folder "
+                              "in it")
     args = parser.parse_args()
     args.net = args.net or ["faceNet"]
     if len(args.net) == 1:
