@@ -20,7 +20,7 @@ def test_picture_is_what_is_committed(name, tmp_path):
         drawn.append(folder / f"{name}.png")
     assert drawn[0].read_bytes() == drawn[1].read_bytes()
     now, committed = Image.open(drawn[0]), Image.open(COMMITTED / f"{name}.png")
-    assert now.convert("RGBA").getextrema()[3] == (255, 255)                  # opaque: black on white on a dark page too
+    assert now.convert("RGBA").getextrema()[3] == (255, 255)                 # opaque: black on white on a dark page too
     if now.info["Software"] != committed.info["Software"]:
         pytest.skip(f"{name}.png is by {committed.info['Software']}, which sets text elsewhere than "
                     f"{matplotlib.__version__}")
