@@ -3,8 +3,8 @@
     python casia_train.py --casia DIR                      the authors' recipe, on the best device there is
     python casia_train.py --casia DIR --resume             go on where it was stopped
     torchrun --nproc-per-node 8 casia_train.py --casia DIR one process per GPU
-    python casia_train.py --casia DIR --batch-size 128 --lr 0.1 --warmup 200 --schedule cosine --epochs 6 \\
-        --scale 30 --margin-warmup 500                     a small set on a laptop
+    python casia_train.py --casia DIR --batch-size 64 --lr 0.1 --warmup 100 --schedule cosine --epochs 6 \\
+        --scale 30 --margin-warmup 1000 --jitter 2         a small set on a laptop
 
 DIR holds folders such as 0000045/001.jpg and casia_landmark.txt, or faces already aligned (see --help).
 """
@@ -29,7 +29,7 @@ def parse_args():
     method.add_argument("--scale", type=float, default=64, help="s; the paper's 64, 30 for a small set")
     method.add_argument("--margin", type=float, default=0.35, help="m, 0 to 0.5; the paper's 0.35")
     method.add_argument("--margin-warmup", type=int, default=0, metavar="STEPS",
-                        help="steps in which the margin grows from 0; 500 helps a small set")
+                        help="steps in which the margin grows from 0; half of all steps help a small set")
     args = parser.parse_args()
     if not (args.scale > 0 and 0 <= args.margin < 1 and args.margin_warmup >= 0):
         parser.error("--scale must be greater than 0, --margin in 0..1, --margin-warmup at least 0")

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import EngFormatter, ScalarFormatter
+from matplotlib.ticker import EngFormatter
 
 from faces.files import atomic_write
 
@@ -65,7 +65,7 @@ def cmc_picture(path, ranks, curves):
     lowest = min(cmc[0] for cmc in curves.values())
     axes.set(xscale="log", xlim=(1, ranks), ylim=(max(0, np.floor(lowest * 10 - 0.2) / 10), 1.01), xlabel="rank",
              ylabel="probes identified")
-    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.legend(loc="lower right", frameon=False)
     save(figure, path)
 
