@@ -110,8 +110,7 @@ def protocol_seconds(embeddings, pairs):
 def main():
     args = _parse()
     device = pick_device(args.device)
-    if device.type == "cpu":
-        keep_large_blocks()     # as lfw_eval.py does; of both: it is the process's
+    keep_large_blocks(device)   # as lfw_eval.py does; of both: it is the process's
     whole = read_pairs(args.lfw)
     pairs = sample(whole, args.pairs or len(whole.same))
     points = landmarks_of(args.landmarks or default_list(args.lfw, "lfw_landmark.txt"), pairs.paths)

@@ -77,8 +77,8 @@ def ours(net, head, bf16, compiled, device):
     """A step as casia_train.py makes it: a function of the learning rate, of what the head takes after the labels,
     and of a batch, that returns the loss."""
     net = net.to(memory_format=torch.channels_last)
-    if device.type == "cpu" and not bf16 and not compiled:
-        net = for_training(net)
+    if not compiled:
+        net = for_training(net, device, torch.bfloat16 if bf16 else torch.float32)
     optimizer = SGD(no_decay_on_vectors(net, head, DECAY), 0.0, momentum=0.9)
 
     def step(rate, setting, faces, mirror, labels):
@@ -140,8 +140,7 @@ def main():
     if args.batch_size > len(faces):
         raise InputError(f"--batch-size {args.batch_size} is larger than the set of {len(faces)} faces.")
     lfw = load_lfw(args.lfw, landmarks=args.landmarks, device=device) if args.lfw else None
-    if device.type == "cpu":
-        keep_large_blocks()     # of both: it is the process's
+    keep_large_blocks(device)   # of both: it is the process's
     torch.manual_seed(0)
     if args.method == "cosFace":
         net, head = cosFace.net.faceNet(), cosFace.net.CosFace(faces.classes, S, M)

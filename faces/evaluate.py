@@ -52,8 +52,7 @@ def main(net_module, method):
     if args.output:
         _make_folder(args.output)  # before the work, not after it
     device = pick_device(args.device)
-    if device.type == "cpu":
-        keep_large_blocks()
+    keep_large_blocks(device)
     args.batch_size = args.batch_size or default_batch_size(device)
     nets = [net_module.NETS[name]() for name in args.net]
     loaded = [load_weights(net, path, args.channels) for net, path in zip(nets, args.model)]

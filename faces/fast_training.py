@@ -29,12 +29,19 @@ class _PReLU(torch.autograd.Function):
         return kernels.prelu_gradients(grad, *ctx.saved_tensors)
 
 
-def for_training(net):
+def for_training(net, device=torch.device("cpu"), dtype=torch.float32):
     """Change, in place, how a network computes; its parameters, their names and what it computes stay.
 
-    Where faces.kernels is not available nothing is changed.
+    Nothing is changed for another device or type than these, nor where faces.kernels is not available.
+
+    Args:
+        net: module.
+        device: torch.device that it trains on.
+        dtype: what it is to compute in.
     """
-    for layer in net.modules() if kernels.available() else ():
+    if device.type != "cpu" or dtype != torch.float32 or not kernels.available():
+        return net
+    for layer in net.modules():
         if type(layer) is nn.Conv2d and pays(layer):
             layer.__class__ = WinogradConv2d
         elif type(layer) is nn.PReLU and kernels.fits(layer.num_parameters):

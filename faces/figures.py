@@ -41,10 +41,9 @@ def draw_roc(axes, curves):
     lowest = 1.0
     for i, (name, (far, tar)) in enumerate(curves.items()):
         start = np.searchsorted(far, left, side="right") - 1  # the last point at or left of the axis
-        axes.step(np.maximum(far[start:], left), tar[start:], where="post", color=COLOURS[i % len(COLOURS)],
-                  linestyle=("-", "--", ":", "-.")[i % 4], label=name)
+        axes.step(np.maximum(far[start:], left), tar[start:], where="post", label=name, **_line(i))
         lowest = min(lowest, tar[start])
-    axes.set(xscale="log", xlim=(left, 1), ylim=(max(0, np.floor(lowest * 10 - 0.2) / 10), 1.01),
+    axes.set(xscale="log", xlim=(left, 1), ylim=_rates_from(lowest),
              xlabel="false acceptance rate", ylabel="true acceptance rate")
     axes.legend(loc="lower right", frameon=False)
 
@@ -60,14 +59,22 @@ def cmc_picture(path, ranks, curves):
     figure, axes = new_figure((6, 4))
     ranks = min(ranks, *(len(cmc) for cmc in curves.values()))
     for i, (name, cmc) in enumerate(curves.items()):
-        axes.plot(range(1, ranks + 1), cmc[:ranks], color=COLOURS[i % len(COLOURS)],
-                  linestyle=("-", "--", ":", "-.")[i % 4], label=name)
-    lowest = min(cmc[0] for cmc in curves.values())
-    axes.set(xscale="log", xlim=(1, ranks), ylim=(max(0, np.floor(lowest * 10 - 0.2) / 10), 1.01), xlabel="rank",
+        axes.plot(range(1, ranks + 1), cmc[:ranks], label=name, **_line(i))
+    axes.set(xscale="log", xlim=(1, ranks), ylim=_rates_from(min(cmc[0] for cmc in curves.values())), xlabel="rank",
              ylabel="probes identified")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.legend(loc="lower right", frameon=False)
     save(figure, path)
+
+
+def _line(i):
+    """Colour and dashes of the i-th curve."""
+    return {"color": COLOURS[i % len(COLOURS)], "linestyle": ("-", "--", ":", "-.")[i % 4]}
+
+
+def _rates_from(lowest):
+    """Limits of an axis of rates, the lowest of which is to be seen: from a tenth to a little over 1."""
+    return max(0, np.floor(lowest * 10 - 0.2) / 10), 1.01
 
 
 def histogram_picture(path, similarities, same, threshold):

@@ -30,10 +30,13 @@ def for_inference(net, device, dtype=torch.float32, images=MANY):
     if torch.device(device).type == "cpu" and dtype == torch.float32 and images >= MANY:
         for name, layer in list(fast.named_children()):
             if pays(layer):
-                prelu = getattr(fast, name.replace("conv", "relu"), None)
-                setattr(fast, name, Winograd(layer, prelu if isinstance(prelu, nn.PReLU) else None))
+                after = name.replace("conv", "relu")
+                prelu = getattr(fast, after, None)
                 if isinstance(prelu, nn.PReLU):
-                    setattr(fast, name.replace("conv", "relu"), nn.Identity())
+                    setattr(fast, after, nn.Identity())
+                else:
+                    prelu = None
+                setattr(fast, name, Winograd(layer, prelu))
     return fast.to(device, memory_format=torch.channels_last)
 
 

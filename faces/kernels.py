@@ -23,9 +23,14 @@ PARTS = 64      # of the rows that PReLU's gradient is summed over
 LANES = 16      # what numbers of channels must be a multiple of
 
 
+def is_x86():
+    """Whether the processor is of the kind that Winograd's convolutions were measured on."""
+    return platform.machine() in ("x86_64", "AMD64")
+
+
 def available():
-    """Whether kernels.c could be compiled; measured on x86 only, so elsewhere it is not tried."""
-    return platform.machine() in ("x86_64", "AMD64") and _library() is not None
+    """Whether kernels.c could be compiled; not tried where it was never measured."""
+    return is_x86() and _library() is not None
 
 
 def fits(channels):

@@ -177,6 +177,5 @@ def _draw_curves(folder, models):
     figures.roc_picture(folder / "roc.png", {f"{name}, AUC {m.result.auc:.4f}": (m.result.far, m.result.tar)
                                              for name, m in zip(names, models)})
     if models[0].identification:
-        cmcs = [m.identification.cmc for m in models]
-        figures.cmc_picture(folder / "cmc.png", CMC, {f"{name}, rank 1 {cmc[0]:.4f}": cmc
-                                                      for name, cmc in zip(names, cmcs)})
+        cmcs = zip(names, (m.identification.cmc for m in models))
+        figures.cmc_picture(folder / "cmc.png", CMC, {f"{name}, rank 1 {cmc[0]:.4f}": cmc for name, cmc in cmcs})

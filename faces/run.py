@@ -54,8 +54,10 @@ def _is_amd():
         return False
 
 
-def keep_large_blocks():
-    """Let glibc use large blocks again; else each is mapped and cleared anew, which is 6 % of a step on a CPU."""
+def keep_large_blocks(device):
+    """On a CPU, let glibc use large blocks again; else each is mapped and cleared anew, which is 6 % of a step."""
+    if device.type != "cpu":
+        return
     with contextlib.suppress(AttributeError, OSError, TypeError):   # no mallopt in other C libraries
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)                  # M_MMAP_MAX: blocks of any size from the heap,
@@ -104,8 +106,7 @@ class Run:
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if self.world > 1 and args.device in ("auto", "cuda") \
             and torch.cuda.is_available() else args.device
         self.device = pick_device(name)
-        if self.device.type == "cpu":
-            keep_large_blocks()
+        keep_large_blocks(self.device)
         if self.world > 1:
             distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         if args.batch_size % self.world:
@@ -146,8 +147,8 @@ class Run:
     def parallel(self, net):
         """Move a network to the device; with several processes, average its gradients over them."""
         net = net.to(self.device, memory_format=torch.channels_last)
-        if self.device.type == "cpu" and not self.bf16 and not self.compile:
-            net = for_training(net)
+        if not self.compile:
+            net = for_training(net, self.device, torch.bfloat16 if self.bf16 else torch.float32)
         x = torch.zeros(2, 3, HEIGHT, WIDTH, device=self.device)
         if self.compile and self._compiles(net, x):
             net.compile()

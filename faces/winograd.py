@@ -5,7 +5,6 @@ summed over the channels they are 36 matrix products, which MKL computes as fast
 the image is such a convolution again, that by the kernel G'[V' (A e A')]G with 36 products as well.
 """
 import functools
-import platform
 
 import numpy as np
 import torch
@@ -16,10 +15,8 @@ from faces import kernels
 
 OUT, IN = 4, 6  # pixels along the side of a tile
 POINTS = (0, 0.5 ** 0.5, -0.5 ** 0.5, 2 ** 0.5, -2 ** 0.5)  # and infinity; the usual 0, +-1, +-2 round worse
-
-
 CACHED = 16 << 20   # bytes of products at a time
-WIDE = 128      # channels from which it pays without the kernels, whose transforms cost next to nothing
+WIDE = 128          # channels from which it pays without the kernels, whose transforms cost next to nothing
 
 
 def pays(layer):
@@ -30,7 +27,7 @@ def pays(layer):
         return False
     if kernels.available():
         return kernels.fits(layer.in_channels) and kernels.fits(layer.out_channels)
-    return layer.in_channels >= WIDE and platform.machine() in ("x86_64", "AMD64")      # elsewhere never measured
+    return layer.in_channels >= WIDE and kernels.is_x86()
 
 
 class Winograd(nn.Module):
