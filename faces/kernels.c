@@ -1,24 +1,62 @@
 /* What PyTorch's CPU kernels are slow at or don't have: the transforms of Winograd's F(4x4, 3x3) and the gradient of
    PReLU. float32, channels last in memory and a multiple of 16; faces/kernels.py compiles this file and says more. */
 
-typedef float vector __attribute__((vector_size(64), aligned(4), may_alias));  /* 16 channels; smaller units halve it */
-typedef int mask __attribute__((vector_size(64)));
-enum { LANES = 16, MOST = 4096 / LANES };
+/* As wide as the processor's: narrower ones take twice as long, wider ones are compiled to code four times slower. */
+#if defined __AVX512F__
+enum { BYTES = 64 };
+#elif defined __AVX__
+enum { BYTES = 32 };
+#else
+enum { BYTES = 16 };
+#endif
+typedef float vector __attribute__((vector_size(BYTES), aligned(4), may_alias));
+typedef int mask __attribute__((vector_size(BYTES)));
+enum { LANES = BYTES / 4, MOST = 4096 / LANES };
 #define AT(array, index) (*(vector *)((array) + (index)))
+#define INLINE static inline __attribute__((always_inline))
 
-static inline __attribute__((always_inline)) vector dot(const float *row, const vector *column, int count) {
-    vector sum = row[0] * column[0];
-    for (int i = 1; i < count; i++) sum += row[i] * column[i];
-    return sum;
-}
-
-static inline __attribute__((always_inline)) vector prelu(vector x, vector slope) {
+INLINE vector prelu(vector x, vector slope) {
     const mask positive = x > 0;
     return (vector)(positive & (mask)x) + slope * (vector)(~positive & (mask)x);
 }
 
-static inline __attribute__((always_inline)) void products(float *x, const float *m, float *v, long n, long h, long w,
-                                                           long c, int threads, const int size, const int offset) {
+/* B'd, A e and A'v of faces/winograd.py, by halves that are even and odd in its points 0, +-P, +-Q and infinity; there
+   2 is 1 / P^2 = Q^2 and 2.5 is P^2 + Q^2. */
+static const float P = 0.70710678f, Q = 1.41421356f;
+
+INLINE void of_pixels(const vector d[6], vector v[6]) {
+    const vector even_p = d[4] - 2 * d[2], odd_p = P * (d[3] - 2 * d[1]);
+    const vector even_q = d[4] - 0.5f * d[2], odd_q = Q * (d[3] - 0.5f * d[1]);
+    v[0] = d[0] - 2.5f * d[2] + d[4];
+    v[1] = even_p + odd_p;
+    v[2] = even_p - odd_p;
+    v[3] = even_q + odd_q;
+    v[4] = even_q - odd_q;
+    v[5] = d[1] - 2.5f * d[3] + d[5];
+}
+
+INLINE void of_gradients(const vector e[4], vector v[6]) {
+    const vector even_p = e[0] + 0.5f * e[2], odd_p = P * (e[1] + 0.5f * e[3]);
+    const vector even_q = e[0] + 2 * e[2], odd_q = Q * (e[1] + 2 * e[3]);
+    v[0] = e[0];
+    v[1] = even_p + odd_p;
+    v[2] = even_p - odd_p;
+    v[3] = even_q + odd_q;
+    v[4] = even_q - odd_q;
+    v[5] = e[3];
+}
+
+INLINE void of_products(const vector v[6], vector y[4]) {
+    const vector even_p = v[1] + v[2], odd_p = P * (v[1] - v[2]);
+    const vector even_q = v[3] + v[4], odd_q = Q * (v[3] - v[4]);
+    y[0] = v[0] + even_p + even_q;
+    y[1] = odd_p + odd_q;
+    y[2] = 0.5f * even_p + 2 * even_q;
+    y[3] = 0.5f * odd_p + 2 * odd_q + v[5];
+}
+
+INLINE void products(float *x, float *v, long n, long h, long w, long c, int threads, const int size, const int offset,
+                     void transform(const vector *, vector *)) {
     const long down = (h + 3) / 4, across = (w + 3) / 4, tiles = n * down * across;
     #pragma omp parallel for num_threads(threads) schedule(static)
     for (long t = 0; t < tiles; t++) {
@@ -26,30 +64,38 @@ static inline __attribute__((always_inline)) void products(float *x, const float
         for (long k = 0; k < c; k += LANES) {
             vector half[6][6];
             for (int j = 0; j < size; j++) {
-                vector column[6] = {{0}};
+                vector column[6] = {{0}}, out[6];
+                #pragma GCC unroll 6
                 for (int i = 0; i < size; i++)
                     if (0 <= left + j && left + j < w && 0 <= top + i && top + i < h)
                         column[i] = AT(x, ((image * h + top + i) * w + left + j) * c + k);
-                for (int a = 0; a < 6; a++) half[a][j] = dot(m + a * size, column, size);
+                transform(column, out);
+                #pragma GCC unroll 6
+                for (int a = 0; a < 6; a++) half[a][j] = out[a];
             }
-            for (int a = 0; a < 6; a++)
-                for (int b = 0; b < 6; b++)
-                    AT(v, ((a * 6 + b) * tiles + t) * c + k) = dot(m + b * size, half[a], size);
+            for (int a = 0; a < 6; a++) {
+                vector out[6];
+                transform(half[a], out);
+                #pragma GCC unroll 6
+                for (int b = 0; b < 6; b++) AT(v, ((a * 6 + b) * tiles + t) * c + k) = out[b];
+            }
         }
     }
 }
 
-/* v[a, b] = sum of m[a][i] m[b][j] x[4 r + i + offset, 4 s + j + offset] over i and j, for every tile (image, r, s);
-   x is 0 beyond its border. x (n, h, w, c); m (6, size): size 6 with offset -1, or 4 with 0; v (6, 6, tiles, c). */
-void to_products(float *x, const float *m, float *v, long n, long h, long w, long c, int size, int threads) {
-    if (size == 6) products(x, m, v, n, h, w, c, threads, 6, -1);
-    else products(x, m, v, n, h, w, c, threads, 4, 0);
+/* v = B'xB of each tile of pixels, 6x6 from one above and left on. x (n, h, w, c), 0 beyond its border; v (6, 6, tiles,
+   c). */
+void pixels_to_products(float *x, float *v, long n, long h, long w, long c, int threads) {
+    products(x, v, n, h, w, c, threads, 6, -1, of_pixels);
 }
 
-/* y[4 r + i, 4 s + j] = PReLU(bias + sum of m[i][a] m[j][b] v[a, b] over a and b). v (6, 6, tiles, c), m (4, 6), bias
-   and slope (c), y (n, h, w, c). */
-void to_outputs(float *v, const float *m, float *bias, float *slope, float *y, long n, long h, long w, long c,
-                int threads) {
+/* v = A x A' of each tile of a gradient by the outputs, 4x4. */
+void gradients_to_products(float *x, float *v, long n, long h, long w, long c, int threads) {
+    products(x, v, n, h, w, c, threads, 4, 0, of_gradients);
+}
+
+/* y = PReLU(bias + A'vA) of each tile. v (6, 6, tiles, c), bias and slope (c), y (n, h, w, c). */
+void to_outputs(float *v, float *bias, float *slope, float *y, long n, long h, long w, long c, int threads) {
     const long down = (h + 3) / 4, across = (w + 3) / 4, tiles = n * down * across;
     #pragma omp parallel for num_threads(threads) schedule(static)
     for (long t = 0; t < tiles; t++) {
@@ -57,16 +103,23 @@ void to_outputs(float *v, const float *m, float *bias, float *slope, float *y, l
         for (long k = 0; k < c; k += LANES) {
             vector half[4][6];
             for (int b = 0; b < 6; b++) {
-                vector column[6];
+                vector column[6], out[4];
+                #pragma GCC unroll 6
                 for (int a = 0; a < 6; a++) column[a] = AT(v, ((a * 6 + b) * tiles + t) * c + k);
-                for (int i = 0; i < 4; i++) half[i][b] = dot(m + i * 6, column, 6);
+                of_products(column, out);
+                #pragma GCC unroll 4
+                for (int i = 0; i < 4; i++) half[i][b] = out[i];
             }
-            for (int i = 0; i < 4; i++)
+            for (int i = 0; i < 4 && top + i < h; i++) {
+                vector out[4];
+                of_products(half[i], out);
+                #pragma GCC unroll 4
                 for (int j = 0; j < 4; j++)
-                    if (top + i < h && left + j < w) {
-                        const vector value = AT(bias, k) + dot(m + j * 6, half[i], 6);
+                    if (left + j < w) {
+                        const vector value = AT(bias, k) + out[j];
                         AT(y, ((image * h + top + i) * w + left + j) * c + k) = prelu(value, AT(slope, k));
                     }
+            }
         }
     }
 }

@@ -38,34 +38,40 @@ def fits(channels):
     return channels % LANES == 0 and channels <= 4096
 
 
-def to_products(x, matrix):
-    """m X m' of each tile X of an image: 6x6 pixels from one above and left of it on, or the 4x4 of the tile itself.
+def pixels_to_products(x):
+    """B'dB of each tile d of an image: 4x4 pixels and the ring around them, 0 beyond the border.
 
     Args:
         x: float32 (N, C, H, W), in any memory order; C such as fits().
-        matrix: float32 (6, 6) or (6, 4), m.
 
     Returns:
-        float32 (36, T, C), of the T = N ceil(H/4) ceil(W/4) tiles of 4x4 pixels.
+        float32 (36, T, C), of the T = N ceil(H/4) ceil(W/4) tiles.
     """
+    return _to_products(_library().pixels_to_products, x)
+
+
+def gradients_to_products(x):
+    """A e A' of each tile e of a gradient by the outputs, 4x4 pixels; arguments and result as of pixels_to_products."""
+    return _to_products(_library().gradients_to_products, x)
+
+
+def _to_products(function, x):
     x = x.contiguous(memory_format=torch.channels_last)
     count, channels, height, width = x.shape
     products = x.new_empty(36, count * -(-height // 4) * -(-width // 4), channels)
-    _library().to_products(*map(_at, (x, matrix, products)), count, height, width, channels, matrix.shape[1],
-                           torch.get_num_threads())
+    function(*map(_at, (x, products)), count, height, width, channels, torch.get_num_threads())
     return products
 
 
-def to_outputs(products, matrix, bias, slope, images):
-    """PReLU of m V m' + bias of each tile's 6x6 products V, written into images.
+def to_outputs(products, bias, slope, images):
+    """PReLU of A'vA + bias of each tile's 6x6 products v, written into images.
 
     Args:
         products: float32 (36, T, K).
-        matrix: float32 (4, 6), m.
         bias, slope: float32 (K,); slope 1 leaves PReLU out.
         images: float32 (N, H, W, K), which the tiles make up; overwritten.
     """
-    _library().to_outputs(*map(_at, (products, matrix, bias, slope, images)), *images.shape, torch.get_num_threads())
+    _library().to_outputs(*map(_at, (products, bias, slope, images)), *images.shape, torch.get_num_threads())
 
 
 def prelu_gradients(gradient, x, slope):
@@ -115,10 +121,11 @@ def _compile(compiler, path):
 
 def _typed(library):
     pointer, number, short = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
-    library.to_products.argtypes = [*3 * [pointer], *4 * [number], short, short]
-    library.to_outputs.argtypes = [*5 * [pointer], *4 * [number], short]
+    library.pixels_to_products.argtypes = [*2 * [pointer], *4 * [number], short]
+    library.gradients_to_products.argtypes = [*2 * [pointer], *4 * [number], short]
+    library.to_outputs.argtypes = [*4 * [pointer], *4 * [number], short]
     library.prelu_gradients.argtypes = [*5 * [pointer], *2 * [number], short, short]
-    for function in (library.to_products, library.to_outputs, library.prelu_gradients):
+    for function in (library.pixels_to_products, library.to_outputs, library.prelu_gradients):
         function.restype = None
     return library
 

@@ -14,8 +14,7 @@ from torch.autograd.function import once_differentiable
 from faces import kernels
 
 OUT, IN = 4, 6  # pixels along the side of a tile
-POINTS = (0, 0.5 ** 0.5, -0.5 ** 0.5, 2 ** 0.5, -2 ** 0.5)  # and infinity; the usual 0, +-1, +-2 round worse
-CACHED = 16 << 20   # bytes of products at a time
+POINTS = (0, 0.5 ** 0.5, -0.5 ** 0.5, 2 ** 0.5, -2 ** 0.5)  # and infinity, as in kernels.c; 0, +-1, +-2 round worse
 WIDE = 128          # channels from which it pays without the kernels, whose transforms cost next to nothing
 
 
@@ -70,11 +69,10 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         grad_x = _convolve_plainly(grad, weight.flip(2, 3).transpose(0, 1)) if ctx.needs_input_grad[0] else None
-        to_products, to_kernel, to_outputs = _matrices(torch.float32)
-        from_outputs, products = to_outputs.T.contiguous(), grad.new_zeros(IN ** 2, x.shape[1], len(weight))
+        to_kernel, products = _matrices(torch.float32)[1], grad.new_zeros(IN ** 2, x.shape[1], len(weight))
         for part, grad_part in zip(_parts(x), _parts(grad, x.shape)):
-            products.baddbmm_(kernels.to_products(part, to_products).transpose(1, 2),
-                              kernels.to_products(grad_part, from_outputs))                   # (36, C, K)
+            products.baddbmm_(kernels.pixels_to_products(part).transpose(1, 2),
+                              kernels.gradients_to_products(grad_part))                       # (36, C, K)
         grad_weight = (torch.kron(to_kernel, to_kernel).T @ products.flatten(1)).view(3, 3, x.shape[1], len(weight))
         return grad_x, grad_weight.permute(3, 2, 0, 1).contiguous(memory_format=torch.channels_last)
 
@@ -94,17 +92,19 @@ def _convolve(x, weight, bias, slope):
     """PReLU of the convolution of float (N, C, H, W) with kernel_products() (36, C, K); bias and slope (K,)."""
     if not (kernels.available() and kernels.fits(x.shape[1]) and kernels.fits(len(bias))):
         return _convolve_without_kernels(x, weight, bias, slope)
-    to_products, _, to_outputs = _matrices(torch.float32)
     y = x.new_empty(len(x), *x.shape[2:], len(bias))
     for part, images in zip(_parts(x), _parts(y, x.shape)):
-        kernels.to_outputs(torch.bmm(kernels.to_products(part, to_products), weight), to_outputs, bias, slope, images)
+        kernels.to_outputs(torch.bmm(kernels.pixels_to_products(part), weight), bias, slope, images)
     return y.permute(0, 3, 1, 2)
 
 
 def _parts(tensor, shape=None):
-    """Split a batch into parts whose products stay in a processor's cache; shape: of what they are products of."""
+    """Split a batch into parts that stay in a processor's cache; shape: of what their products are.
+
+    A part has as many tiles as channels, or one image: products no larger than the kernels' beside which they are used.
+    """
     _, channels, height, width = shape or tensor.shape
-    return tensor.split(max(1, CACHED // (4 * IN ** 2 * channels * -(-height // OUT) * -(-width // OUT))))
+    return tensor.split(max(1, channels // (-(-height // OUT) * -(-width // OUT))))
 
 
 def _convolve_without_kernels(x, weight, bias, slope):

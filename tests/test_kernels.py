@@ -99,3 +99,16 @@ def test_a_clone_that_is_read_only(monkeypatch, tmp_path, forgetful):
     assert kernels.available()
     torch.testing.assert_close(kernels.prelu_gradients(*2 * [torch.ones(1, 16, 1, 1)], torch.ones(16))[0].sum(),
                                torch.tensor(16.0))
+
+
+@needs_compiler
+@pytest.mark.parametrize("narrow", ["-march=x86-64", "-mavx"])
+def test_processors_with_narrow_vectors(narrow, monkeypatch, tmp_path, forgetful):
+    monkeypatch.setattr(kernels, "FOLDER", tmp_path)
+    monkeypatch.setattr(kernels, "FLAGS", tuple(narrow if flag == "-march=native" else flag for flag in kernels.FLAGS))
+    torch.manual_seed(0)
+    for plain, kind in ((nn.Conv2d(16, 32, 3, padding=1, bias=False), WinogradConv2d), (nn.PReLU(16), FastPReLU)):
+        fast = copy.deepcopy(plain)
+        fast.__class__ = kind
+        assert max(errors(fast, plain, torch.randn(3, 16, 9, 7)).values()) < 5e-6
+    assert len(list(tmp_path.iterdir())) == 1
