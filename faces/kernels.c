@@ -11,7 +11,8 @@ enum { BYTES = 16 };
 #endif
 typedef float vector __attribute__((vector_size(BYTES), aligned(4), may_alias));
 typedef int mask __attribute__((vector_size(BYTES)));
-enum { LANES = BYTES / 4, MOST = 4096 / LANES };
+enum { LANES = BYTES / 4, MOST = 4096 };
+static const float zeros[MOST];
 #define AT(array, index) (*(vector *)((array) + (index)))
 #define INLINE static inline __attribute__((always_inline))
 
@@ -55,43 +56,52 @@ INLINE void of_products(const vector v[6], vector y[4]) {
     y[3] = 0.5f * odd_p + 2 * odd_q + v[5];
 }
 
-INLINE void products(float *x, float *v, long n, long h, long w, long c, int threads, const int size, const int offset,
-                     void transform(const vector *, vector *)) {
-    const long down = (h + 3) / 4, across = (w + 3) / 4, tiles = n * down * across;
-    #pragma omp parallel for num_threads(threads) schedule(static)
-    for (long t = 0; t < tiles; t++) {
-        const long image = t / (down * across), top = t / across % down * 4 + offset, left = t % across * 4 + offset;
-        for (long k = 0; k < c; k += LANES) {
-            vector half[6][6];
-            for (int j = 0; j < size; j++) {
-                vector column[6] = {{0}}, out[6];
-                #pragma GCC unroll 6
-                for (int i = 0; i < size; i++)
-                    if (0 <= left + j && left + j < w && 0 <= top + i && top + i < h)
-                        column[i] = AT(x, ((image * h + top + i) * w + left + j) * c + k);
-                transform(column, out);
-                #pragma GCC unroll 6
-                for (int a = 0; a < 6; a++) half[a][j] = out[a];
-            }
-            for (int a = 0; a < 6; a++) {
-                vector out[6];
-                transform(half[a], out);
-                #pragma GCC unroll 6
-                for (int b = 0; b < 6; b++) AT(v, ((a * 6 + b) * tiles + t) * c + k) = out[b];
-            }
+/* One tile t of x. Its size, offset and transform are constants where this is called, and so they are in its loops; that
+   is why the loops over tiles, of which compilers make functions, stand in the callers. */
+INLINE void products(const float *x, float *v, long t, long tiles, long h, long w, long c, const int size,
+                     const int offset, void transform(const vector *, vector *)) {
+    const long down = (h + 3) / 4, across = (w + 3) / 4;
+    const long image = t / (down * across), top = t / across % down * 4 + offset, left = t % across * 4 + offset;
+    const float *pixels[6][6];
+    for (int i = 0; i < size; i++)
+        for (int j = 0; j < size; j++) {
+            const int inside = 0 <= left + j && left + j < w && 0 <= top + i && top + i < h;
+            pixels[j][i] = inside ? x + ((image * h + top + i) * w + left + j) * c : zeros;
+        }
+    for (long k = 0; k < c; k += LANES) {
+        vector half[6][6];
+        #pragma GCC unroll 6
+        for (int j = 0; j < size; j++) {
+            vector column[6], out[6];
+            #pragma GCC unroll 6
+            for (int i = 0; i < size; i++) column[i] = AT(pixels[j][i], k);
+            transform(column, out);
+            #pragma GCC unroll 6
+            for (int a = 0; a < 6; a++) half[a][j] = out[a];
+        }
+        #pragma GCC unroll 6
+        for (int a = 0; a < 6; a++) {
+            vector out[6];
+            transform(half[a], out);
+            #pragma GCC unroll 6
+            for (int b = 0; b < 6; b++) AT(v, ((a * 6 + b) * tiles + t) * c + k) = out[b];
         }
     }
 }
 
 /* v = B'xB of each tile of pixels, 6x6 from one above and left on. x (n, h, w, c), 0 beyond its border; v (6, 6, tiles,
    c). */
-void pixels_to_products(float *x, float *v, long n, long h, long w, long c, int threads) {
-    products(x, v, n, h, w, c, threads, 6, -1, of_pixels);
+void pixels_to_products(const float *x, float *v, long n, long h, long w, long c, int threads) {
+    const long tiles = n * ((h + 3) / 4) * ((w + 3) / 4);
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (long t = 0; t < tiles; t++) products(x, v, t, tiles, h, w, c, 6, -1, of_pixels);
 }
 
 /* v = A x A' of each tile of a gradient by the outputs, 4x4. */
-void gradients_to_products(float *x, float *v, long n, long h, long w, long c, int threads) {
-    products(x, v, n, h, w, c, threads, 4, 0, of_gradients);
+void gradients_to_products(const float *x, float *v, long n, long h, long w, long c, int threads) {
+    const long tiles = n * ((h + 3) / 4) * ((w + 3) / 4);
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (long t = 0; t < tiles; t++) products(x, v, t, tiles, h, w, c, 4, 0, of_gradients);
 }
 
 /* y = PReLU(bias + A'vA) of each tile. v (6, 6, tiles, c), bias and slope (c), y (n, h, w, c). */
@@ -130,7 +140,7 @@ void prelu_gradients(float *g, float *x, float *slope, float *of_x, float *of_sl
                      int threads) {
     #pragma omp parallel for num_threads(threads) schedule(static)
     for (int part = 0; part < parts; part++) {
-        vector sums[MOST] = {{0}};
+        vector sums[MOST / LANES] = {{0}};
         for (long r = rows * part / parts; r < rows * (part + 1) / parts; r++)
             for (long k = 0; k < c; k += LANES) {
                 const vector gradient = AT(g, r * c + k), value = AT(x, r * c + k);
