@@ -11,8 +11,8 @@ enum { BYTES = 16 };
 #endif
 typedef float vector __attribute__((vector_size(BYTES), aligned(4), may_alias));
 typedef int mask __attribute__((vector_size(BYTES)));
-enum { LANES = BYTES / 4, MOST = 4096 };
-static const float zeros[MOST];
+enum { LANES = BYTES / 4, MOST = 4096 };   /* floats in a vector; channels */
+static const float zeros[MOST];            /* a pixel beyond the border */
 #define AT(array, index) (*(vector *)((array) + (index)))
 #define INLINE static inline __attribute__((always_inline))
 
@@ -56,8 +56,8 @@ INLINE void of_products(const vector v[6], vector y[4]) {
     y[3] = 0.5f * odd_p + 2 * odd_q + v[5];
 }
 
-/* One tile t of x. Its size, offset and transform are constants where this is called, and so they are in its loops; that
-   is why the loops over tiles, of which compilers make functions, stand in the callers. */
+/* One tile t of x. Size, offset and transform are constants where this is called, so that its loops unroll; a loop over
+   tiles in here would not let them be, as OpenMP makes it a function of its own before. */
 INLINE void products(const float *x, float *v, long t, long tiles, long h, long w, long c, const int size,
                      const int offset, void transform(const vector *, vector *)) {
     const long down = (h + 3) / 4, across = (w + 3) / 4;

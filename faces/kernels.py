@@ -125,7 +125,8 @@ def _typed(library):
     library.gradients_to_products.argtypes = [*2 * [pointer], *4 * [number], short]
     library.to_outputs.argtypes = [*4 * [pointer], *4 * [number], short]
     library.prelu_gradients.argtypes = [*5 * [pointer], *2 * [number], short, short]
-    for function in (library.pixels_to_products, library.to_outputs, library.prelu_gradients):
+    for function in (library.pixels_to_products, library.gradients_to_products, library.to_outputs,
+                     library.prelu_gradients):
         function.restype = None
     return library
 
