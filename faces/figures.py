@@ -43,7 +43,7 @@ def draw_roc(axes, curves):
         start = np.searchsorted(far, left, side="right") - 1  # the last point at or left of the axis
         axes.step(np.maximum(far[start:], left), tar[start:], where="post", label=name, **_line(i))
         lowest = min(lowest, tar[start])
-    axes.set(xscale="log", xlim=(left, 1), ylim=_rates_from(lowest),
+    axes.set(xscale="log", xlim=(left, 1), ylim=_rates_from(lowest - 0.05 * len(curves)),       # room for the legend
              xlabel="false acceptance rate", ylabel="true acceptance rate")
     axes.legend(loc="lower right", frameon=False)
 

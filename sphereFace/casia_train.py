@@ -3,8 +3,8 @@
     python casia_train.py --casia DIR                      the authors' recipe, on the best device there is
     python casia_train.py --casia DIR --resume             go on where it was stopped
     torchrun --nproc-per-node 8 casia_train.py --casia DIR one process per GPU
-    python casia_train.py --casia DIR --batch-size 128 --lr 0.1 --warmup 200 --schedule cosine --epochs 6
-                                                           a small set on a laptop
+    python casia_train.py --casia DIR --batch-size 64 --lr 0.1 --warmup 100 --schedule cosine --epochs 6 \\
+        --scale 30 --margin 1.5 --jitter 2                 a small set on a laptop
 
 DIR holds folders such as 0000045/001.jpg and casia_landmark.txt, or faces already aligned (see --help).
 """
