@@ -46,7 +46,8 @@ def assert_same_model(one, two):
     one, two = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (one, two))
     for part in ("weights", "head"):
         for name, tensor in one[part].items():
-            torch.testing.assert_close(two[part][name], tensor, atol=1e-5, rtol=1e-3)
+            # Three steps move a bias by 3e-3; a value that rounding puts on the other side of a PReLU's kink, by 3e-5.
+            torch.testing.assert_close(two[part][name], tensor, atol=5e-5, rtol=1e-3)
     return one, two
 
 
