@@ -121,13 +121,12 @@ def _compile(compiler, path):
 
 def _typed(library):
     pointer, number, short = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
-    library.pixels_to_products.argtypes = [*2 * [pointer], *4 * [number], short]
-    library.gradients_to_products.argtypes = [*2 * [pointer], *4 * [number], short]
-    library.to_outputs.argtypes = [*4 * [pointer], *4 * [number], short]
-    library.prelu_gradients.argtypes = [*5 * [pointer], *2 * [number], short, short]
-    for function in (library.pixels_to_products, library.gradients_to_products, library.to_outputs,
-                     library.prelu_gradients):
-        function.restype = None
+    for name, arguments in {"pixels_to_products": [*2 * [pointer], *4 * [number], short],
+                            "gradients_to_products": [*2 * [pointer], *4 * [number], short],
+                            "to_outputs": [*4 * [pointer], *4 * [number], short],
+                            "prelu_gradients": [*5 * [pointer], *2 * [number], short, short]}.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, None
     return library
 
 
