@@ -152,7 +152,8 @@ def tsne_panels(path, panels, labels, names):
         labels: int (N,), 0 .. len(names) - 1.
         names: the identities' names.
     """
-    figure, axes = new_figure((5.4 * len(panels) + 1.6, 5.5), len(panels))
+    side = 5.4 if len(panels) == 1 else 3.3   # beside each other they have to be read on one page
+    figure, axes = new_figure((side * len(panels) + 1.6, side + 0.2), len(panels))
     for panel, (title, points) in zip(np.ravel(axes), panels):
         for i, name in enumerate(names):
             style = {"color": COLOURS[i % 7], "marker": MARKERS[i % 10], "linewidths": 0, "alpha": 0.85}
@@ -188,11 +189,11 @@ def _shortened(name, length=30):
     return name if len(name) <= length else name[:length - 11] + "..." + name[-8:]
 
 
-def new_figure(size, columns=1):
-    """A figure of so many inches and its axes beside each other."""
+def new_figure(size, columns=1, rows=1):
+    """A figure of so many inches and its axes, beside and below each other."""
     figure = Figure(size, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, columns)
+    axes = figure.subplots(rows, columns)
     for panel in np.ravel(axes):
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(color="#dddddd", linewidth=0.6)

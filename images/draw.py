@@ -1,13 +1,13 @@
-"""Draw the pictures of the README that need no faces into this folder; tsne.png is by tools/tsne.py.
+"""Draw the pictures of the README into this folder.
 
     python draw.py
 
 They depend on the project's own code, on a public-domain photo that scikit-image carries (Eileen Collins, NASA), and on
-what is in scores/: the similarities of LFW's pairs by the models of the README's table, of which each file is
+what trained models left: scores/ has the similarities of LFW's pairs, of which each file is
 
     cut -f 3,5 DIR/scores.tsv > scores/METHOD.tsv
 
-of what `lfw_eval.py --output DIR` left. They come out the same each time; tests/test_pictures.py compares. Needs
+of what `lfw_eval.py --output DIR` wrote, and tsne.tsv is by `tools/tsne.py --points tsne.tsv`. They come out the same each time; tests/test_pictures.py compares. Needs
 requirements-dev.txt.
 """
 import sys
@@ -21,11 +21,12 @@ from skimage import data
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from faces.align import TEMPLATE, align
-from faces.figures import COLOURS, draw_histogram, draw_roc, new_figure, save
+from faces.figures import COLOURS, draw_histogram, draw_roc, new_figure, save, tsne_panels
 from faces.verify import auc, best_threshold, roc
 from mtcnn.detector import Detector
 from sphereFace.net import psi
 from tools.compare import read_scores
+from tools.tsne import read_points
 
 HERE = Path(__file__).resolve().parent
 STYLES = ("-", "--", "-.", ":")
@@ -88,13 +89,22 @@ def verification(folder=HERE):
     """ROC curves of the models whose scores are kept, and how their genuine and impostor pairs spread."""
     scores = {file.stem[0].upper() + file.stem[1:]: read_scores(file) for file in sorted(HERE.glob("scores/*.tsv"))}
     curves = {name: roc(one.similarity, one.same) for name, one in scores.items()}
-    figure, (left, *others) = new_figure((3.6 + 3.6 * len(scores), 3.6), 1 + len(scores))
-    draw_roc(left, {f"{name}, AUC {auc(*curve):.3f}": curve for name, curve in curves.items()})
-    left.set_title("LFW, view 2", fontsize=10)
+    rows = 1 + len(scores) // 2
+    figure, axes = new_figure((8.6, 3.5 * rows), 2, rows)
+    first, *others = np.ravel(axes)
+    draw_roc(first, {f"{name}, AUC {auc(*curve):.3f}": curve for name, curve in curves.items()})
+    first.set_title("LFW, view 2", fontsize=10)
     for axes, (name, one) in zip(others, scores.items()):
         draw_histogram(axes, one.similarity, one.same, best_threshold(one.similarity, one.same))
         axes.set_title(name, fontsize=10)
+    for axes in others[len(scores):]:
+        axes.set_axis_off()
     save(figure, folder / "verification.png")
+
+
+def tsne(folder=HERE):
+    """Ten people in LFW in the plane, by models that saw the same images with and without a margin."""
+    tsne_panels(folder / "tsne.png", *read_points(HERE / "tsne.tsv"))
 
 
 def _curves(axes, t, title, curves):
@@ -126,3 +136,4 @@ if __name__ == "__main__":
     margins()
     detection()
     verification()
+    tsne()

@@ -46,8 +46,10 @@ def assert_same_model(one, two):
     one, two = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (one, two))
     for part in ("weights", "head"):
         for name, tensor in one[part].items():
-            # Three steps move a bias by 3e-3; a value that rounding puts on the other side of a PReLU's kink, by 3e-5.
-            torch.testing.assert_close(two[part][name], tensor, atol=5e-5, rtol=1e-3)
+            # Three steps move a bias by 3e-3. Rounding that puts a value on the other side of a PReLU's kink moves one
+            # element by a hundredth of that; the tensor as a whole it leaves alone.
+            apart = two[part][name].double() - tensor.double()
+            assert apart.square().mean().sqrt() < 5e-6 and apart.abs().max() < 1e-4, name
     return one, two
 
 

@@ -1,4 +1,4 @@
-"""The README's pictures that need no data come out the same each time, as they are committed."""
+"""The README's pictures come out the same each time, as they are committed."""
 from pathlib import Path
 
 import matplotlib
@@ -11,7 +11,7 @@ from images import draw
 COMMITTED = Path(draw.__file__).parent
 
 
-@pytest.mark.parametrize("name", ["margins", "detection", "verification"])
+@pytest.mark.parametrize("name", ["margins", "detection", "verification", "tsne"])
 def test_picture_is_what_is_committed(name, tmp_path):
     drawn = []
     for folder in (tmp_path / "first", tmp_path / "second"):

@@ -283,12 +283,25 @@ def test_silhouette_is_that_of_the_embeddings_by_cosine():
 def test_tsne_of_two_models(casia, model, tmp_path, monkeypatch, capsys):
     output = tmp_path / "tsne.png"
     assert call(monkeypatch, tsne, "--model", model, "--model", model, "--title", "before", "--title", "after",
-                "--faces", casia, "--identities", 2, "--per-identity", 3, "--device", "cpu", "--output", output) == 0
+                "--faces", casia, "--identities", 2, "--per-identity", 3, "--device", "cpu", "--output", output,
+                "--points", tmp_path / "points.tsv") == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].replace("before", "after") == lines[1] and "2 identities of 3 images" in lines[0]
     assert -1 <= float(lines[0].split()[1]) <= 1
     height, width = read_image(output).shape[:2]
     assert width > 2 * height * 0.9
+    (before, after), labels, names = tsne.read_points(tmp_path / "points.tsv")
+    assert before[0].startswith("before: silhouette") and after[0].startswith("after: silhouette")
+    assert before[1].shape == (6, 2) and np.array_equal(before[1], after[1])
+    assert labels.tolist() == [0, 0, 0, 1, 1, 1] and len(set(names)) == 2
+
+
+def test_points_of_tsne_are_read_as_they_were_written(tmp_path):
+    panels = [("a: b", np.array([[1.25, -2], [3, 4]])), ('"c"', np.array([[0, 0.5], [7, 1e3]]))]
+    tsne.write_points(tmp_path / "points.tsv", panels, [1, 0], ["one", "two words"])
+    read, labels, names = tsne.read_points(tmp_path / "points.tsv")
+    assert [title for title, _ in read] == ["a: b", '"c"'] and [names[i] for i in labels] == ["two words", "one"]
+    assert all(np.array_equal(ours, points) for (_, ours), (_, points) in zip(read, panels))
 
 
 def test_tsne_of_lfw_and_of_aligned_faces(casia, tmp_path):

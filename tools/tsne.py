@@ -5,9 +5,10 @@
     python tsne.py --model A --model B --title softmax --title CosFace --faces DIR
 
 Identities and images are picked by the seed, the same for every model. The silhouette score is of the embeddings
-themselves (cosine distance; 1: tight and apart, 0: mixed), not of their picture.
+themselves (cosine distance; 1: tight and apart, 0: mixed), not of their picture. --points FILE keeps what is drawn.
 """
 import argparse
+import csv
 import sys
 from pathlib import Path, PurePosixPath
 
@@ -20,7 +21,7 @@ from faces.casia import Folder, TrainingList, read_casia
 from faces.embed import embed
 from faces.errors import InputError, command
 from faces.figures import tsne_panels
-from faces.files import folder
+from faces.files import atomic_write, folder
 from faces.images import UnreadableImage
 from faces.landmarks import default_list, read_landmarks
 from faces.run import pick_device
@@ -129,6 +130,31 @@ def titles_of(models, methods, given):
     return [name if names.count(name) == 1 else f"{name}, {model}" for name, model in zip(names, models)]
 
 
+def write_points(path, panels, labels, names):
+    """Write what tsne_panels draws as a table, tab separated: panel, identity, x, y.
+
+    Args:
+        path: the table; written whole or not at all.
+        panels, labels, names: see faces.figures.tsne_panels.
+    """
+    with atomic_write(path, "w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file, delimiter="\t", lineterminator="\n")
+        table.writerow(("panel", "identity", "x", "y"))
+        for title, points in panels:
+            table.writerows((title, names[label], f"{x:.2f}", f"{y:.2f}") for label, (x, y) in zip(labels, points))
+
+
+def read_points(path):
+    """Read what write_points() wrote: (panels, labels, names)."""
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    names = list(dict.fromkeys(row["identity"] for row in rows))
+    titles = list(dict.fromkeys(row["panel"] for row in rows))
+    points = np.array([(row["x"], row["y"]) for row in rows], np.float64).reshape(len(titles), -1, 2)
+    labels = np.array([names.index(row["identity"]) for row in rows])
+    return list(zip(titles, points)), labels[:points.shape[1]], names
+
+
 @command
 def main():
     args = _parser().parse_args()
@@ -148,6 +174,8 @@ def main():
         print(f"silhouette {silhouette:.4f}  {title}  ({args.identities} identities of {args.per_identity} images)")
     panels = [(f"{title}: silhouette {silhouette:.2f}", points) for title, (points, silhouette) in zip(titles, layouts)]
     names = [_person(listing.paths[row]).replace("_", " ") or f"label {listing.labels[row]}" for row in rows[:, 0]]
+    if args.points:
+        write_points(args.points, panels, labels, names)
     tsne_panels(args.output, panels, labels, names)
     print(f"picture: {args.output}")
 
@@ -190,6 +218,8 @@ def _parser():
     parser.add_argument("--seed", type=int, default=0, help="of the identities, the images and the layout (default: 0)")
     parser.add_argument("--output", type=Path, default=Path("tsne.png"), metavar="FILE",
                         help="the picture, .png, .svg or .pdf (default: tsne.png)")
+    parser.add_argument("--points", type=Path, metavar="FILE",
+                        help="also write panel, identity, x and y of every point, tab separated")
     parser.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (default: auto)")
     parser.add_argument("--batch-size", type=int, metavar="N",
                         help="faces at a time; changes the speed only (default: 256, on a CPU 16)")
