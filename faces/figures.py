@@ -129,22 +129,10 @@ def training_picture(path, images, loss, lfw):
     save(figure, path)
 
 
-def tsne_picture(path, points, labels, names):
-    """Draw embeddings that were laid out in the plane, one colour and marker per identity (70 can be told apart).
+def tsne_panels(path, panels, labels, names):
+    """Draw layouts of embeddings in the plane, one panel each; a colour and marker per identity (70 can be told apart).
 
     Each identity's number in the legend stands in the middle of its embeddings (the median).
-
-    Args:
-        path: the picture.
-        points: float (N, 2).
-        labels: int (N,), 0 .. len(names) - 1.
-        names: the identities' names.
-    """
-    tsne_panels(path, [("", points)], labels, names)
-
-
-def tsne_panels(path, panels, labels, names):
-    """Draw several layouts of the same faces side by side, as tsne_picture() draws one.
 
     Args:
         path: the picture.
@@ -162,7 +150,7 @@ def tsne_panels(path, panels, labels, names):
                            fontweight="bold", path_effects=[withStroke(linewidth=2, foreground="white")])
         panel.set_title(title, fontsize=10, parse_math=False)
         panel.set_axis_off()
-    columns = 1 + (len(names) - 1) // 25
+    columns = 1 + (len(names) - 1) // round(4.6 * side)       # of so many names as the height has room for
     panel.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8, ncols=columns)
     save(figure, path)
 

@@ -7,8 +7,8 @@ what trained models left: scores/ has the similarities of LFW's pairs, of which 
 
     cut -f 3,5 DIR/scores.tsv > scores/METHOD.tsv
 
-of what `lfw_eval.py --output DIR` wrote, and tsne.tsv is by `tools/tsne.py --points tsne.tsv`. They come out the same each time; tests/test_pictures.py compares. Needs
-requirements-dev.txt.
+of what `lfw_eval.py --output DIR` wrote, and tsne.tsv is by `tools/tsne.py --points tsne.tsv`. They come out the same
+each time; tests/test_pictures.py compares. Needs requirements-dev.txt.
 """
 import sys
 from pathlib import Path

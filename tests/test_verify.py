@@ -160,7 +160,7 @@ def test_pictures(tmp_path):
     figures.roc_picture(tmp_path / "roc.png", {"one": (far, tar), "two": (far, tar ** 0.5)})
     figures.histogram_picture(tmp_path / "histogram.png", similarity, same, 0.2)
     points = np.random.default_rng(0).normal(size=(60, 2))
-    figures.tsne_picture(tmp_path / "tsne.png", points, np.arange(60) % 12, [f"person {i}" for i in range(12)])
+    figures.tsne_panels(tmp_path / "tsne.png", [("", points)], np.arange(60) % 12, [f"person {i}" for i in range(12)])
     for name in ("roc.png", "histogram.png", "tsne.png"):
         picture = read_image(tmp_path / name)
         assert (picture[0, 0] == 255).all() and picture.std() > 5

@@ -151,8 +151,8 @@ def read_points(path):
     names = list(dict.fromkeys(row["identity"] for row in rows))
     titles = list(dict.fromkeys(row["panel"] for row in rows))
     points = np.array([(row["x"], row["y"]) for row in rows], np.float64).reshape(len(titles), -1, 2)
-    labels = np.array([names.index(row["identity"]) for row in rows])
-    return list(zip(titles, points)), labels[:points.shape[1]], names
+    labels = np.array([names.index(row["identity"]) for row in rows[:points.shape[1]]])    # the same in every panel
+    return list(zip(titles, points)), labels, names
 
 
 @command
