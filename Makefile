@@ -34,7 +34,7 @@ $(VENV)/ready: requirements.txt
 	@# opencv-python needs the system's libGL, which servers and containers often lack; the headless build does not.
 	@$(VENV)/bin/python -c 'import cv2' 2>/dev/null || { \
 	  echo 'no libGL on this machine: taking opencv-python-headless'; \
-	  $(PIP) --force-reinstall --no-deps 'opencv-python-headless>=4.10' || { $(NO_PIP); }; }
+	  $(PIP) --force-reinstall --no-deps 'opencv-python-headless>=4.11' || { $(NO_PIP); }; }
 	@touch $@
 
 $(VENV)/with-tests: $(VENV)/ready requirements-dev.txt

@@ -1,4 +1,6 @@
 """Align a face: the similarity transform that puts its five landmarks on the template, and the warp."""
+import math
+
 import cv2
 import numpy as np
 
@@ -28,13 +30,15 @@ def similarity_transform(source, target=TEMPLATE):
     Raises:
         ValueError: the points coincide or are not finite, or a mirrored face would fit them better.
     """
-    s, t = (np.ascontiguousarray(points, np.float64).view(np.complex128)[:, 0] for points in (source, target))
-    source_mean, target_mean = s.sum() / len(s), t.sum() / len(t)
-    s, t = s - source_mean, t - target_mean
-    spread = np.vdot(s, s).real                # vdot conjugates its first argument
-    if not np.isfinite(spread) or spread < 1e-6:
+    # Python's complex numbers: a handful of points is summed before NumPy has begun.
+    s, t = ([complex(x, y) for x, y in np.asarray(points, np.float64).tolist()] for points in (source, target))
+    source_mean, target_mean = sum(s) / len(s), sum(t) / len(t)
+    s, t = [point - source_mean for point in s], [point - target_mean for point in t]
+    spread = sum((p * p.conjugate()).real for p in s)
+    if not math.isfinite(spread) or spread < 1e-6:
         raise ValueError("landmarks coincide or are not finite")
-    turned, mirrored = np.vdot(s, t), s @ t    # how well each of the two fits
+    turned = sum(p.conjugate() * q for p, q in zip(s, t))   # how well each of the two fits
+    mirrored = sum(p * q for p, q in zip(s, t))
     if abs(mirrored) > abs(turned):
         raise ValueError("landmarks are mirrored; image-left eye and mouth corner come first")
     a = turned / spread

@@ -9,9 +9,11 @@ import hashlib
 import json
 import os
 import shutil
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import cv2
 import numpy as np
 from tqdm import tqdm
 
@@ -129,25 +131,28 @@ def _build(listing, folder):
     total = len(listing.paths)
     _allocate(folder, total * FACE)
     done, failed = _read_journal(folder), []
+    chunks = [range(start, min(start + CHUNK, total)) for start in range(0, total, CHUNK)]
     print(f"aligning {total:,} faces of {listing.source} into {folder}, once")
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(1)  # every processor has a thread of ours; OpenCV's own would get in their way
     try:
         with open(folder / "faces.u8", "r+b") as file, open(folder / "journal.jsonl", "a") as journal, \
                 ThreadPoolExecutor(processors()) as pool, ThreadPoolExecutor(1) as writer, \
                 tqdm(total=total, unit="img", unit_scale=True, dynamic_ncols=True) as bar:
             stored = writer.submit(int)
-            for start in range(0, total, CHUNK):
-                rows = range(start, min(start + CHUNK, total))
-                if start not in done:
-                    chunk, chunk_failed = _align(listing, rows, pool)
-                    failed += chunk_failed
-                    if len(failed) > MAX_FAILED * total:
-                        raise InputError(_too_many(listing, failed))
-                    stored.result()  # the disk takes a chunk while the next one is aligned, and no more than one waits
-                    stored = writer.submit(_store, chunk, start, file, None if chunk_failed else journal)
+            bar.update(sum(len(rows) for rows in chunks if rows.start in done))
+            for rows, chunk, chunk_failed in _align(listing, [rows for rows in chunks if rows.start not in done], pool):
+                failed += chunk_failed
+                if len(failed) > MAX_FAILED * total:
+                    raise InputError(_too_many(listing, failed))
+                stored.result()  # the disk takes a chunk while the next ones are aligned, and no more than one waits
+                stored = writer.submit(_store, chunk, rows.start, file, None if chunk_failed else journal)
                 bar.update(len(rows))
             stored.result()
     except OSError as error:
         raise _unwritable(folder, error) from None
+    finally:
+        cv2.setNumThreads(threads)
     with atomic_write(folder / "failed.txt", "w", encoding="utf-8") as file:
         file.writelines(f"{listing.paths[row]}\t{reason}\n" for row, reason in failed)
     write_json(folder / "cache.json", {"faces": total, "failed": failed})
@@ -173,14 +178,28 @@ def _unwritable(folder, error):
                       "some space and start again, which goes on from here.")
 
 
-def _align(listing, rows, pool):
-    """Align a chunk of faces: (uint8 (len(rows), 112, 96, 3), list of (row, reason) of those that can't be)."""
-    chunk = np.empty((len(rows), *SHAPE), np.uint8)
+def _align(listing, chunks, pool):
+    """Align chunks of rows: yield (rows, uint8 (len(rows), 112, 96, 3), list of (row, reason) of those that can't be).
 
-    def block(first):  # faces a thread takes at a time; decoding and warping free the interpreter
-        part = range(first, min(first + BLOCK, len(rows)))
-        return [(rows[i], reason) for i in part if (reason := _fill(chunk[i], listing, rows[i]))]
-    return chunk, sum(pool.map(block, range(0, len(rows), BLOCK)), [])
+    A chunk is begun before the one ahead of it is waited for, so that no thread of the pool runs out of work.
+    """
+    begun = deque()
+    for rows in chunks:
+        chunk = np.empty((len(rows), *SHAPE), np.uint8)
+        blocks = [slice(first, first + BLOCK) for first in range(0, len(rows), BLOCK)]
+        begun.append((rows, chunk, [pool.submit(_fill_block, chunk[b], listing, rows[b]) for b in blocks]))
+        if len(begun) > 1:
+            yield _finished(*begun.popleft())
+    yield from (_finished(*chunk) for chunk in begun)
+
+
+def _finished(rows, chunk, blocks):
+    return rows, chunk, sum((block.result() for block in blocks), [])
+
+
+def _fill_block(faces, listing, rows):
+    """What a thread does at a time; decoding and warping free the interpreter."""
+    return [(row, reason) for face, row in zip(faces, rows) if (reason := _fill(face, listing, row))]
 
 
 def _store(chunk, start, file, journal):

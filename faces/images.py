@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".pgm", ".ppm", ".webp", ".tif", ".tiff", ".gif"})
 MAX_PIXELS = 128_000_000   # 384 MB decoded; checked in the header, before any memory is taken
 MAX_BYTES = 512_000_000
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # we say what is wrong, with the file's name
 
 
 class UnreadableImage(Exception):
@@ -36,13 +37,8 @@ def read_image(source):
     data = source if isinstance(source, bytes) else _read_bytes(source)
     _check_header(data)
     _check_complete(data)
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # we say what is wrong, with the file's name
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)  # applies the EXIF orientation
-    if image is None:
-        image = _decode_with_pillow(data)  # what OpenCV has no decoder for
-    else:
-        cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
-    return image
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)  # applies the EXIF orientation
+    return _decode_with_pillow(data) if image is None else image  # what OpenCV has no decoder for
 
 
 def list_images(root):
@@ -55,9 +51,10 @@ def list_images(root):
 def _read_bytes(path):
     try:
         with open(path, "rb", buffering=0) as file:
-            if os.fstat(file.fileno()).st_size > MAX_BYTES:
+            size = os.fstat(file.fileno()).st_size
+            if size > MAX_BYTES:
                 raise UnreadableImage(f"over {MAX_BYTES // 10**6} MB")
-            return file.readall()
+            return file.read(size)
     except OSError as error:
         raise UnreadableImage(error.strerror or str(error)) from None
 
@@ -97,8 +94,8 @@ def _size_by_pillow(data):
 
 def _check_complete(data):
     # OpenCV fills the missing part of a cut JPEG with grey and says nothing. In a whole one the end marker follows
-    # the last start of scan; neither two-byte value can occur inside the compressed data.
-    if data[:2] == b"\xff\xd8" and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
+    # the last start of scan; neither two-byte value can occur inside the compressed data. Almost all files end with it.
+    if data[:2] == b"\xff\xd8" and data[-2:] != b"\xff\xd9" and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
         raise UnreadableImage("truncated JPEG")
 
 
