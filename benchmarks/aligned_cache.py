@@ -1,12 +1,12 @@
 """Build the aligned-face cache and read it back at random, beside bare OpenCV on the same threads.
 
-    python aligned_cache.py --casia DIR                    the first 4,000 images of a set with casia_landmark.txt
+    python aligned_cache.py --casia DIR                    the first 18,000 images of a set with casia_landmark.txt
     python aligned_cache.py --casia DIR --side 250         the same, enlarged to CASIA-WebFace's size
 
 The peer is what can't be left out: cv2.imread and cv2.warpAffine by matrices computed beforehand, in as many threads,
-its faces dropped. Ours reads, checks, decodes, aligns and stores. Both run in turn on files that have been read once
-before, so that neither waits for the disk, and their faces are compared. Random reads are what training asks of the
-cache: batches of positions in no order.
+its faces left in memory. Ours reads, checks, decodes, aligns and stores. Both run in turn on files that have been read
+once before, so that neither waits for the disk, and their faces are compared. Random reads are what training asks of
+the cache: batches of positions in no order.
 """
 import argparse
 import contextlib
@@ -35,7 +35,7 @@ def parse_args():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--casia", type=Path, required=True, metavar="DIR", help="folder of person folders")
     parser.add_argument("--landmarks", type=Path, metavar="FILE", help="(default: casia_landmark.txt in --casia)")
-    parser.add_argument("--images", type=int, default=4000, metavar="N", help="of the list, from its start")
+    parser.add_argument("--images", type=int, default=18_000, metavar="N", help="of the list, from its start")
     parser.add_argument("--side", type=int, metavar="PIXELS", help="first write the images anew with this height, as "
                         "JPEG; CASIA-WebFace's have 250, and checks cost the less the larger an image is")
     parser.add_argument("--reads", type=int, default=50_000, metavar="N", help="faces read at random")

@@ -40,7 +40,7 @@ class Winograd(nn.Module):
     def __init__(self, conv, prelu=None):
         super().__init__()
         channels = conv.out_channels
-        self.register_buffer("weight", kernel_products(conv.weight.detach().double()).float())
+        self.register_buffer("weight", kernel_products(conv.weight.detach().double()).float().permute(1, 2, 0))
         self.register_buffer("bias", torch.zeros(channels) if conv.bias is None else conv.bias.detach().clone())
         self.register_buffer("slope", torch.ones(channels) if prelu is None else
                              prelu.weight.detach().expand(channels).contiguous())
@@ -62,34 +62,35 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight):
         ctx.save_for_backward(x, weight)    # x and not its transform, which is twice as large and soon made again
-        return _convolve_plainly(x, weight)
+        return _convolve_plainly(x, kernel_products(weight).permute(1, 2, 0))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        grad_x = _convolve_plainly(grad, weight.flip(2, 3).transpose(0, 1)) if ctx.needs_input_grad[0] else None
-        to_kernel, products = _matrices(torch.float32)[1], grad.new_zeros(IN ** 2, x.shape[1], len(weight))
+        flipped = kernel_products(weight.flip(2, 3)).permute(1, 0, 2)                             # (36, K, C)
+        grad_x = _convolve_plainly(grad, flipped) if ctx.needs_input_grad[0] else None
+        to_kernel, products = _matrices(torch.float32)[1], grad.new_zeros(IN ** 2, len(weight), x.shape[1])
         for part, grad_part in zip(_parts(x), _parts(grad, x.shape)):
-            products.baddbmm_(kernels.pixels_to_products(part).transpose(1, 2),
-                              kernels.gradients_to_products(grad_part))                       # (36, C, K)
-        grad_weight = (torch.kron(to_kernel, to_kernel).T @ products.flatten(1)).view(3, 3, x.shape[1], len(weight))
-        return grad_x, grad_weight.permute(3, 2, 0, 1).contiguous(memory_format=torch.channels_last)
+            products.baddbmm_(kernels.gradients_to_products(grad_part).transpose(1, 2),
+                              kernels.pixels_to_products(part))                                   # (36, K, C)
+        grad_weight = (torch.kron(to_kernel, to_kernel).T @ products.flatten(1)).view(3, 3, len(weight), x.shape[1])
+        return grad_x, grad_weight.permute(2, 3, 0, 1).contiguous(memory_format=torch.channels_last)
 
 
 def kernel_products(weight):
-    """G g G' of each pair of channels: float (K, C, 3, 3) to (36, C, K)."""
+    """G g G' of each pair of channels: float (K, C, 3, 3) to (K, 36, C), the order that channels_last needs no copy for.
+    """
     to_kernel = _matrices(weight.dtype)[1]
-    flat = torch.kron(to_kernel, to_kernel) @ weight.permute(2, 3, 1, 0).reshape(9, -1)
-    return flat.view(IN ** 2, weight.shape[1], weight.shape[0])
+    return torch.kron(to_kernel, to_kernel) @ weight.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def _convolve_plainly(x, weight):
-    return _convolve(x, kernel_products(weight), weight.new_zeros(len(weight)), weight.new_ones(len(weight)))
+    return _convolve(x, weight, weight.new_zeros(weight.shape[2]), weight.new_ones(weight.shape[2]))
 
 
 def _convolve(x, weight, bias, slope):
-    """PReLU of the convolution of float (N, C, H, W) with kernel_products() (36, C, K); bias and slope (K,)."""
+    """PReLU of the convolution of float (N, C, H, W) with products (36, C, K) of its kernel; bias and slope (K,)."""
     if not (kernels.available() and kernels.fits(x.shape[1]) and kernels.fits(len(bias))):
         return _convolve_without_kernels(x, weight, bias, slope)
     y = x.new_empty(len(x), *x.shape[2:], len(bias))

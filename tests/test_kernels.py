@@ -7,7 +7,7 @@ from torch import nn
 
 from cosFace.net import faceNet
 from faces import kernels
-from faces.fast_training import FastPReLU, for_training
+from faces.fast_training import FastPReLU, StridedConv2d, for_training
 from faces.winograd import Winograd, WinogradConv2d
 
 needs_compiler = pytest.mark.skipif(not kernels.available(), reason="needs a C compiler, on x86")
@@ -41,6 +41,16 @@ def test_convolution_and_its_gradients(count, size, bias, order):
     assert max(errors(fast, plain, torch.randn(count, 64, *size).contiguous(memory_format=order)).values()) < 5e-6
 
 
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("kernel, stride, padding", [(3, 2, 1), ((2, 3), (3, 2), (0, 2))])
+def test_strided_convolution_and_its_gradients(kernel, stride, padding, order):
+    torch.manual_seed(0)
+    plain = nn.Conv2d(32, 24, kernel, stride, padding).to(memory_format=order)
+    fast = copy.deepcopy(plain)
+    fast.__class__ = StridedConv2d
+    assert max(errors(fast, plain, torch.randn(9, 32, 11, 8).contiguous(memory_format=order)).values()) < 5e-6
+
+
 @needs_compiler
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
 def test_prelu_and_its_gradients(order):
@@ -65,8 +75,9 @@ def test_a_network_for_training_is_the_network():
         elif isinstance(module, nn.PReLU):
             nn.init.ones_(module.weight)                 # no kink, at which rounding would turn a gradient
     fast = for_training(copy.deepcopy(plain).to(memory_format=torch.channels_last))
-    kinds = [sum(isinstance(module, kind) for module in fast.modules()) for kind in (WinogradConv2d, FastPReLU)]
-    assert kinds == [16, 20] and fast.state_dict().keys() == plain.state_dict().keys()
+    kinds = [sum(isinstance(module, kind) for module in fast.modules())
+             for kind in (WinogradConv2d, StridedConv2d, FastPReLU)]
+    assert kinds == [16, 3, 20] and fast.state_dict().keys() == plain.state_dict().keys()
     assert max(errors(fast, plain, torch.randn(6, 3, 112, 96)).values()) < 5e-5
 
 
