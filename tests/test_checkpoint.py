@@ -43,7 +43,7 @@ def start(monkeypatch):
     """Function that starts train() in a process forked from one that has imported everything already."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(ROOT), str(ROOT / "tests"))))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_checkpoint", "torch.utils.tensorboard", "faces.figures"])
+    context.set_forkserver_preload(["test_checkpoint", "torch._dynamo", "torch.utils.tensorboard", "faces.figures"])
 
     def start(args):
         process = context.Process(target=train, args=(args,))
@@ -54,7 +54,7 @@ def start(monkeypatch):
 
 def test_killed_twenty_times_is_bit_for_bit_as_never_interrupted(start, casia, tmp_path):
     """Each kill comes at random after a step drawn from the whole run, so that a slow machine's land in it as well."""
-    more = ["--epochs", "24", "--checkpoint-every", "1", "--jitter", "2", "--keep-last", "2"]
+    more = ["--batch-size", "2", "--epochs", "6", "--checkpoint-every", "1", "--jitter", "2", "--keep-last", "2"]
     calm = start([*options(casia, tmp_path, "calm"), *more])
     calm.join()
     assert calm.exitcode == 0
