@@ -1,6 +1,4 @@
 """Align a face: the similarity transform that puts its five landmarks on the template, and the warp."""
-import math
-
 import cv2
 import numpy as np
 
@@ -30,20 +28,34 @@ def similarity_transform(source, target=TEMPLATE):
     Raises:
         ValueError: the points coincide or are not finite, or a mirrored face would fit them better.
     """
-    # Python's complex numbers: a handful of points is summed before NumPy has begun.
-    s, t = ([complex(x, y) for x, y in np.asarray(points, np.float64).tolist()] for points in (source, target))
-    source_mean, target_mean = sum(s) / len(s), sum(t) / len(t)
-    s, t = [point - source_mean for point in s], [point - target_mean for point in t]
-    spread = sum((p * p.conjugate()).real for p in s)
-    if not math.isfinite(spread) or spread < 1e-6:
-        raise ValueError("landmarks coincide or are not finite")
-    turned = sum(p.conjugate() * q for p, q in zip(s, t))   # how well each of the two fits
-    mirrored = sum(p * q for p, q in zip(s, t))
-    if abs(mirrored) > abs(turned):
-        raise ValueError("landmarks are mirrored; image-left eye and mouth corner come first")
-    a = turned / spread
-    b = target_mean - a * source_mean
-    return np.array([[a.real, -a.imag, b.real], [a.imag, a.real, b.imag]])
+    (matrix,), (reason,) = similarity_transforms(np.asarray(source)[None], target)
+    if reason:
+        raise ValueError(reason)
+    return matrix
+
+
+def similarity_transforms(source, target=TEMPLATE):
+    """The same for many faces at once, some of which may be none.
+
+    Args:
+        source: float (N, K, 2) points.
+        target: float (K, 2) points that all are to reach.
+
+    Returns:
+        (float64 (N, 2, 3), list of N: None, or the reason why this row is no transform).
+    """
+    s, t = (np.ascontiguousarray(points, np.float64).view(np.complex128)[..., 0] for points in (source, target))
+    source_mean, target_mean = s.mean(1), t.mean()
+    s, t = s - source_mean[:, None], t - target_mean
+    with np.errstate(all="ignore"):                    # of points that coincide or are not finite
+        spread = (s * s.conj()).real.sum(1)
+        turned, mirrored = s.conj() @ t, s @ t         # how well each of the two fits
+        a = turned / spread
+        b = target_mean - a * source_mean
+    reasons = ["landmarks coincide or are not finite" if not finite or spread < 1e-6 else
+               "landmarks are mirrored; image-left eye and mouth corner come first" if flipped else None
+               for finite, spread, flipped in zip(np.isfinite(spread), spread, abs(mirrored) > abs(turned))]
+    return np.stack([a.real, -a.imag, b.real, a.imag, a.real, b.imag], axis=1).reshape(-1, 2, 3), reasons
 
 
 def align(image, landmarks):
@@ -59,7 +71,12 @@ def align(image, landmarks):
     Raises:
         ValueError: landmarks that are no face (see similarity_transform).
     """
-    return cv2.warpAffine(image, similarity_transform(landmarks), (WIDTH, HEIGHT), flags=cv2.INTER_LINEAR)
+    return warp(image, similarity_transform(landmarks))
+
+
+def warp(image, transform):
+    """Cut the aligned face out of an image by its transform, float64 (2, 3); see align."""
+    return cv2.warpAffine(image, transform, (WIDTH, HEIGHT), flags=cv2.INTER_LINEAR)
 
 
 def crop_aligned(image):

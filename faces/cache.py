@@ -8,6 +8,7 @@ is another cache.
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -17,16 +18,16 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from faces.align import HEIGHT, TEMPLATE, WIDTH, load_face
+from faces.align import HEIGHT, TEMPLATE, WIDTH, crop_aligned, similarity_transforms, warp
 from faces.casia import read_casia, without_lfw_overlap
 from faces.errors import InputError
 from faces.files import atomic_write, write_json
-from faces.images import UnreadableImage
+from faces.images import UnreadableImage, read_image
 from faces.landmarks import default_list
 
 SHAPE, FACE = (HEIGHT, WIDTH, 3), HEIGHT * WIDTH * 3    # of a face, and its bytes
 NAME = "casia_landmark.txt"
-CHUNK = 512                 # faces between two lines of the journal: at most this many are aligned again after a kill
+CHUNK = 1024                # faces between two lines of the journal: at most this many are aligned again after a kill
 BLOCK = 32                  # faces that a thread takes at a time
 MAX_FAILED = 0.01           # of the list; more is no accident but a wrong folder
 DEFAULT = Path(__file__).resolve().parents[1] / "cache"
@@ -140,13 +141,13 @@ def _build(listing, folder):
                 ThreadPoolExecutor(processors()) as pool, ThreadPoolExecutor(1) as writer, \
                 tqdm(total=total, unit="img", unit_scale=True, dynamic_ncols=True) as bar:
             stored = writer.submit(int)
-            bar.update(sum(len(rows) for rows in chunks if rows.start in done))
-            for rows, chunk, chunk_failed in _align(listing, [rows for rows in chunks if rows.start not in done], pool):
+            bar.update(sum(len(rows) for rows in chunks if rows in done))
+            for rows, chunk, chunk_failed in _align(listing, [rows for rows in chunks if rows not in done], pool):
                 failed += chunk_failed
                 if len(failed) > MAX_FAILED * total:
                     raise InputError(_too_many(listing, failed))
                 stored.result()  # the disk takes a chunk while the next ones are aligned, and no more than one waits
-                stored = writer.submit(_store, chunk, rows.start, file, None if chunk_failed else journal)
+                stored = writer.submit(_store, chunk, rows, file, None if chunk_failed else journal)
                 bar.update(len(rows))
             stored.result()
     except OSError as error:
@@ -198,36 +199,45 @@ def _finished(rows, chunk, blocks):
 
 
 def _fill_block(faces, listing, rows):
-    """What a thread does at a time; decoding and warping free the interpreter."""
-    return [(row, reason) for face, row in zip(faces, rows) if (reason := _fill(face, listing, row))]
+    """What a thread does at a time; decoding and warping free the interpreter, for which all the rest waits in turn."""
+    transforms = reasons = [None] * len(rows)
+    if listing.points is not None:
+        transforms, reasons = similarity_transforms(listing.points[rows.start:rows.stop])
+    return [(row, reason) for face, row, *transform in zip(faces, rows, transforms, reasons)
+            if (reason := _fill(face, listing, row, *transform))]
 
 
-def _store(chunk, start, file, journal):
+def _fill(face, listing, row, transform, reason):
+    """Align the face of a row into `face`; return None, or why it can't be."""
+    try:
+        if reason:
+            raise ValueError(reason)
+        image = read_image(listing.source.open(listing.paths[row]))
+        face[:] = crop_aligned(image) if transform is None else warp(image, transform)
+    except (UnreadableImage, ValueError) as error:
+        face[:] = 0
+        return str(error)
+
+
+def _store(chunk, rows, file, journal):
     """Write a chunk to the disk, then note it; one with failures is tried again by the next build."""
-    file.seek(start * FACE)
+    file.seek(rows.start * FACE)
     file.write(chunk)
     file.flush()
     os.fsync(file.fileno())
     if journal:
-        journal.write(json.dumps(start) + "\n")
+        journal.write(json.dumps([rows.start, rows.stop]) + "\n")
         journal.flush()
 
 
 def _read_journal(folder):
+    """The set of chunks, as ranges of rows, that are on the disk."""
     try:
-        lines = (folder / "journal.jsonl").read_text().split("\n")[:-1]  # what follows the last newline is a torn line
+        lines = (folder / "journal.jsonl").read_text().splitlines()
     except FileNotFoundError:
         return set()
-    return {int(line) for line in lines if line.isdigit()}
-
-
-def _fill(face, listing, row):
-    """Align the face of a row into `face`; return None, or why it can't be."""
-    try:
-        face[:] = load_face(*listing.face(row))
-    except (UnreadableImage, ValueError) as error:
-        face[:] = 0
-        return str(error)
+    found = (re.fullmatch(r"\[(\d+), (\d+)\]", line) for line in lines)   # a line that was torn is none
+    return {range(int(match[1]), int(match[2])) for match in found if match}
 
 
 def _too_many(listing, failed):

@@ -63,11 +63,11 @@ def test_a_killed_build_goes_on_where_it_was(casia, tmp_path, monkeypatch):
     monkeypatch.setattr(cache_module, "CHUNK", 10)
     aligned, original = [], cache_module._fill
 
-    def die_in_the_third_chunk(face, listing, row):
+    def die_in_the_third_chunk(face, listing, row, *transform):
         if row == 25:
             raise KeyboardInterrupt
         aligned.append(row)
-        return original(face, listing, row)
+        return original(face, listing, row, *transform)
 
     monkeypatch.setattr(cache_module, "_fill", die_in_the_third_chunk)
     with pytest.raises(KeyboardInterrupt):
@@ -88,7 +88,7 @@ def test_a_full_disk_is_one_sentence_and_the_build_goes_on_afterwards(casia, tmp
     with file_size_limit(25 * 112 * 96 * 3), pytest.raises(InputError, match="can't write .*: File too large"):
         load_casia(casia, cache=tmp_path / "cache")
     folder, = (tmp_path / "cache").iterdir()
-    assert (folder / "journal.jsonl").read_text() == "0\n10\n" and not (folder / "cache.json").exists()
+    assert (folder / "journal.jsonl").read_text() == "[0, 10]\n[10, 20]\n" and not (folder / "cache.json").exists()
     monkeypatch.setattr(cache_module, "_allocate", allocate)
     faces = load_casia(casia, cache=tmp_path / "cache")
     assert np.array_equal(faces.images, load_casia(casia, cache=tmp_path / "another").images)
