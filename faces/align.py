@@ -74,9 +74,12 @@ def align(image, landmarks):
     return warp(image, similarity_transform(landmarks))
 
 
-def warp(image, transform):
-    """Cut the aligned face out of an image by its transform, float64 (2, 3); see align."""
-    return cv2.warpAffine(image, transform, (WIDTH, HEIGHT), flags=cv2.INTER_LINEAR)
+def warp(image, transform, out=None):
+    """Cut the aligned face out of an image by its transform, float64 (2, 3); see align.
+
+    out: uint8 (HEIGHT, WIDTH, 3), contiguous, to put the face into; None makes a new one.
+    """
+    return cv2.warpAffine(image, transform, (WIDTH, HEIGHT), dst=out, flags=cv2.INTER_LINEAR)
 
 
 def crop_aligned(image):

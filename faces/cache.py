@@ -213,7 +213,10 @@ def _fill(face, listing, row, transform, reason):
         if reason:
             raise ValueError(reason)
         image = read_image(listing.source.open(listing.paths[row]))
-        face[:] = crop_aligned(image) if transform is None else warp(image, transform)
+        if transform is None:
+            face[:] = crop_aligned(image)
+        else:
+            warp(image, transform, out=face)
     except (UnreadableImage, ValueError) as error:
         face[:] = 0
         return str(error)
