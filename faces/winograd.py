@@ -79,8 +79,7 @@ class _Convolution(torch.autograd.Function):
 
 
 def kernel_products(weight):
-    """G g G' of each pair of channels: float (K, C, 3, 3) to (K, 36, C), the order that channels_last needs no copy for.
-    """
+    """G g G' of each pair of channels: float (K, C, 3, 3) to (K, 36, C), for which channels_last needs no copy."""
     to_kernel = _matrices(weight.dtype)[1]
     return torch.kron(to_kernel, to_kernel) @ weight.permute(0, 2, 3, 1).flatten(1, 2)
 
