@@ -14,7 +14,6 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import cv2
 import numpy as np
 from tqdm import tqdm
 
@@ -22,7 +21,7 @@ from faces.align import HEIGHT, TEMPLATE, WIDTH, crop_aligned, similarity_transf
 from faces.casia import read_casia, without_lfw_overlap
 from faces.errors import InputError
 from faces.files import atomic_write, write_json
-from faces.images import UnreadableImage, read_image
+from faces.images import UnreadableImage, one_opencv_thread, read_image
 from faces.landmarks import default_list
 
 SHAPE, FACE = (HEIGHT, WIDTH, 3), HEIGHT * WIDTH * 3    # of a face, and its bytes
@@ -132,17 +131,16 @@ def _build(listing, folder):
     total = len(listing.paths)
     _allocate(folder, total * FACE)
     done, failed = _read_journal(folder), []
-    chunks = [range(start, min(start + CHUNK, total)) for start in range(0, total, CHUNK)]
+    chunks = (range(start, min(start + CHUNK, total)) for start in range(0, total, CHUNK))
+    missing = [rows for rows in chunks if rows not in done]
     print(f"aligning {total:,} faces of {listing.source} into {folder}, once")
-    threads = cv2.getNumThreads()
-    cv2.setNumThreads(1)  # every processor has a thread of ours; OpenCV's own would get in their way
     try:
         with open(folder / "faces.u8", "r+b") as file, open(folder / "journal.jsonl", "a") as journal, \
-                ThreadPoolExecutor(processors()) as pool, ThreadPoolExecutor(1) as writer, \
+                one_opencv_thread(), ThreadPoolExecutor(processors()) as pool, ThreadPoolExecutor(1) as writer, \
                 tqdm(total=total, unit="img", unit_scale=True, dynamic_ncols=True) as bar:
             stored = writer.submit(int)
-            bar.update(sum(len(rows) for rows in chunks if rows in done))
-            for rows, chunk, chunk_failed in _align(listing, [rows for rows in chunks if rows not in done], pool):
+            bar.update(total - sum(map(len, missing)))
+            for rows, chunk, chunk_failed in _align(listing, missing, pool):
                 failed += chunk_failed
                 if len(failed) > MAX_FAILED * total:
                     raise InputError(_too_many(listing, failed))
@@ -152,8 +150,6 @@ def _build(listing, folder):
             stored.result()
     except OSError as error:
         raise _unwritable(folder, error) from None
-    finally:
-        cv2.setNumThreads(threads)
     with atomic_write(folder / "failed.txt", "w", encoding="utf-8") as file:
         file.writelines(f"{listing.paths[row]}\t{reason}\n" for row, reason in failed)
     write_json(folder / "cache.json", {"faces": total, "failed": failed})
@@ -182,7 +178,8 @@ def _unwritable(folder, error):
 def _align(listing, chunks, pool):
     """Align chunks of rows: yield (rows, uint8 (len(rows), 112, 96, 3), list of (row, reason) of those that can't be).
 
-    A chunk is begun before the one ahead of it is waited for, so that no thread of the pool runs out of work.
+    A chunk is begun before the one ahead of it is waited for, so that no thread of the pool runs out of work. Every
+    processor has a thread of ours, in whose way OpenCV's own would get.
     """
     begun = deque()
     for rows in chunks:

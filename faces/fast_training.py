@@ -1,7 +1,8 @@
 """A network made fast for training on a CPU in float32.
 
 Convolutions of stride 1 are Winograd's, the gradient by the kernel of the others is a product of matrices, and PReLU's
-gradients are computed in one pass. All of it is exact but for rounding. `benchmarks/training_step.py` says what they gain.
+gradients are computed in one pass. All of it is exact but for rounding; `benchmarks/training_step.py` says what it
+gains.
 """
 import torch
 from torch import nn

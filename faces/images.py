@@ -3,6 +3,7 @@
 Every reader of the project comes through here, so landmarks, training and verification see the same pixels.
 A photo is turned the way its EXIF orientation says, as viewers show it.
 """
+import contextlib
 import io
 import os
 import warnings
@@ -39,6 +40,17 @@ def read_image(source):
     _check_complete(data)
     image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)  # applies the EXIF orientation
     return _decode_with_pillow(data) if image is None else image  # what OpenCV has no decoder for
+
+
+@contextlib.contextmanager
+def one_opencv_thread():
+    """Context in which OpenCV computes in the thread that calls it."""
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(1)
+    try:
+        yield
+    finally:
+        cv2.setNumThreads(threads)
 
 
 def list_images(root):

@@ -68,8 +68,9 @@ class _Convolution(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        flipped = kernel_products(weight.flip(2, 3)).permute(1, 0, 2)                             # (36, K, C)
-        grad_x = _convolve_plainly(grad, flipped) if ctx.needs_input_grad[0] else None
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _convolve_plainly(grad, kernel_products(weight.flip(2, 3)).permute(1, 0, 2))  # by (36, K, C)
         to_kernel, products = _matrices(torch.float32)[1], grad.new_zeros(IN ** 2, len(weight), x.shape[1])
         for part, grad_part in zip(_parts(x), _parts(grad, x.shape)):
             products.baddbmm_(kernels.gradients_to_products(grad_part).transpose(1, 2),

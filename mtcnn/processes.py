@@ -2,6 +2,8 @@
 import cv2
 from torch.utils.data import DataLoader, Dataset
 
+from faces.images import one_opencv_thread
+
 
 def in_processes(function, items, batch_size, workers):
     """Yield function(batch) for the batches of `items`, in order.
@@ -15,13 +17,9 @@ def in_processes(function, items, batch_size, workers):
         workers: number of processes.
     """
     batches = [items[start:start + batch_size] for start in range(0, len(items), batch_size)]
-    threads = cv2.getNumThreads()
-    cv2.setNumThreads(1)  # a forked process would wait for ever for the threads that OpenCV had begun in this one
-    try:
+    with one_opencv_thread():  # a forked process would wait for ever for those that OpenCV had begun in this one
         yield from DataLoader(_Results(function, batches), batch_size=None, num_workers=min(workers, len(batches)),
                               collate_fn=_unchanged, worker_init_fn=_one_thread)
-    finally:
-        cv2.setNumThreads(threads)
 
 
 class _Results(Dataset):
