@@ -16,7 +16,8 @@ from PIL import Image, ImageOps
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".pgm", ".ppm", ".webp", ".tif", ".tiff", ".gif"})
 MAX_PIXELS = 128_000_000   # 384 MB decoded; checked in the header, before any memory is taken
 MAX_BYTES = 512_000_000
-cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # we say what is wrong, with the file's name
+# OpenCV stays silent, because our own messages name the file. 4.13 moved the function that 4.12 had.
+(cv2.setLogLevel if hasattr(cv2, "setLogLevel") else cv2.utils.logging.setLogLevel)(0)
 
 
 class UnreadableImage(Exception):
