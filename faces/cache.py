@@ -20,7 +20,7 @@ from tqdm import tqdm
 from faces.align import HEIGHT, TEMPLATE, WIDTH, crop_aligned, similarity_transforms, warp
 from faces.casia import read_casia, without_lfw_overlap
 from faces.errors import InputError
-from faces.files import atomic_write, write_json
+from faces.files import atomic_write, locked, write_json
 from faces.images import UnreadableImage, one_opencv_thread, read_image
 from faces.landmarks import default_list
 
@@ -100,7 +100,9 @@ def build(listing, cache=DEFAULT):
     key = _hash_list([str(name), *listing.paths], None, listing.points)[:12]
     folder = Path(cache).expanduser() / f"{name.stem}-{key}"
     if not (folder / "cache.json").is_file():
-        _build(listing, folder)
+        with locked(folder / ".lock", f"aligning these faces into {folder}"):
+            if not (folder / "cache.json").is_file():    # another process may have built it while this one waited
+                _build(listing, folder)
     failed = json.loads((folder / "cache.json").read_text())["failed"]
     shape = (len(listing.paths), *SHAPE)
     if (folder / "faces.u8").stat().st_size != np.prod(shape):

@@ -5,6 +5,8 @@ import os
 import tempfile
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from faces.errors import InputError
 
 
@@ -36,6 +38,33 @@ def atomic_write(path, mode="wb", **kwargs):
     except OSError as error:
         raise InputError(f"can't write {path}: {error.strerror or error}; free some space or choose another "
                          "place.") from None
+
+
+@contextlib.contextmanager
+def locked(path, what):
+    """Hold the lock file `path`, which one process on the machine can do at a time; the others wait here.
+
+    Args:
+        what: what the holder does, for the line that a waiting process prints, as in "building the cache DIR".
+
+    Raises:
+        InputError: the lock file can't be written.
+    """
+    lock = FileLock(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print(f"another process is {what}; waiting until it is done", flush=True)
+            lock.acquire()
+    except (OSError, NotImplementedError) as error:    # the latter where the file system has no locks
+        raise InputError(f"can't lock {path}: {error.strerror if isinstance(error, OSError) else error}; choose a "
+                         "folder that can be written, on a local disk.") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_json(path, value):

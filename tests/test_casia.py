@@ -2,12 +2,14 @@
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 import zipfile
 
 import numpy as np
 import pytest
 
-from conftest import draw_face, file_size_limit, write_image
+from conftest import ROOT, draw_face, file_size_limit, write_image
 from faces import cache as cache_module
 from faces.align import align
 from faces.cache import load_casia
@@ -78,6 +80,21 @@ def test_a_killed_build_goes_on_where_it_was(casia, tmp_path, monkeypatch):
     assert sorted(aligned) == list(range(20, 48))                          # the first two chunks were kept
     monkeypatch.undo()
     assert np.array_equal(faces.images, load_casia(casia, cache=tmp_path / "another").images)
+
+
+def test_processes_started_together_build_one_cache(casia, tmp_path):
+    program = f"""
+from faces import cache
+cache.CHUNK = 1                               # a line of the journal for each face, so that the builds would overlap
+print(len(cache.load_casia({str(casia)!r}, cache={str(tmp_path)!r})))"""
+    processes = [subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE,
+                                  stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    said = [process.communicate(timeout=100) for process in processes]
+    assert all(out.endswith("48 faces of 6 people\n48\n") for out, _ in said), said
+    assert sum("aligning 48 faces" in out for out, _ in said) == 1
+    (tmp_path / "another").mkdir()
+    images, = (np.fromfile(path, np.uint8) for path in tmp_path.glob("*/faces.u8"))
+    assert np.array_equal(images, load_casia(casia, cache=tmp_path / "another").images.ravel())
 
 
 def test_a_full_disk_is_one_sentence_and_the_build_goes_on_afterwards(casia, tmp_path, monkeypatch):
