@@ -58,7 +58,7 @@ def main():
         for images, labels in run.batches(faces, recipe, step):    # (B, 3, 112, 96), (B,)
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate(step)
-            lam = 0 if args.scale else max(args.lambda_min, SphereFace.annealing(step))
+            lam = 0 if args.scale else SphereFace.annealing(step, args.lambda_min)
             optimizer.zero_grad()
             for part, identity in run.parts(images, labels, net, head):    # one part without --accumulate
                 with run.autocast():

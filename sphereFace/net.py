@@ -114,9 +114,9 @@ class SphereFace(nn.Module):
         self.weight = nn.Parameter(torch.randn(classes, 512) / 512 ** 0.5)
 
     @staticmethod
-    def annealing(step):
-        """lambda = max(5, 1000 / (1 + 0.12 step)) as in the authors' Caffe release; step counts from 0."""
-        return max(5.0, 1000.0 / (1.0 + 0.12 * step))
+    def annealing(step, minimum=5.0):
+        """lambda = max(minimum, 1000 / (1 + 0.12 step)) as in the authors' Caffe release; step counts from 0."""
+        return max(minimum, 1000.0 / (1.0 + 0.12 * step))
 
     def forward(self, embedding, label, lam, centres=ALL):
         """Loss of a batch.

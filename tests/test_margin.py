@@ -154,3 +154,5 @@ def test_lambda_schedule_is_the_release():
     assert SphereFace.annealing(0) == 1000
     assert SphereFace.annealing(100) == pytest.approx(1000 / 13)
     assert SphereFace.annealing(10**6) == 5
+    assert SphereFace.annealing(10**6, minimum=1) == pytest.approx(1)
+    assert SphereFace.annealing(10**6, minimum=0) < 0.01

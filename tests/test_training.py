@@ -20,6 +20,7 @@ from faces.lfw import load_lfw
 from faces.recipe import Recipe
 from faces.run import Order, Run, shifted, to_input
 from faces.weights import load_weights
+from sphereFace.net import SphereFace
 
 
 def interrupt(method, args, number, checkpoint, step):
@@ -224,6 +225,22 @@ def test_sphereface_r_by_its_options(main, casia, tmp_path):
     assert main("sphereFace", *args, "--scale", "30")[0] == 0
     epoch = json.loads((tmp_path / "run/epochs.jsonl").read_text())
     assert 18 < epoch["loss"] < 30      # at right angles: 30 (cos 90 - cos 135) = 21 more than plain softmax
+
+
+@pytest.mark.parametrize("minimum, reached", [([], 5), (["--lambda-min", "1"], 1)])
+def test_lambda_falls_to_its_minimum_in_the_head(main, casia, tmp_path, monkeypatch, minimum, reached):
+    annealing, forward, seen = SphereFace.annealing, SphereFace.forward, []
+
+    def late(step, *minimum):
+        return annealing(step + 10**6, *minimum)
+
+    def look(head, embedding, label, lam, **more):
+        seen.append(lam)
+        return forward(head, embedding, label, lam, **more)
+    monkeypatch.setattr(SphereFace, "annealing", late)
+    monkeypatch.setattr(SphereFace, "forward", look)
+    args = [*options(casia, tmp_path), "--net", "sphere20a", "--epochs", "0.17", *minimum]
+    assert main("sphereFace", *args)[0] == 0 and seen == [reached]
 
 
 def test_processes_of_torchrun_train_one_model(casia, tmp_path):
