@@ -27,12 +27,12 @@ def parse_args():
     parser = training_parser("Train CosFace on CASIA-WebFace.")
     method = parser.add_argument_group("CosFace")
     method.add_argument("--scale", type=float, default=64, help="s; the paper's 64, 30 for a small set")
-    method.add_argument("--margin", type=float, default=0.35, help="m, 0 to 0.5; the paper's 0.35")
+    method.add_argument("--margin", type=float, default=0.35, help="m, at least 0 and below 1; the paper's 0.35")
     method.add_argument("--margin-warmup", type=int, default=0, metavar="STEPS",
                         help="steps in which the margin grows from 0; half of all steps help a small set")
     args = parser.parse_args()
     if not (args.scale > 0 and 0 <= args.margin < 1 and args.margin_warmup >= 0):
-        parser.error("--scale must be greater than 0, --margin in 0..1, --margin-warmup at least 0")
+        parser.error("--scale must be greater than 0, --margin at least 0 and below 1, --margin-warmup at least 0")
     return args
 
 

@@ -54,7 +54,7 @@ def training_parser(description):
                         "matrices; biases, PReLU and batch normalisation have none")
     recipe.add_argument("--mirror", action=argparse.BooleanOptionalAction, default=True, help="flip half of the faces")
     recipe.add_argument("--jitter", type=int, default=0, metavar="PIXELS",
-                        help="move each face at random by up to so many pixels along x and y, its border repeated; "
+                        help="move each face at random by up to this many pixels along x and y, 0 to 16, its border repeated; "
                              "2 as in the 2017 PyTorch port (default: not at all)")
     recipe.add_argument("--sample-centres", type=float, metavar="F",
                         help="fraction of the identities that a step's softmax sees, those of its batch always; 0.1 "

@@ -233,7 +233,7 @@ def strips(rows, columns, pixels):
 def add_options(parser):
     """Add the options that say how to detect; make_detector() takes them."""
     parser.add_argument("--min-face-size", type=float, default=20, metavar="PIXELS",
-                        help="smallest face to look for (12 to 200, default 20); twice the size is up to four times as "
+                        help="smallest face to look for, at least 4 and below 10000 (default: 20); twice the size is up to four times as "
                              "fast and finds fewer faces where there are none")
     parser.add_argument("--device", default="auto", help="auto (default: the best there is), cpu, cuda, cuda:1, mps")
 
@@ -245,7 +245,7 @@ def make_detector(args):
         InputError: an option out of range, or a device that is not there.
     """
     if not 4 <= args.min_face_size < 10000:
-        raise InputError(f"--min-face-size {args.min_face_size:g} makes no sense; 12 to 200 do.")
+        raise InputError(f"--min-face-size {args.min_face_size:g} is out of range; give at least 4 and less than 10000 pixels.")
     return Detector(args.min_face_size, device=pick_device(args.device))
 
 

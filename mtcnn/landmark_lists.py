@@ -137,7 +137,7 @@ def add_list_options(parser):
                         help="which face of several: nearest the image's centre (default; right for LFW and CASIA), "
                              "the largest, or the surest")
     parser.add_argument("--batch-size", type=int, default=32, metavar="IMAGES",
-                        help="images a process is given at a time (1 to 256, default 32)")
+                        help="images a process is given at a time at least 1 (default: 32)")
     parser.add_argument("--workers", type=int, metavar="N",
                         help="processes that search (default: one a core; 0 on a GPU, where this process does)")
     add_options(parser)
@@ -156,9 +156,9 @@ def find_all(root, paths, output, detector, args):
         InputError: more than MAX_UNREADABLE of the images can't be read.
     """
     if args.batch_size < 1:
-        raise InputError(f"--batch-size {args.batch_size} makes no sense; 1 to 256 do.")
+        raise InputError(f"--batch-size {args.batch_size} is out of range; give at least 1.")
     if args.workers is not None and args.workers < 0:
-        raise InputError(f"--workers {args.workers} makes no sense; 0 and more do.")
+        raise InputError(f"--workers {args.workers} is out of range; give 0 or more.")
     names = "\n".join(paths).encode(errors="surrogateescape")
     settings = {"folder": str(root.resolve()), "images": hashlib.sha256(names).hexdigest(), "select": args.select,
                 "min_face_size": detector.min_face_size, "factor": detector.factor, "attempts": ATTEMPTS}

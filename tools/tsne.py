@@ -222,7 +222,7 @@ def _parser():
                         help="also write panel, identity, x and y of every point, tab separated")
     parser.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (default: auto)")
     parser.add_argument("--batch-size", type=int, metavar="N",
-                        help="faces at a time; changes the speed only (default: 256, on a CPU 16)")
+                        help="faces at a time; changes the speed only (default: 256, on a CPU 32)")
     return parser
 
 
