@@ -4,11 +4,12 @@ VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test clean
+.PHONY: help demo test test-matrix clean
 
 help:
 	@echo 'make demo    landmarks, training, verification on real faces that come with a package; a few minutes'
 	@echo 'make test    run the tests'
+	@echo 'make test-matrix   the same as on four kinds of machine: this one, without bf16, with it, without a C compiler'
 	@echo 'make clean   remove .venv and demo/; cache/ and runs/ stay'
 
 demo: $(VENV)/with-demo
@@ -16,6 +17,12 @@ demo: $(VENV)/with-demo
 
 test: $(VENV)/with-tests
 	$(VENV)/bin/python -m pytest
+
+# One after the other, whatever fails, so that the last lines say what each kind of machine makes of the tests.
+test-matrix: $(VENV)/with-tests
+	@status=0; for kind in FACES_BF16= FACES_BF16=0 FACES_BF16=1 CC=false; do \
+	  echo "== $$kind"; env $$kind $(VENV)/bin/python -m pytest || status=1; \
+	done; exit $$status
 
 clean:
 	rm -rf $(VENV) demo .pytest_cache

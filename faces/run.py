@@ -37,7 +37,12 @@ def pick_device(name="auto"):
 
 
 def has_bf16(device):
-    """Whether bfloat16 products are faster than float32 ones on this device."""
+    """Whether bfloat16 products are faster than float32 ones on this device.
+
+    The environment variable FACES_BF16, 0 or 1, overrides the detection, which can't know processors to come.
+    """
+    if os.environ.get("FACES_BF16") in ("0", "1"):
+        return os.environ["FACES_BF16"] == "1"
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
