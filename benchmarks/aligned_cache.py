@@ -23,14 +23,15 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from faces.align import HEIGHT, WIDTH, similarity_transform
-from faces.cache import AlignedFaces, build, processors
-from faces.casia import Folder, TrainingList, read_casia
-from faces.errors import InputError, command
+from faces.data.cache import AlignedFaces, build
+from faces.data.casia import Folder, TrainingList, read_casia
+from faces.device import count_cpus
+from faces.files import InputError, command
 
 BATCH = 256
 
 
-def parse_args():
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Speed of the aligned-face cache.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--casia", type=Path, required=True, metavar="DIR", help="folder of person folders")
@@ -42,7 +43,7 @@ def parse_args():
     parser.add_argument("--repeats", type=int, default=5, help="builds of each kind; the median is printed")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="where to build (default: the system's temporary "
                         "folder); a folder on the disk that the cache would lie on")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def resized(listing, side, folder):
@@ -62,7 +63,7 @@ def bare(files, matrices):
     def block(start):
         return [cv2.warpAffine(cv2.imread(file), matrix, (WIDTH, HEIGHT), flags=cv2.INTER_LINEAR)
                 for file, matrix in zip(files[start:start + 32], matrices[start:start + 32])]
-    with ThreadPoolExecutor(processors()) as pool:
+    with ThreadPoolExecutor(count_cpus()) as pool:
         return sum(pool.map(block, range(0, len(files), 32)), [])
 
 
@@ -104,8 +105,8 @@ def random_reads(faces, count):
 
 
 @command
-def main():
-    args = parse_args()
+def main(argv=None):
+    args = parse_args(argv)
     listing = read_casia(args.casia, args.landmarks or args.casia / "casia_landmark.txt")
     listing = TrainingList(listing.source, listing.paths[:args.images], listing.labels[:args.images],
                            listing.points[:args.images])
@@ -115,7 +116,7 @@ def main():
         ours, theirs, images = compare_builds(listing, Path(folder), args.repeats)
         faces = AlignedFaces(images, listing, np.arange(len(listing.paths)))
         rate = random_reads(faces, args.reads)
-    print(f"{len(listing.paths):,} images, {processors()} thread(s), OpenCV {cv2.__version__}, median of "
+    print(f"{len(listing.paths):,} images, {count_cpus()} thread(s), OpenCV {cv2.__version__}, median of "
           f"{args.repeats}")
     print(f"imread and warpAffine alone   {theirs:8,.0f} images/s")
     print(f"building the cache            {ours:8,.0f} images/s, {ours / theirs:.0%} of that; the same faces")

@@ -19,19 +19,17 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cosFace.net import NETS
 from faces.align import load_face
-from faces.bootstrap import bootstrap
-from faces.embed import embed
-from faces.errors import InputError, command
-from faces.evaluate import PRECISION
-from faces.inference import for_inference
+from faces.device import keep_large_blocks, pick_device
+from faces.files import InputError, command
 from faces.landmarks import default_list
-from faces.lfw import landmarks_of, load_faces
-from faces.pairs import read_pairs
-from faces.protocols import identify, operate
-from faces.run import keep_large_blocks, pick_device
-from faces.verify import verify
-from faces.weights import add_options as add_model_options
-from faces.weights import load_weights
+from faces.verification.bootstrap import bootstrap
+from faces.verification.embed import embed, optimized_copy
+from faces.verification.evaluate import PRECISION
+from faces.verification.lfw import landmarks_of, load_faces
+from faces.verification.metrics import identify, operating_point, verify
+from faces.verification.pairs import read_pairs
+from faces.verification.weights import add_options as add_model_options
+from faces.verification.weights import load_weights
 
 TURNS = 6
 FLOP = 3.5e9  # of one image through the network: two for each product of the definition, however they are computed
@@ -77,7 +75,7 @@ def race(net, args, pairs, points, device):
     theirs, own, times = [], [], []
     square = torch.ones(1024, 1024, device=device)
     start = time.perf_counter()
-    fast = for_inference(net, device, PRECISION[args.precision])
+    fast = optimized_copy(net, device, PRECISION[args.precision])
     preparing = time.perf_counter() - start
     for rows, images in zip(np.array_split(pairs.pairs, TURNS), np.array_split(np.arange(len(points)), TURNS)):
         start = time.perf_counter()
@@ -101,14 +99,14 @@ def protocol_seconds(embeddings, pairs):
     result = verify(embeddings, pairs.pairs, pairs.same, pairs.folds)
     folds = time.perf_counter()
     bootstrap(result.correct[None], pairs.identities[pairs.pairs])
-    operate(result.similarities, pairs.same, 1e-3)
+    operating_point(result.similarities, pairs.same, 1e-3)
     identify(embeddings, pairs.identities)
     return folds - start, time.perf_counter() - folds
 
 
 @command
-def main():
-    args = _parse()
+def main(argv=None):
+    args = _parse(argv)
     device = pick_device(args.device)
     keep_large_blocks(device)   # as lfw_eval.py does; of both: it is the process's
     whole = read_pairs(args.lfw)
@@ -162,7 +160,7 @@ def processor():
         return platform.processor() or platform.machine()
 
 
-def _parse():
+def _parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lfw", type=Path, required=True, metavar="DIR", help="folder of Name/Name_0001.jpg")
     parser.add_argument("--landmarks", type=Path, metavar="FILE",
@@ -173,7 +171,7 @@ def _parse():
     parser.add_argument("--precision", choices=tuple(PRECISION), default="float32",
                         help="ours; bf16 shows what it changes (default: float32)")
     parser.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (default: auto)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.pairs is not None and args.pairs < 300:
         parser.error("--pairs must be at least 300")
     return args

@@ -2,7 +2,7 @@
 
     python margin_softmax.py                               10,575 identities, batches of 256
 
-The plain layer is nn.Linear with cross_entropy: no margin, centres not normalised. The textbook's way is what most
+The plain layer is nn.Linear with cross_entropy: no margin, centers not normalized. The textbook's way is what most
 repositories have: the logits with the margin of all N x C pairs, those without, and a one-hot matrix to choose between.
 The three matrix products alone, which every way needs, are the floor, and bound what any way can gain on another.
 Loss and gradients of ours and of the textbook's are compared first; a mismatch is an error. A step's memory is what it
@@ -25,21 +25,21 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cosFace.net import CosFace
-from faces.errors import command
-from faces.run import pick_device
+from faces.device import pick_device
+from faces.files import command
 from sphereFace.net import SphereFace
 
 S, M, LAMBDA = 64.0, 0.35, 5.0
 
 
-def parse_args():
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="What a margin costs.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--identities", type=int, default=10_575, metavar="C", help="CASIA has 10,575")
     parser.add_argument("--batch-size", type=int, default=256, metavar="N")
     parser.add_argument("--repeats", type=int, default=21, help="timed steps of each; the median is printed")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, auto")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def textbook_cosface(x, weight, label, s=S, m=M):
@@ -138,8 +138,8 @@ def peak_bytes(step, x, weight):
 
 
 @command
-def main():
-    args = parse_args()
+def main(argv=None):
+    args = parse_args(argv)
     device = pick_device(args.device)
     steps = make_steps(args, device)
     x = (7 * torch.randn(args.batch_size, 512, device=device)).requires_grad_()

@@ -1,7 +1,7 @@
 """Train a head of a million identities for a few steps on made embeddings; print its memory and its steps per second.
 
-    python million_identities.py                                                 all centres in one process: 17 GB
-    python million_identities.py --sample-centres 0.1                            a tenth of them each step
+    python million_identities.py                                                 all centers in one process: 17 GB
+    python million_identities.py --sample-centers 0.1                            a tenth of them each step
     torchrun --standalone --nproc-per-node 2 million_identities.py               half of them in each process
 
 The network is left out: what is measured is what the number of identities costs. Embeddings scatter around a direction
@@ -19,31 +19,28 @@ from torch import distributed
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cosFace.net import CosFace
-from faces.errors import InputError, command
-from faces.run import Run
-from faces.shard import SGD
+from faces.files import InputError, command
+from faces.training.run import Run
+from faces.training.sharded_head import SGD, make_head
 from sphereFace.net import SphereFace
 
-METHODS = {"cosFace": (CosFace, (64.0, 0.35), 1.0), "sphereFace": (SphereFace, (4,), 5.0)}  # class, settings, lambda
+METHODS = {"cosFace": (CosFace, {"ramp": 1.0}), "sphereFace": (SphereFace, {"lam": 5.0})}   # head, margin of a step
 GB = 1e9
 
 
-def parse_args():
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="What a head of many identities costs.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--method", choices=METHODS, default="cosFace")
     parser.add_argument("--identities", type=int, default=1_000_000, metavar="C", help="memory grows with them")
-    parser.add_argument("--sample-centres", type=float, metavar="F", help="fraction that a step sees, above 0 to 1")
+    parser.add_argument("--sample-centers", "--sample-centres", type=float, metavar="F", help="fraction that a step sees, above 0 to 1")
     parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="faces a step, over all processes")
     parser.add_argument("--steps", type=int, default=12, help="measured steps, after one that is not; at least 4")
     parser.add_argument("--lr", type=float, default=0.1, help="learning rate; of a sampled head too")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, auto; the memory printed is the CPU's")
-    args = parser.parse_args()
-    if args.steps < 4 or args.batch_size < 1 or not 0 < (args.sample_centres or 1) <= 1:
-        parser.error("--steps must be at least 4, --batch-size at least 1, --sample-centres above 0 and at most 1")
-    # What Run looks at besides; the head goes its sharded way in one process as well.
-    vars(args).update(shard_head=True, precision="float32", workers=0, output=None, seed=0, mirror=False,
-                      jitter=0, accumulate=1, compile=False)
+    args = parser.parse_args(argv)
+    if args.steps < 4 or args.batch_size < 1 or not 0 < (args.sample_centers or 1) <= 1:
+        parser.error("--steps must be at least 4, --batch-size at least 1, --sample-centers above 0 and at most 1")
     return args
 
 
@@ -62,18 +59,18 @@ def faces(args, run, step):
     label = torch.randint(args.identities, (args.batch_size,), generator=generator)
     direction = torch.randn(args.batch_size, 512, generator=generator)
     noise = torch.randn(args.batch_size, 512, generator=torch.Generator().manual_seed(4 + step))
-    own = slice(run.rank, None, run.world)
+    own = slice(run.rank, None, run.world_size)
     return (direction + 0.3 * noise)[own].to(run.device), label[own].to(run.device)
 
 
-def train(args, run, head, optimizer, extra):
+def train(args, run, head, optimizer, margin):
     """Return the losses of all steps and the seconds of all but the first."""
     losses = []
-    for run.step in range(args.steps + 1):
-        if run.step == 1:
+    for step in range(args.steps + 1):
+        if step == 1:
             start = time.perf_counter()
-        embedding, label = faces(args, run, run.step)
-        loss, _ = head(embedding.requires_grad_(), label, extra)
+        embedding, label = faces(args, run, step)
+        loss, _ = head(embedding.requires_grad_(), label, step=step, **margin)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -82,29 +79,29 @@ def train(args, run, head, optimizer, extra):
 
 
 @command
-def main():
-    args = parse_args()
-    run = Run(args, "million")
+def main(argv=None):
+    args = parse_args(argv)
+    run = Run(args.device, precision="float32")
     before = memory()
-    method, settings, extra = METHODS[args.method]
+    method, margin = METHODS[args.method]
     try:
-        head = run.head(method, args.identities, *settings)
+        head = make_head(method, args.identities, run, shard=True, sample=args.sample_centers)
     except RuntimeError as error:  # torch says so where the allocator refuses
         raise InputError(f"no memory for {args.identities:,} identities ({str(error).splitlines()[0]}); use more "
                          "processes.") from None
-    optimizer = SGD(head.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
-    losses, seconds = train(args, run, head, optimizer, extra)
+    optimizer = SGD(head.parameters(), head, lr=args.lr, momentum=0.9, weight_decay=5e-4)
+    losses, seconds = train(args, run, head, optimizer, margin)
     own = head.end - head.first
-    drawn = own if args.sample_centres is None else min(own, max(math.ceil(args.sample_centres * own), args.batch_size))
-    print(f"{args.method}, {args.identities:,} identities over {run.world} process(es) on {run.device}, {drawn:,} of "
-          f"{own:,} centres a step and process, batches of {args.batch_size}")
-    print(f"centres and momentum  {2 * own * 512 * 4 / GB:6.2f} GB a process")
+    drawn = own if args.sample_centers is None else min(own, max(math.ceil(args.sample_centers * own), args.batch_size))
+    print(f"{args.method}, {args.identities:,} identities over {run.world_size} process(es) on {run.device}, {drawn:,} of "
+          f"{own:,} centers a step and process, batches of {args.batch_size}")
+    print(f"centers and momentum  {2 * own * 512 * 4 / GB:6.2f} GB a process")
     print(f"peak of a process     {memory() / GB:6.2f} GB, {before / GB:.2f} GB of it before there was a head")
     rate = args.steps / seconds
     print(f"speed                 {rate:6.2f} steps/s, {rate * args.batch_size:.0f} faces/s")
     first, last = sum(losses[:4]) / 4, sum(losses[-4:]) / 4
     print(f"loss                  {first:6.2f} in the first four steps, {last:.2f} in the last four")
-    if run.world > 1:
+    if run.world_size > 1:
         distributed.destroy_process_group()
 
 

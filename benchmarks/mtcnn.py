@@ -33,9 +33,8 @@ import numpy as np
 import torch
 from torchvision import ops
 
-from faces.cache import processors
-from faces.errors import InputError, command
-from faces.files import folder
+from faces.device import count_cpus
+from faces.files import InputError, command, folder
 from faces.images import list_images
 
 MIN_FACE, THRESHOLDS, FACTOR = 20, (0.6, 0.7, 0.7), 0.709
@@ -64,7 +63,7 @@ def facenet(batch_size):
 
 
 def facenet_on_images():
-    """facenet-pytorch as a function of a list of images: boxes and landmarks of each, with pixel centres as ours."""
+    """facenet-pytorch as a function of a list of images: boxes and landmarks of each, with pixel centers as ours."""
     from facenet_pytorch import MTCNN
     detector = MTCNN(min_face_size=MIN_FACE, thresholds=list(THRESHOLDS), factor=FACTOR, keep_all=True, device="cpu")
 
@@ -77,7 +76,7 @@ def facenet_on_images():
 
 def facenet_on_every_core(batch_size):
     """The same in one process a core, with one thread each."""
-    pool = get_context("spawn").Pool(processors(), _prepare, (batch_size,))
+    pool = get_context("spawn").Pool(count_cpus(), _prepare, (batch_size,))
 
     def run(paths):
         return [faces for batch in pool.map(_run, [paths[i:i + 32] for i in range(0, len(paths), 32)], 1)
@@ -119,7 +118,7 @@ def read(path):
 
 
 # name: (how to make it, its setting, the package it needs)
-DETECTORS = {"ours, a process a core": (ours, processors(), None),
+DETECTORS = {"ours, a process a core": (ours, count_cpus(), None),
              "ours, one process": (ours, 0, None),
              "facenet-pytorch": (facenet, 1, "facenet_pytorch"),
              "facenet-pytorch, batches of 32": (facenet, 32, "facenet_pytorch"),
@@ -195,22 +194,22 @@ def make_collages(root, photos, count, folder_):
     return paths
 
 
-def parse_args():
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lfw", type=Path, required=True, metavar="DIR", help="LFW, Name/Name_0001.jpg")
     parser.add_argument("--images", type=int, default=640, metavar="N", help="spread over LFW (default: 640)")
     parser.add_argument("--collages", type=int, default=0, metavar="N",
                         help="instead, N photos of mixed sizes (default: none)")
     parser.add_argument("--rounds", type=int, default=3, help="of all detectors (default: 3)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if min(args.images, args.rounds) < 1 or args.collages < 0:
         parser.error("--images and --rounds must be at least 1, --collages at least 0")
     return args
 
 
 @command
-def main():
-    args = parse_args()
+def main(argv=None):
+    args = parse_args(argv)
     root = folder(args.lfw, "LFW images as Name/Name_0001.jpg")
     photos = list_images(root)
     if not photos:
@@ -237,7 +236,7 @@ def compare(detectors, listing, middles, rounds):
             print(f"{name}: {count / results[name][-1][0]:.1f} images/s", file=sys.stderr)
     best = {name: min(runs, key=lambda run: run[0]) for name, runs in results.items()}
     first, *_ = best.values()
-    print(f"{count} images, {processors()} cores of {platform.processor() or platform.machine()}, Python "
+    print(f"{count} images, {count_cpus()} cores of {platform.processor() or platform.machine()}, Python "
           f"{platform.python_version()}, torch {torch.__version__}, OpenCV {cv2.__version__}")
     print(f"{'':50}images/s  ours is    GB  faces")
     for name, (seconds, memory, found) in best.items():

@@ -23,8 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.mtcnn import FACTOR, MIN_FACE, THRESHOLDS, facenet_on_images, read
-from faces.errors import InputError, command
-from faces.files import folder
+from faces.files import InputError, command, folder
 from faces.images import list_images
 from mtcnn import detector
 from mtcnn.pyramid import Pyramid
@@ -127,12 +126,12 @@ def errors(detect, photos, copies):
 
 
 @command
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lfw", type=Path, required=True, metavar="DIR", help="LFW, Name/Name_0001.jpg")
     parser.add_argument("--images", type=int, default=400, metavar="N", help="spread over LFW (default: 400)")
     parser.add_argument("--choices", action="store_true", help="this repository with other choices, one at a time, too")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     root = folder(args.lfw, "LFW images as Name/Name_0001.jpg")
     paths = list_images(root)
     if not paths or args.images < 1:

@@ -31,23 +31,23 @@ import cosFace.net
 import sphereFace.net
 from benchmarks.lfw_eval import processor
 from benchmarks.margin_softmax import textbook_cosface, textbook_sphereface
-from faces.cache import DEFAULT, load_casia
-from faces.errors import InputError, command
-from faces.evaluate import evaluate
-from faces.fast_training import for_training
-from faces.lfw import load_lfw
-from faces.recipe import Recipe
-from faces.run import has_bf16, keep_large_blocks, no_decay_on_vectors, pick_device, to_input
-from faces.shard import SGD
+from faces.cpu.training import for_training
+from faces.data.cache import load_casia
+from faces.device import has_bf16, keep_large_blocks, pick_device, to_input
+from faces.files import CACHE, InputError, command
+from faces.training.recipe import Recipe
+from faces.training.sharded_head import SGD, parameter_groups
+from faces.verification.evaluate import evaluate
+from faces.verification.lfw import load_lfw
 
 S, M, DECAY = 30.0, 0.35, 5e-4
 FIRST, CURVE = 1e-2, 0.02   # relative differences of the first loss and of the mean loss that bf16 and rounding explain
 
 
-def parse_args():
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--casia", type=Path, required=True, metavar="DIR", help="as of casia_train.py")
-    parser.add_argument("--cache", type=Path, default=DEFAULT, metavar="DIR", help="as of casia_train.py")
+    parser.add_argument("--cache", type=Path, default=CACHE, metavar="DIR", help="as of casia_train.py")
     parser.add_argument("--method", choices=("cosFace", "sphereFace"), default="cosFace")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="faces a step (default: 64)")
     parser.add_argument("--steps", type=int, default=20, help="of each (default: 20)")
@@ -58,7 +58,7 @@ def parse_args():
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="as of casia_train.py; "
                         "of ours")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.batch_size < 2 or args.steps < 3:
         parser.error("--batch-size must be at least 2, --steps at least 3")
     return args
@@ -79,7 +79,7 @@ def ours(net, head, bf16, compiled, device):
     net = net.to(memory_format=torch.channels_last)
     if not compiled:
         net = for_training(net, device, torch.bfloat16 if bf16 else torch.float32)
-    optimizer = SGD(no_decay_on_vectors(net, head, DECAY), 0.0, momentum=0.9)
+    optimizer = SGD(parameter_groups(net, head, DECAY), lr=0.0, momentum=0.9)
 
     def step(rate, setting, faces, mirror, labels):
         set_rate(optimizer, rate)
@@ -95,7 +95,7 @@ def ours(net, head, bf16, compiled, device):
 
 def textbook(net, head):
     """The same in a plain float32 loop."""
-    optimizer = torch.optim.SGD(no_decay_on_vectors(net, head, DECAY), 0.0, momentum=0.9, foreach=False)
+    optimizer = torch.optim.SGD(parameter_groups(net, head, DECAY), 0.0, momentum=0.9, foreach=False)
 
     def loss_of(embedding, labels, setting):
         if isinstance(head, cosFace.net.CosFace):
@@ -133,8 +133,8 @@ def race(steps, data, rate_at, setting_at):
 
 
 @command
-def main():
-    args = parse_args()
+def main(argv=None):
+    args = parse_args(argv)
     device = pick_device(args.device)
     faces = load_casia(args.casia, cache=args.cache)
     if args.batch_size > len(faces):

@@ -1,80 +1,89 @@
 """Train CosFace (arXiv:1801.09414) on CASIA-WebFace.
 
-    python casia_train.py --casia DIR                      the authors' recipe, on the best device there is
-    python casia_train.py --casia DIR --resume             go on where it was stopped
-    torchrun --nproc-per-node 8 casia_train.py --casia DIR one process per GPU
-    python casia_train.py --casia DIR --batch-size 64 --lr 0.1 --warmup 100 --schedule cosine --epochs 6 \\
-        --scale 30 --margin-warmup 1000 --jitter 2         a small set on a laptop
+    python cosFace/casia_train.py --casia DIR                          the authors' recipe, on the best device available
+    python cosFace/casia_train.py --casia DIR --resume                 continue where it stopped
+    torchrun --nproc-per-node 8 cosFace/casia_train.py --casia DIR     one process per GPU
+    python cosFace/casia_train.py --casia DIR --batch-size 64 --lr 0.1 --warmup 100 --schedule cosine --epochs 6 \\
+        --scale 30 --margin-warmup 1000 --jitter 2                     a small set on a laptop
 
-DIR holds folders such as 0000045/001.jpg and casia_landmark.txt, or faces already aligned (see --help).
+DIR holds folders such as 0000045/001.jpg and casia_landmark.txt, or faces that are already aligned (see --help).
 """
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cosFace.net import NETS, CosFace
-from faces.cache import load_casia
-from faces.checkpoint import Checkpoints
-from faces.errors import command
-from faces.log import TrainingLog
-from faces.probe import LfwProbe
-from faces.recipe import make_recipe, training_parser
-from faces.run import Run, no_decay_on_vectors
-from faces.shard import SGD
+from faces.data.batches import Batches
+from faces.data.cache import load_casia
+from faces.files import RUNS, command
+from faces.training.checkpoint import Checkpoints
+from faces.training.log import TrainingLog
+from faces.training.recipe import check_options, make_recipe, settings_of, training_parser
+from faces.training.run import Run, micro_batches
+from faces.training.sharded_head import SGD, make_head, parameter_groups
+from faces.verification.probe import LfwEvaluator
+from mtcnn.landmark_lists import find_landmarks
 
 
-def parse_args():
-    parser = training_parser("Train CosFace on CASIA-WebFace.")
+def parse_args(argv):
+    parser = training_parser("Train CosFace on CASIA-WebFace.", output=RUNS / "cosFace")
     method = parser.add_argument_group("CosFace")
-    method.add_argument("--scale", type=float, default=64, help="s; the paper's 64, 30 for a small set")
+    method.add_argument("--scale", type=float, default=64, help="s, above 0; the paper's 64, or 30 for a small set")
     method.add_argument("--margin", type=float, default=0.35, help="m, at least 0 and below 1; the paper's 0.35")
     method.add_argument("--margin-warmup", type=int, default=0, metavar="STEPS",
-                        help="steps in which the margin grows from 0; half of all steps help a small set")
-    args = parser.parse_args()
+                        help="steps over which the margin grows from 0; half of all steps help on a small set")
+    args = parser.parse_args(argv)
     if not (args.scale > 0 and 0 <= args.margin < 1 and args.margin_warmup >= 0):
         parser.error("--scale must be greater than 0, --margin at least 0 and below 1, --margin-warmup at least 0")
+    check_options(args)
     return args
 
 
 @command
-def main():
-    args = parse_args()
-    run = Run(args, "cosFace")
-    with run.first_goes_first():
-        faces = load_casia(args.casia, args.landmarks, args.cache, args.drop_lfw_overlap, args.list)
+def main(argv=None):
+    args = parse_args(argv)
+    settings = settings_of(args)
+    run = Run(args.device, args.precision, args.seed)
+    faces = load_casia(args.casia, args.landmarks, args.cache, args.drop_lfw_overlap, args.list)
     recipe = make_recipe(args, len(faces))
-    net = run.parallel(NETS[args.net]())
-    head = run.head(CosFace, faces.classes, args.scale, args.margin)
-    optimizer = SGD(no_decay_on_vectors(net, head, args.weight_decay), recipe.peak, momentum=0.9)
-    checkpoints = Checkpoints(run, args, faces, net, head, optimizer)
-    lfw = LfwProbe(args, run)
-    step = checkpoints.resume(args.resume)
+    run.print(f"{faces}\n{recipe}")
 
-    with TrainingLog(run, recipe, step, checkpoints.settings) as log, run.stopping_cleanly():
-        for images, labels in run.batches(faces, recipe, step):    # (B, 3, 112, 96), (B,)
+    net = run.prepare(NETS[args.net](), args.compile)
+    method = partial(CosFace, s=args.scale, m=args.margin)
+    head = make_head(method, faces.classes, run, args.shard_head, args.sample_centers, args.seed)
+    optimizer = SGD(parameter_groups(net, head, args.weight_decay), head, lr=recipe.base_lr, momentum=0.9)
+    checkpoints = Checkpoints(run, args.output, net, head, optimizer, faces, settings, args.keep_last)
+    lfw = LfwEvaluator(run, args.lfw, args.lfw_landmarks, find_landmarks)
+    step = checkpoints.restore(args.resume)
+    batches = Batches(faces, args.batch_size, recipe.steps, run.device, step, args.seed, args.mirror, args.jitter,
+                      args.workers, run.rank, run.world_size)
+
+    with TrainingLog(run, args.output, recipe, step, settings) as log, run.stop_on_signals():
+        for images, labels in batches:                                        # (B, 3, 112, 96), (B,)
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate(step)
             ramp = min(1.0, step / args.margin_warmup) if args.margin_warmup else 1.0
             optimizer.zero_grad()
-            for part, identity in run.parts(images, labels, net, head):    # one part without --accumulate
-                with run.autocast():
-                    embedding = net(part)                          # (B, 512)
-                loss, predicted = head(embedding, identity, ramp)
+            for x, label in micro_batches(images, labels, args.accumulate, net, head):
+                with run.autocast():                                          # bf16 for the network only
+                    embedding = net(x)                                        # (B, 512)
+                loss, predicted = head(embedding, label, step=step, ramp=ramp)
                 (loss / args.accumulate).backward()
-                log.look(loss, predicted, embedding, identity, head)
+                log.record(loss, predicted, embedding, label, head)
             optimizer.step()
-            log.add(learning_rate=recipe.learning_rate(step), margin=args.margin * ramp)
+            log.end_step(learning_rate=recipe.learning_rate(step), margin=args.margin * ramp)
             step += 1
 
             last = run.should_stop() or step == recipe.steps
-            if step % recipe.epoch == 0 or step == recipe.steps:
-                log.end_epoch(**lfw.measure(net))
+            if recipe.ends_epoch(step):
+                log.end_epoch(**lfw.evaluate(net))
             if step % args.checkpoint_every == 0 or last:
-                log.flush()
+                log.flush()                                                   # stops if the loss is not finite
                 checkpoints.save(step, last)
             if last:
                 break
-    return run.finish(step, recipe)
+    return run.finish(step, recipe.steps, checkpoints.path)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,20 @@
 """CosFace (Wang et al., CVPR 2018, arXiv:1801.09414): the 20-layer CNN and the large margin cosine head."""
-import sys
-from pathlib import Path
-
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from faces.margin import ALL, float32, margin_softmax, projections
-
+from faces.training.margin import ALL, cosine_logits, float32, margin_softmax
 
 STAGES = ((64, 1), (128, 2), (256, 4), (512, 1))  # channels and residual units of each stage; a stage halves the image
 
 
 class SphereNet(nn.Module):
-    """The 20-layer sphere CNN (SphereFace, table 2), with or without batch normalisation.
+    """The 20-layer sphere CNN (SphereFace, table 2), with or without batch normalization.
 
-    Every stage is a 3x3 convolution of stride 2 and then residual units of two 3x3 convolutions. Each convolution is
-    followed by PReLU. Layers carry the names of the released checkpoints: conv1_1, relu1_1, ..., conv4_3, fc5.
+    Each stage is a 3x3 convolution of stride 2, followed by residual units of two 3x3 convolutions. Every convolution is
+    followed by PReLU. Layers have the names of the released checkpoints: conv1_1, relu1_1, ..., conv4_3, fc5.
 
     Args:
-        batch_norm: put batch normalisation after every convolution (conv1_1bn) and after fc5 (fc5_bn).
+        batch_norm: put batch normalization after every convolution (conv1_1bn) and after fc5 (fc5_bn).
     """
 
     def __init__(self, batch_norm):
@@ -34,12 +29,12 @@ class SphereNet(nn.Module):
                 previous = channels
         self.fc5 = nn.Linear(512 * 7 * 6, 512)
         self.fc5_bn = nn.BatchNorm1d(512) if batch_norm else nn.Identity()
-        self._initialise(batch_norm)
+        self._initialize(batch_norm)
 
-    def _initialise(self, batch_norm):
-        # Residual units begin as the identity or close to it. Without batch normalisation as in the Caffe releases: a
-        # narrow normal in the units, Xavier elsewhere. With it the weights' size does not count: He's everywhere, and
-        # a unit's last normalisation starts at zero.
+    def _initialize(self, batch_norm):
+        # Without batch normalization, as in the Caffe releases: a narrow normal distribution in the residual units, Xavier
+        # elsewhere. With it, the scale of the weights does not matter: He initialization everywhere, and the last
+        # normalization of each unit starts at zero. Either way, residual units start close to the identity.
         for module in self.modules():
             if isinstance(module, nn.Conv2d) and batch_norm:
                 nn.init.kaiming_normal_(module.weight, mode="fan_out")
@@ -60,7 +55,7 @@ class SphereNet(nn.Module):
         return x
 
     def forward(self, x):
-        """Embed aligned faces: float (N, 3, 112, 96), RGB, (x - 127.5) / 128, to float (N, 512), not normalised."""
+        """Embed aligned faces: float (N, 3, 112, 96), RGB, (x - 127.5) / 128, to float (N, 512), not normalized."""
         for stage, (_, units) in enumerate(STAGES, 1):
             x = self._layer(f"{stage}_1", x)                                # (N, 64, 56, 48) ... (N, 512, 7, 6)
             for unit in range(1, units + 1):
@@ -69,12 +64,12 @@ class SphereNet(nn.Module):
 
 
 def faceNet():
-    """The 20-layer CNN with batch normalisation: trains from scratch on small batches and small sets too."""
+    """Return the 20-layer CNN with batch normalization, which trains from scratch even on small batches and small sets."""
     return SphereNet(batch_norm=True)
 
 
 def sphere20a():
-    """The 20-layer CNN as the 2017 paper has it, without batch normalisation."""
+    """Return the 20-layer CNN of the 2017 paper, without batch normalization."""
     return SphereNet(batch_norm=False)
 
 
@@ -82,7 +77,7 @@ NETS = {"faceNet": faceNet, "sphere20a": sphere20a}
 
 
 class CosFace(nn.Module):
-    """Large margin cosine loss (equation 4): logit_j = s cos t_j; the target's is s (cos t - m).
+    """Large margin cosine loss (equation 4): logit_j = s cos t_j; the target's logit is s (cos t - m).
 
     Args:
         classes: number of identities C.
@@ -95,22 +90,22 @@ class CosFace(nn.Module):
         self.s, self.m = s, m
         self.weight = nn.Parameter(torch.randn(classes, 512) / 512 ** 0.5)
 
-    def forward(self, embedding, label, ramp=1.0, centres=ALL):
-        """Loss of a batch.
+    def forward(self, embedding, label, ramp=1.0, centers=ALL):
+        """Return the loss of a batch and its predicted labels.
 
         Args:
-            embedding: float (N, 512), not normalised.
+            embedding: float (N, 512), not normalized.
             label: int64 (N,), 0 <= label < C.
-            ramp: fraction of the margin that applies, 0 to 1, for training that grows it.
-            centres: whose centres `weight` holds, where they are spread over processes.
+            ramp: fraction of the margin to apply, 0 to 1, for training in which the margin grows.
+            centers: which class centers `weight` holds, if they are spread over processes.
 
         Returns:
-            (mean loss, scalar float32; predicted label by the largest cosine, int64 (N,)).
+            (mean loss, scalar float32; label of the largest cosine, int64 (N,)).
         """
         def margin(logit):                                         # (N,), of the targets
             return logit - self.s * self.m * ramp
 
         with float32(embedding):
-            x = nn.functional.normalize(embedding.float())         # a zero embedding stays zero, its gradient finite
-            logits = projections(self.s * x, self.weight.float())  # (N, C): s cos t
-            return margin_softmax(logits, label, margin, centres=centres)
+            x = nn.functional.normalize(embedding.float())         # a zero embedding stays zero, with a finite gradient
+            logits = cosine_logits(self.s * x, self.weight.float())    # (N, C): s cos t
+            return margin_softmax(logits, label, margin, centers=centers)

@@ -1,1 +1,1 @@
-"""Everything about faces that is neither method's own: files, alignment, data sets, training runs, verification."""
+"""Everything about faces that belongs to neither method: data, training, evaluation, and faster kernels for CPUs."""

@@ -1,6 +1,6 @@
 """Pictures: ROC and CMC curves, the two histograms of similarity, a training's loss and accuracy, a map of embeddings.
 
-Drawn off screen without pyplot's global state, on white, in the colours of Okabe and Ito, which colour-blind eyes tell
+Drawn off screen without pyplot's global state, on white, in the colors of Okabe and Ito, which color-blind eyes tell
 apart. The file's extension decides the format (.png, .svg, .pdf).
 """
 from pathlib import Path
@@ -13,7 +13,7 @@ from matplotlib.ticker import EngFormatter
 
 from faces.files import atomic_write
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 MARKERS = "osD^vP*X<>"
 DPI = 150
 
@@ -54,7 +54,7 @@ def cmc_picture(path, ranks, curves):
     Args:
         path: the picture.
         ranks: where the axis ends, if the gallery is not smaller.
-        curves: dict from a curve's name to faces.protocols.Identification.cmc, float (G,).
+        curves: dict from a curve's name to faces.verification.protocols.Identification.cmc, float (G,).
     """
     figure, axes = new_figure((6, 4))
     ranks = min(ranks, *(len(cmc) for cmc in curves.values()))
@@ -68,8 +68,8 @@ def cmc_picture(path, ranks, curves):
 
 
 def _line(i):
-    """Colour and dashes of the i-th curve."""
-    return {"color": COLOURS[i % len(COLOURS)], "linestyle": ("-", "--", ":", "-.")[i % 4]}
+    """Color and dashes of the i-th curve."""
+    return {"color": COLORS[i % len(COLORS)], "linestyle": ("-", "--", ":", "-.")[i % 4]}
 
 
 def _rates_from(lowest):
@@ -98,10 +98,10 @@ def draw_histogram(axes, similarities, same, threshold):
         threshold: float.
     """
     bins = np.histogram_bin_edges(similarities, int(np.clip(len(similarities) ** 0.5, 10, 60)))
-    for kind, name, colour in ((~same, "impostor", COLOURS[1]), (same, "genuine", COLOURS[0])):
-        axes.hist(similarities[kind], bins, color=colour, alpha=0.3)
-        axes.hist(similarities[kind], bins, color=colour, histtype="step", label=f"{name} ({kind.sum()})")
-    axes.axvline(threshold, color=COLOURS[-1], linestyle="--", linewidth=1, label=f"threshold {threshold:.3f}")
+    for kind, name, color in ((~same, "impostor", COLORS[1]), (same, "genuine", COLORS[0])):
+        axes.hist(similarities[kind], bins, color=color, alpha=0.3)
+        axes.hist(similarities[kind], bins, color=color, histtype="step", label=f"{name} ({kind.sum()})")
+    axes.axvline(threshold, color=COLORS[-1], linestyle="--", linewidth=1, label=f"threshold {threshold:.3f}")
     axes.set(xlabel="cosine similarity", ylabel="pairs", ylim=(0, 1.35 * axes.get_ylim()[1]))  # room for the legend
     axes.legend(loc="upper left", framealpha=1, edgecolor="none")  # over the threshold's line
 
@@ -116,21 +116,21 @@ def training_picture(path, images, loss, lfw):
         lfw: float (E,), accuracy, NaN where it was not measured.
     """
     figure, axes = new_figure((6, 4))
-    axes.plot(images, loss, color=COLOURS[0], marker="o", markersize=4)
+    axes.plot(images, loss, color=COLORS[0], marker="o", markersize=4)
     axes.set(xlim=(0, None), ylim=(0, None), xlabel="images seen")
-    axes.set_ylabel("loss", color=COLOURS[0])
+    axes.set_ylabel("loss", color=COLORS[0])
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     measured = np.isfinite(lfw)
     if measured.any():
         right = axes.twinx()
         right.spines["top"].set_visible(False)
-        right.plot(images[measured], 100 * lfw[measured], color=COLOURS[1], marker="s", markersize=4, linestyle="--")
-        right.set_ylabel("LFW accuracy (%)", color=COLOURS[1])
+        right.plot(images[measured], 100 * lfw[measured], color=COLORS[1], marker="s", markersize=4, linestyle="--")
+        right.set_ylabel("LFW accuracy (%)", color=COLORS[1])
     save(figure, path)
 
 
 def tsne_panels(path, panels, labels, names):
-    """Draw layouts of embeddings in the plane, one panel each; a colour and marker per identity (70 can be told apart).
+    """Draw layouts of embeddings in the plane, one panel each; a color and marker per identity (70 can be told apart).
 
     Each identity's number in the legend stands in the middle of its embeddings (the median).
 
@@ -144,7 +144,7 @@ def tsne_panels(path, panels, labels, names):
     figure, axes = new_figure((side * len(panels) + 1.6, side + 0.2), len(panels))
     for panel, (title, points) in zip(np.ravel(axes), panels):
         for i, name in enumerate(names):
-            style = {"color": COLOURS[i % 7], "marker": MARKERS[i % 10], "linewidths": 0, "alpha": 0.85}
+            style = {"color": COLORS[i % 7], "marker": MARKERS[i % 10], "linewidths": 0, "alpha": 0.85}
             panel.scatter(*points[labels == i].T, s=28, label=f"{i + 1}  {name}", **style)
             panel.annotate(str(i + 1), np.median(points[labels == i], 0), ha="center", va="center", fontsize=9,
                            fontweight="bold", path_effects=[withStroke(linewidth=2, foreground="white")])

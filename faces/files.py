@@ -1,20 +1,51 @@
-"""Files that are whole or absent: everything is written beside its place and moved there when complete."""
+"""Atomic writes, file locks, paths that stay in their folder, and errors as one sentence."""
 import contextlib
+import functools
 import json
 import os
+import sys
 import tempfile
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from faces.errors import InputError
+ROOT = Path(__file__).resolve().parents[1]    # the clone
+CACHE = ROOT / "cache"                        # landmark lists, aligned faces, compiled kernels
+RUNS = ROOT / "runs"                          # training runs
+
+
+class InputError(Exception):
+    """A mistake the user can fix. The message is one sentence that names the file and says what to do."""
+
+
+def command(main):
+    """Decorate a script's main(): an InputError is printed as `script: sentence` with exit status 2, Ctrl-C exits with 130.
+
+    Any other exception is a bug of ours and keeps its traceback.
+    """
+    @functools.wraps(main)
+    def run(*args, **kwargs):
+        script = os.path.basename(sys.argv[0])
+        try:
+            return main(*args, **kwargs)
+        except InputError as error:
+            print(f"{script}: {error}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            print(f"{script}: interrupted", file=sys.stderr)
+            sys.exit(130)
+        except BrokenPipeError:
+            # `lfw_eval.py | head` is not an error. Python would complain at exit while flushing stdout, so redirect it.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)
+    return run
 
 
 @contextlib.contextmanager
 def atomic_write(path, mode="wb", **kwargs):
-    """Open a temporary file beside `path`; on a clean exit it is flushed to disk and takes the name `path`.
+    """Open a temporary file beside `path`; on success it is flushed to disk and renamed to `path`.
 
-    On any error, a full disk included, the temporary file goes and what was at `path` stays.
+    On any error, including a full disk, the temporary file is deleted and whatever was at `path` stays.
 
     Raises:
         InputError: the folder or the file can't be written.
@@ -30,7 +61,7 @@ def atomic_write(path, mode="wb", **kwargs):
                 os.fsync(file.fileno())
             umask = os.umask(0)
             os.umask(umask)
-            os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files that only their owner can read
+            os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes the file readable by its owner only
             os.replace(temporary, path)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
@@ -40,57 +71,61 @@ def atomic_write(path, mode="wb", **kwargs):
                          "place.") from None
 
 
-@contextlib.contextmanager
-def locked(path, what):
-    """Hold the lock file `path`, which one process on the machine can do at a time; the others wait here.
-
-    Args:
-        what: what the holder does, for the line that a waiting process prints, as in "building the cache DIR".
-
-    Raises:
-        InputError: the lock file can't be written.
-    """
-    lock = FileLock(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            print(f"another process is {what}; waiting until it is done", flush=True)
-            lock.acquire()
-    except (OSError, NotImplementedError) as error:    # the latter where the file system has no locks
-        raise InputError(f"can't lock {path}: {error.strerror if isinstance(error, OSError) else error}; choose a "
-                         "folder that can be written, on a local disk.") from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def write_json(path, value):
     """Write `value` as indented JSON, atomically."""
     with atomic_write(path, "w", encoding="utf-8") as file:
         file.write(json.dumps(value, indent=2) + "\n")
 
 
-def folder(path, what):
-    """Return `path` as a Path if it is a folder that exists.
+@contextlib.contextmanager
+def locked(path, activity):
+    """Hold the lock file `path`. If another process holds it, say so once and wait.
 
     Args:
-        what: what it should hold, for the message, as in "LFW images".
+        path: the lock file; its folder is created.
+        activity: what the holder is doing, for that message, such as "building the cache DIR".
+
+    Raises:
+        InputError: the lock file can't be written, or its file system has no locks.
+    """
+    lock = FileLock(path)
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print(f"another process is {activity}; waiting for it to finish", flush=True)
+            lock.acquire()
+    except (OSError, NotImplementedError) as error:  # filelock raises the latter where there is no flock
+        raise InputError(f"can't lock {path}: {getattr(error, 'strerror', None) or error}; choose a writable folder on a "
+                         "local disk.") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def folder(path, content):
+    """Return `path` as a Path if it is an existing folder.
+
+    Args:
+        content: what the folder should hold, for the error message, such as "LFW images".
+
+    Raises:
+        InputError: there is no such folder.
     """
     path = Path(path).expanduser()
     if not path.is_dir():
-        found = "is not a folder" if path.exists() else "does not exist"
-        raise InputError(f"{path} {found}; give the folder that holds {what}.")
+        problem = "is not a folder" if path.exists() else "does not exist"
+        raise InputError(f"{path} {problem}; pass the folder that holds {content}.")
     return path
 
 
 def inside(root, name):
-    """Return root / name for a `name` read from a file, which must not leave `root`.
+    """Return root / name for a `name` that was read from a file.
 
     Raises:
-        InputError: the name is absolute or climbs out of the folder.
+        InputError: the name is absolute or climbs out of `root`.
     """
     relative = Path(name)
     if relative.is_absolute() or ".." in relative.parts:

@@ -31,7 +31,7 @@ def read_image(source):
         source: path of a file, or the file's bytes.
 
     Returns:
-        uint8 (H, W, 3), RGB. Grey is repeated, transparency dropped, 16 bits become 8.
+        uint8 (H, W, 3), RGB. Gray is repeated, transparency dropped, 16 bits become 8.
 
     Raises:
         UnreadableImage: missing, empty, truncated, over MAX_PIXELS, or no image at all.
@@ -106,7 +106,7 @@ def _size_by_pillow(data):
 
 
 def _check_complete(data):
-    # OpenCV fills the missing part of a cut JPEG with grey and says nothing. In a whole one the end marker follows
+    # OpenCV fills the missing part of a cut JPEG with gray and says nothing. In a whole one the end marker follows
     # the last start of scan; neither two-byte value can occur inside the compressed data. Almost all files end with it.
     if data[:2] == b"\xff\xd8" and data[-2:] != b"\xff\xd9" and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
         raise UnreadableImage("truncated JPEG")

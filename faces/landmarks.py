@@ -6,10 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from faces.errors import InputError
-from faces.files import atomic_write, inside
+from faces.files import CACHE, InputError, atomic_write, inside
 
-CACHE = Path(__file__).resolve().parents[1] / "cache"
 LANDMARKS = "landmark list", "lfw_landmark.py and casia_landmark.py in mtcnn/ write one"
 ALIGNED = "list", "give a text of lines `path label`"
 

@@ -21,8 +21,8 @@ from skimage import data
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from faces.align import TEMPLATE, align
-from faces.figures import COLOURS, draw_histogram, draw_roc, new_figure, save, tsne_panels
-from faces.verify import auc, best_threshold, roc
+from faces.figures import COLORS, draw_histogram, draw_roc, new_figure, save, tsne_panels
+from faces.verification.metrics import auc, best_threshold, roc
 from mtcnn.detector import Detector
 from sphereFace.net import psi
 from tools.compare import read_scores
@@ -72,13 +72,13 @@ def detection(folder=HERE):
     figure, (whole, aligned) = _figure((7, 3.4), 2, width_ratios=(1.9, 1))
     whole.imshow(photo)
     for (x1, y1, x2, y2), score in zip(faces.boxes, faces.scores):
-        whole.plot((x1, x2, x2, x1, x1), (y1, y1, y2, y2, y1), color=COLOURS[4], linewidth=2)
+        whole.plot((x1, x2, x2, x1, x1), (y1, y1, y2, y2, y1), color=COLORS[4], linewidth=2)
         whole.annotate(f"{score:.3f}", (x1 + 2, y1 - 6), color="white", fontsize=9,
                        bbox={"facecolor": "black", "alpha": 0.7, "pad": 1.5, "linewidth": 0})
-    whole.scatter(*faces.landmarks[0].T, s=22, color=COLOURS[5], edgecolor="black", linewidth=0.6)
+    whole.scatter(*faces.landmarks[0].T, s=22, color=COLORS[5], edgecolor="black", linewidth=0.6)
     whole.set_title("found: box, score, five landmarks", fontsize=10)
     aligned.imshow(face)
-    aligned.scatter(*TEMPLATE.T, s=60, marker="+", color=COLOURS[4], linewidth=1.8)
+    aligned.scatter(*TEMPLATE.T, s=60, marker="+", color=COLORS[4], linewidth=1.8)
     aligned.set_title("aligned to 96 x 112; template", fontsize=10)
     for axes in (whole, aligned):
         axes.set_axis_off()
@@ -108,9 +108,9 @@ def tsne(folder=HERE):
 
 
 def _curves(axes, t, title, curves):
-    for (name, values), colour, style in zip(curves.items(), COLOURS, STYLES):
-        axes.plot(np.degrees(t), values, style, color=colour, label=name, linewidth=2)
-    axes.set(title=title, xlabel=r"angle $\theta$ to the own class centre, degrees", xticks=range(0, 181, 45))
+    for (name, values), color, style in zip(curves.items(), COLORS, STYLES):
+        axes.plot(np.degrees(t), values, style, color=color, label=name, linewidth=2)
+    axes.set(title=title, xlabel=r"angle $\theta$ to the own class center, degrees", xticks=range(0, 181, 45))
     axes.title.set_fontsize(10)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=9)

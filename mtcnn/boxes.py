@@ -1,11 +1,10 @@
-"""Boxes (n, 4), x1, y1, x2, y2, of many images at once: `owner`, int (n,), says which image each belongs to."""
+"""Boxes (n, 4), x1, y1, x2, y2, of many images at once: `image_index`, int (n,), says which image each belongs to."""
 import numpy as np
 import torch
-from torchvision import ops
 
 
-def squares(boxes, owner, sizes):
-    """Make boxes squares: same centre, side the longer of the two.
+def squares(boxes, image_index, sizes):
+    """Make boxes squares: same center, side the longer of the two.
 
     Boxes without a pixel of their image are dropped: nothing is there to be judged.
 
@@ -13,13 +12,13 @@ def squares(boxes, owner, sizes):
         sizes: (height, width) of each image.
 
     Returns:
-        (boxes, owner) of the rest.
+        (boxes, image_index) of the rest.
     """
     side = (boxes[:, 2:] - boxes[:, :2]).max(1, initial=0)[:, None]
     corner = (boxes[:, :2] + boxes[:, 2:] - side) / 2
-    limit = np.array(sizes, np.float32).reshape(-1, 2)[owner, ::-1]
+    limit = np.array(sizes, np.float32).reshape(-1, 2)[image_index, ::-1]
     keep = ((side >= 1) & (corner < limit) & (corner + side > 0)).all(1)
-    return np.concatenate((corner, corner + side), 1)[keep], owner[keep]
+    return np.concatenate((corner, corner + side), 1)[keep], image_index[keep]
 
 
 def regress(boxes, offsets):
@@ -28,19 +27,21 @@ def regress(boxes, offsets):
     return boxes + offsets * np.concatenate((size, size), 1)
 
 
-def nms(boxes, scores, owner, threshold):
+def nms(boxes, scores, image_index, threshold):
     """Non-maximum suppression within each image; overlap is intersection over union.
 
     Returns:
         Rows to keep, int: by image, those of one image by falling score.
     """
+    from torchvision import ops  # here, because the import takes seconds and most commands don't detect faces
+
     def kept(rows):
         return rows[ops.nms(torch.from_numpy(boxes[rows]), torch.from_numpy(worth[rows]), threshold).numpy()]
     worth = scores.astype(boxes.dtype, copy=False)
-    return _each(owner, kept)
+    return _each(image_index, kept)
 
 
-def nms_of_smaller(boxes, scores, owner, threshold):
+def nms_of_smaller(boxes, scores, image_index, threshold):
     """The same with intersection over the smaller of the two areas, so that a box inside another goes too."""
     def kept(rows):
         rows = rows[np.argsort(-scores[rows], kind="stable")]
@@ -53,11 +54,11 @@ def nms_of_smaller(boxes, scores, owner, threshold):
             if not hides[i, keep].any():
                 keep.append(i)
         return rows[keep]
-    return _each(owner, kept)
+    return _each(image_index, kept)
 
 
-def _each(owner, kept):
+def _each(image_index, kept):
     """Join what kept(rows) returns for the rows of each image."""
-    order = np.argsort(owner, kind="stable")
-    borders = np.flatnonzero(np.diff(owner[order])) + 1
-    return np.concatenate([kept(rows) for rows in np.split(order, borders)]) if len(owner) else np.empty(0, int)
+    order = np.argsort(image_index, kind="stable")
+    borders = np.flatnonzero(np.diff(image_index[order])) + 1
+    return np.concatenate([kept(rows) for rows in np.split(order, borders)]) if len(image_index) else np.empty(0, int)

@@ -12,8 +12,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from faces.errors import InputError, command
-from faces.files import folder
+from faces.files import InputError, command, folder
 from faces.images import list_images
 from faces.landmarks import default_list, write_landmarks
 from mtcnn.detector import make_detector
@@ -42,12 +41,12 @@ def list_people(root):
 
 
 @command
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--casia", type=Path, required=True, metavar="DIR",
                         help="folder that holds one folder a person, as 0000045/001.jpg")
     add_list_options(parser)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     root = folder(args.casia, "one folder of photos a person, as 0000045/001.jpg")
     paths = list_people(root)
     output = args.output or default_list(root, "casia_landmark.txt")

@@ -23,10 +23,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from faces.errors import InputError, command
-from faces.files import atomic_write, write_json
+from faces.device import pick_device
+from faces.files import InputError, atomic_write, command, write_json
 from faces.images import UnreadableImage, read_image
-from faces.run import pick_device
 from mtcnn.boxes import nms, nms_of_smaller, regress, squares
 from mtcnn.nets import load_nets
 from mtcnn.processes import in_processes
@@ -50,7 +49,7 @@ class Faces(NamedTuple):
     boxes: float32 (n, 4), x1, y1, x2, y2; pixel k reaches from k to k + 1; may reach beyond the image.
     scores: float32 (n,), probability of a face.
     landmarks: float32 (n, 5, 2), image-left eye, image-right eye, nose, left and right corner of the mouth; the
-        centre of pixel k is k, as cv2.warpAffine and faces.align count.
+        center of pixel k is k, as cv2.warpAffine and faces.align count.
     """
     boxes: np.ndarray
     scores: np.ndarray
@@ -79,7 +78,7 @@ class Detector:
         """Find the faces of a list of images, or of one.
 
         Args:
-            images: uint8 RGB (H, W, 3), uint8 grey (H, W), or path of a file; or a list of these, of any sizes. Same
+            images: uint8 RGB (H, W, 3), uint8 gray (H, W), or path of a file; or a list of these, of any sizes. Same
                 sizes are fastest. Nothing found in one depends on the others. Files are read as they are needed.
             thresholds: instead of the detector's own.
             workers: processes that search a list, 0 or 1: this one alone. As many as there are cores are fastest on a
@@ -106,10 +105,10 @@ class Detector:
     def cascade(self, images, thresholds):
         """Return the Faces of each of some uint8 (H, W, 3)."""
         pyramids = [Pyramid(image, self.min_face_size, self.factor) for image in images]
-        boxes, owner = self.propose(pyramids, thresholds[0])
-        boxes, owner = self.refine(pyramids, boxes, owner, thresholds[1])
-        boxes, owner, scores, points = self.locate(pyramids, boxes, owner, thresholds[2])
-        found = [owner == i for i in range(len(pyramids))]
+        boxes, image_index = self.propose(pyramids, thresholds[0])
+        boxes, image_index = self.refine(pyramids, boxes, image_index, thresholds[1])
+        boxes, image_index, scores, points = self.locate(pyramids, boxes, image_index, thresholds[2])
+        found = [image_index == i for i in range(len(pyramids))]
         return [Faces(boxes[rows], scores[rows], points[rows] - np.float32(0.5)) for rows in found]
 
     def propose(self, pyramids, threshold):
@@ -122,22 +121,22 @@ class Detector:
             for level, (rows, columns, _) in enumerate(map(np.shape, pyramids[members[0]].searched())):
                 scale = np.array((width / columns, height / rows) * 2, np.float32)
                 for part, top, batch in self.batches([pyramids[i].searched()[level] for i in members]):
-                    owner, corner, scores, offsets = self.pnet_cells(batch, threshold)
-                    if not len(owner):  # thousands of small arrays, kept, would tear the heap to pieces
+                    image_index, corner, scores, offsets = self.pnet_cells(batch, threshold)
+                    if not len(image_index):  # thousands of small arrays, kept, would tear the heap to pieces
                         continue
                     corner[:, 1] += top
-                    found.append((np.array(members)[part][owner], np.full(len(owner), level), corner, scores, offsets,
-                                  np.broadcast_to(scale, (len(owner), 4))))
+                    found.append((np.array(members)[part][image_index], np.full(len(image_index), level), corner, scores, offsets,
+                                  np.broadcast_to(scale, (len(image_index), 4))))
         if not found:
             return np.empty((0, 4), np.float32), np.empty(0, int)
-        owner, level, corner, scores, offsets, scale = map(np.concatenate, zip(*found))
+        image_index, level, corner, scores, offsets, scale = map(np.concatenate, zip(*found))
         # First at most one of overlapping cells of a level: levels lie apart. In whole numbers, so that it makes no
-        # difference where neighbours overlap by just 0.5: all of them stay.
+        # difference where neighbors overlap by just 0.5: all of them stay.
         apart = np.array((level * (2 + CELL + corner.max(initial=0)), 0 * level)).T + corner
-        keep = nms(np.concatenate((apart, apart + CELL), 1).astype(np.float64), scores, owner, OVERLAP[0])
+        keep = nms(np.concatenate((apart, apart + CELL), 1).astype(np.float64), scores, image_index, OVERLAP[0])
         boxes = np.concatenate((corner, corner + CELL), 1).astype(np.float32) * scale
-        keep = keep[nms(boxes[keep], scores[keep], owner[keep], OVERLAP[1])]
-        return regress(boxes[keep], offsets[keep]), owner[keep]
+        keep = keep[nms(boxes[keep], scores[keep], image_index[keep], OVERLAP[1])]
+        return regress(boxes[keep], offsets[keep]), image_index[keep]
 
     def batches(self, images):
         """Cut images of one size into what P-Net takes at once: several images, or a strip of one.
@@ -153,39 +152,39 @@ class Detector:
                 yield part, top, np.stack([image[top:bottom] for image in images[part]])
 
     def pnet_cells(self, batch, threshold):
-        """P-Net on uint8 (n, h, w, 3): the cells that pass, as owner, corner (n, 2) x then y, scores, offsets."""
+        """P-Net on uint8 (n, h, w, 3): the cells that pass, as image_index, corner (n, 2) x then y, scores, offsets."""
         probability, features = self.nets.pnet(self.network_input(batch))
-        owner, i, j = cells = torch.nonzero(probability >= threshold, as_tuple=True)
-        found = owner, torch.stack((j, i), 1) * STRIDE, probability[cells], self.nets.pnet.offsets(features[cells])
+        image_index, i, j = cells = torch.nonzero(probability >= threshold, as_tuple=True)
+        found = image_index, torch.stack((j, i), 1) * STRIDE, probability[cells], self.nets.pnet.offsets(features[cells])
         return [tensor.cpu().numpy() for tensor in found]
 
-    def refine(self, pyramids, boxes, owner, threshold):
+    def refine(self, pyramids, boxes, image_index, threshold):
         """Stage two, R-Net: the proposals that pass, with better boxes."""
-        boxes, owner = squares(boxes, owner, [pyramid.size for pyramid in pyramids])
-        scores, offsets = self.judge(self.nets.rnet, pyramids, boxes, owner, 24)
+        boxes, image_index = squares(boxes, image_index, [pyramid.size for pyramid in pyramids])
+        scores, offsets = self.judge(self.nets.rnet, pyramids, boxes, image_index, 24)
         passed = np.flatnonzero(scores > threshold)
-        keep = passed[nms(boxes[passed], scores[passed], owner[passed], OVERLAP[2])]
-        return regress(boxes[keep], offsets[keep]), owner[keep]
+        keep = passed[nms(boxes[passed], scores[passed], image_index[passed], OVERLAP[2])]
+        return regress(boxes[keep], offsets[keep]), image_index[keep]
 
-    def locate(self, pyramids, boxes, owner, threshold):
-        """Stage three, O-Net: boxes, owner, scores and landmarks of the faces; those of an image by falling score."""
-        boxes, owner = squares(boxes, owner, [pyramid.size for pyramid in pyramids])
-        scores, offsets, points = self.judge(self.nets.onet, pyramids, boxes, owner, 48)
+    def locate(self, pyramids, boxes, image_index, threshold):
+        """Stage three, O-Net: boxes, image_index, scores and landmarks of the faces; those of an image by falling score."""
+        boxes, image_index = squares(boxes, image_index, [pyramid.size for pyramid in pyramids])
+        scores, offsets, points = self.judge(self.nets.onet, pyramids, boxes, image_index, 48)
         keep = np.flatnonzero(scores > threshold)
-        boxes, owner, scores = boxes[keep], owner[keep], scores[keep]
+        boxes, image_index, scores = boxes[keep], image_index[keep], scores[keep]
         corner, size = boxes[:, None, :2], boxes[:, None, 2:] - boxes[:, None, :2]
         points = corner + points[keep] * size  # relative to the box that O-Net saw, not to its correction
         boxes = regress(boxes, offsets[keep])
-        keep = nms_of_smaller(boxes, scores, owner, OVERLAP[3])
-        return boxes[keep], owner[keep], scores[keep], points[keep]
+        keep = nms_of_smaller(boxes, scores, image_index, OVERLAP[3])
+        return boxes[keep], image_index[keep], scores[keep], points[keep]
 
-    def judge(self, net, pyramids, boxes, owner, size):
+    def judge(self, net, pyramids, boxes, image_index, size):
         """Run R- or O-Net on the square boxes, sampled to `size`: its outputs as arrays, one row a box."""
         outputs, chunk = [], max(1, self.max_pixels // size ** 2)
         for start in range(0, max(1, len(boxes)), chunk):  # no boxes: one run on none, for outputs of right shape
             part = slice(start, start + chunk)
             batch = np.empty((len(boxes[part]), size, size, 3), np.uint8)
-            for i, box, target in zip(owner[part], boxes[part].tolist(), batch):
+            for i, box, target in zip(image_index[part], boxes[part].tolist(), batch):
                 pyramids[i].crop(box, target)
             outputs.append([tensor.cpu().numpy() for tensor in net(self.network_input(batch))])
         return map(np.concatenate, zip(*outputs))
@@ -271,12 +270,12 @@ def output_names(photos):
 
 
 @command
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photos", type=Path, nargs="+", metavar="PHOTO", help="image files, of any size")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for drawings and faces.json")
     add_options(parser)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     detector = make_detector(args)
     listing = []
     for photo, name in zip(tqdm(args.photos, unit=" images", disable=None), output_names(args.photos)):

@@ -10,10 +10,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from faces.errors import InputError
-from faces.files import atomic_write
-from mtcnn.detector import add_options
-from mtcnn.search import ATTEMPTS, RULES, Find, search
+from faces.files import InputError, atomic_write
+from mtcnn.detector import Detector, add_options
+from mtcnn.search import ATTEMPTS, RULES, Find, rule, search
 
 MAX_UNREADABLE = 0.01
 SHOWN = 20       # names printed of each kind of failure; the rest are in the list's .failed.txt
@@ -25,14 +24,14 @@ def median_points(finds):
     return np.median(parts, axis=0) if parts else None
 
 
-def find_landmarks(root, paths, detector, select="centre"):
-    """Find the landmarks of some images here and now, without a list.
+def find_landmarks(root, paths, device=None, select="center"):
+    """Detect the landmarks of some images without writing a list.
 
     Args:
         root: the folder.
         paths: N paths below it.
-        detector: Detector.
-        select: see choose().
+        device: where the networks run, as mtcnn.detector.Detector takes it.
+        select: which face of several, see mtcnn.search.choose().
 
     Returns:
         float32 (N, 5, 2), pixels of the whole images; and how many of them are the median of the others because
@@ -41,7 +40,7 @@ def find_landmarks(root, paths, detector, select="centre"):
     Raises:
         InputError: an image that can't be read, or not one face in all of them.
     """
-    finds = []
+    detector, finds = Detector(device=device), []
     with tqdm(desc="finding landmarks", total=len(paths), unit=" images") as bar:
         for batch, unreadable in search(root, paths, range(len(paths)), detector, select):
             if unreadable:
@@ -133,8 +132,8 @@ def add_list_options(parser):
     parser.add_argument("--output", type=Path, metavar="FILE",
                         help="the list (default: in this repository's cache/, where training and evaluation look for "
                              "the list of that folder)")
-    parser.add_argument("--select", choices=RULES, default="centre",
-                        help="which face of several: nearest the image's centre (default; right for LFW and CASIA), "
+    parser.add_argument("--select", type=rule, choices=RULES, default="center",
+                        help="which face of several: nearest the image's center (default; right for LFW and CASIA), "
                              "the largest, or the surest")
     parser.add_argument("--batch-size", type=int, default=32, metavar="IMAGES",
                         help="images a process is given at a time at least 1 (default: 32)")
@@ -160,7 +159,8 @@ def find_all(root, paths, output, detector, args):
     if args.workers is not None and args.workers < 0:
         raise InputError(f"--workers {args.workers} is out of range; give 0 or more.")
     names = "\n".join(paths).encode(errors="surrogateescape")
-    settings = {"folder": str(root.resolve()), "images": hashlib.sha256(names).hexdigest(), "select": args.select,
+    settings = {"folder": str(root.resolve()), "images": hashlib.sha256(names).hexdigest(),
+                "select": "centre" if args.select == "center" else args.select,    # the spelling of earlier journals
                 "min_face_size": detector.min_face_size, "factor": detector.factor, "attempts": ATTEMPTS}
     journal, unreadable = Journal(output, settings, len(paths)), {}
     indices = journal.missing()

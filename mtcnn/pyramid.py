@@ -47,7 +47,7 @@ class Pyramid:
         pixels = self.levels[level]
         sy, sx = pixels.shape[0] / self.size[0], pixels.shape[1] / self.size[1]
         left, top = box[0] * sx, box[1] * sy
-        # OpenCV warps from images of up to 32,767 pixels a side: it gets the neighbourhood only.
+        # OpenCV warps from images of up to 32,767 pixels a side: it gets the neighborhood only.
         x0, y0 = max(0, int(left) - 2), max(0, int(top) - 2)
         near = pixels[y0:max(0, int(box[3] * sy)) + 3, x0:max(0, int(box[2] * sx)) + 3]
         ax, ay = need * sx, need * sy                                 # pixels of the level for one of the target

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 
 from faces.align import similarity_transform
-from faces.cache import processors
+from faces.device import count_cpus
 from faces.images import UnreadableImage, read_image
 from mtcnn.detector import groups
 from mtcnn.processes import in_processes
@@ -19,7 +19,7 @@ from mtcnn.processes import in_processes
 # Thresholds of the three nets, and the frame as a part of the image, one attempt after the other. On tight crops (89 to
 # 190 pixels) of web photos the frame finds nine in ten of the faces that the first attempt misses.
 ATTEMPTS = (((0.6, 0.7, 0.7), 0), ((0.6, 0.7, 0.7), 0.25), ((0.5, 0.5, 0.5), 0.25), ((0.3, 0.3, 0.3), 0.25))
-RULES = ("centre", "largest", "score")
+RULES = ("center", "largest", "score")
 END = object()
 
 
@@ -37,7 +37,7 @@ class Find(NamedTuple):
     points: list | None
 
 
-def search(root, paths, indices, detector, select="centre", batch_size=32, workers=None):
+def search(root, paths, indices, detector, select="center", batch_size=32, workers=None):
     """Look for the face of each of the images paths[i] for i in `indices`.
 
     Args:
@@ -55,7 +55,7 @@ def search(root, paths, indices, detector, select="centre", batch_size=32, worke
     """
     job = _Job(root, paths, detector, select)
     if workers is None:
-        workers = processors() if detector.device.type == "cpu" else 0
+        workers = count_cpus() if detector.device.type == "cpu" else 0
     if workers > 1 and len(indices) > batch_size:
         yield from in_processes(job.search, indices, batch_size, workers)
     else:
@@ -87,6 +87,11 @@ class _Job:
         readable = [(i, image) for i, image in group if i not in unreadable]
         faces = find_faces(self.detector, [image for _, image in readable], self.select)
         return [Find(i, image.shape[1::-1], *face) for (i, image), face in zip(readable, faces)], unreadable
+
+
+def rule(name):
+    """Return the name of a rule in RULES; accepts the British spelling of center."""
+    return "center" if name == "centre" else name
 
 
 def ahead(items):
@@ -138,12 +143,12 @@ def choose(faces, shape, select):
 
     Args:
         shape: (height, width) of the image.
-        select: "centre", the face whose box is nearest the image's centre (LFW's rule); "largest"; or "score", the
+        select: "center", the face whose box is nearest the image's center (LFW's rule); "largest"; or "score", the
             surest.
     """
     rows = [row for row, points in enumerate(faces.landmarks) if can_be_aligned(points)]
     middle = (faces.boxes[:, :2] + faces.boxes[:, 2:] - shape[::-1]) / 2
-    worth = {"centre": -(middle ** 2).sum(1), "largest": (faces.boxes[:, 2:] - faces.boxes[:, :2]).prod(1),
+    worth = {"center": -(middle ** 2).sum(1), "largest": (faces.boxes[:, 2:] - faces.boxes[:, :2]).prod(1),
              "score": faces.scores}[select]
     return max(rows, key=lambda row: worth[row], default=None)
 

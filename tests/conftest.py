@@ -17,12 +17,12 @@ from faces.landmarks import write_landmarks
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def script(name, *args, **kwargs):
-    """Run a script from its own folder, as the README types it; returns the finished process."""
+def script(name, *args, from_root=False):
+    """Run a script from its own folder, or from the root of the clone; returns the finished process."""
     path = ROOT / name
-    env = {**os.environ, "OMP_NUM_THREADS": "2"}
-    return subprocess.run([sys.executable, path.name, *map(str, args)], cwd=path.parent, env=env, text=True,
-                          capture_output=True, timeout=300, **kwargs)
+    command, folder = (name, ROOT) if from_root else (path.name, path.parent)
+    return subprocess.run([sys.executable, command, *map(str, args)], cwd=folder, text=True, capture_output=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "2"}, timeout=300)
 
 
 TINY = ["--batch-size", "8", "--epochs", "2", "--checkpoint-every", "2", "--device", "cpu", "--precision", "float32"]
@@ -63,15 +63,14 @@ def tensors(value, name=""):
 
 
 class Main:
-    """Calls a script's main() in this process, which saves the seconds that importing torch takes."""
+    """Calls casia_train.py's main() in this process, which saves the seconds that importing torch takes."""
 
-    def __init__(self, monkeypatch, capsys):
-        self.monkeypatch, self.capsys = monkeypatch, capsys
+    def __init__(self, capsys):
+        self.capsys = capsys
 
     def __call__(self, method, *args):
-        self.monkeypatch.setattr(sys, "argv", ["casia_train.py", *map(str, args)])
         try:
-            status = importlib.import_module(f"{method}.casia_train").main()
+            status = importlib.import_module(f"{method}.casia_train").main(list(map(str, args)))
         except SystemExit as end:
             status = end.code
         return status, self.capsys.readouterr()
@@ -85,17 +84,16 @@ def seeded():
 
 
 @pytest.fixture
-def main(monkeypatch, capsys):
-    return Main(monkeypatch, capsys)
+def main(capsys):
+    return Main(capsys)
 
 
-def run_lfw_eval(monkeypatch, capsys, *options):
-    """Run cosFace/lfw_eval.py's main() in this process, which saves importing torch; (exit status, stdout, stderr)."""
-    import cosFace.net
-    from faces.evaluate import main
-    monkeypatch.setattr(sys, "argv", ["lfw_eval.py", "--device", "cpu", *map(str, options)])
+def run_lfw_eval(capsys, *options):
+    """Run cosFace/lfw_eval.py's main() in this process; returns (exit status, stdout, stderr)."""
+    from cosFace.net import NETS
+    from faces.verification.evaluate import main
     try:
-        status = main(cosFace.net, "CosFace") or 0
+        status = main(NETS, "CosFace", argv=["--device", "cpu", *map(str, options)]) or 0
     except SystemExit as exit:
         status = exit.code
     return status, *capsys.readouterr()

@@ -1,9 +1,9 @@
 """Alignment against scikit-image's independent estimate, and what no similarity may do."""
 import numpy as np
 import pytest
+from conftest import draw_face
 from skimage.transform import estimate_transform
 
-from conftest import draw_face
 from faces.align import TEMPLATE, align, crop_aligned, similarity_transform
 
 

@@ -25,15 +25,15 @@ def encoded(image, format, **options):
 def test_formats_and_modes(format, mode):
     image = read_image(encoded(Image.fromarray(RGB).convert(mode), format))
     assert image.dtype == np.uint8 and image.shape == (40, 30, 3)
-    # Red is read as red: channels are RGB. CMYK and JPEG lose some colour.
+    # Red is read as red: channels are RGB. CMYK and JPEG lose some color.
     assert image[5, 15, 0] > 180 and image[5, 15, 2] < 90 and image[35, 15, 2] > 150 and image[35, 15, 0] < 90
 
 
-def test_grey_and_sixteen_bits():
-    grey = np.tile(np.arange(0, 256, 8, np.uint8), (20, 1))
-    assert np.array_equal(read_image(encoded(Image.fromarray(grey), "PNG")), np.repeat(grey[..., None], 3, 2))
-    deep = read_image(encoded(Image.fromarray(grey.astype(np.uint16) * 257), "PNG"))
-    assert deep.dtype == np.uint8 and abs(deep[..., 0].astype(int) - grey).max() <= 1
+def test_gray_and_sixteen_bits():
+    gray = np.tile(np.arange(0, 256, 8, np.uint8), (20, 1))
+    assert np.array_equal(read_image(encoded(Image.fromarray(gray), "PNG")), np.repeat(gray[..., None], 3, 2))
+    deep = read_image(encoded(Image.fromarray(gray.astype(np.uint16) * 257), "PNG"))
+    assert deep.dtype == np.uint8 and abs(deep[..., 0].astype(int) - gray).max() <= 1
 
 
 def test_exif_orientation_is_applied():

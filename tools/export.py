@@ -3,7 +3,7 @@
     python export.py --model FILE --net faceNet --format onnx --output face.onnx
 
 The exported network takes float32 (N, 3, 112, 96), any N, RGB, (x - 127.5) / 128, and returns the embeddings, float32
-(N, 512), not normalised. What one must know to feed it lies in its metadata: ONNX metadata_props, the header of
+(N, 512), not normalized. What one must know to feed it lies in its metadata: ONNX metadata_props, the header of
 safetensors, the extra file metadata.json of TorchScript.
 """
 import argparse
@@ -23,12 +23,11 @@ import torch
 
 from cosFace.net import NETS
 from faces.align import HEIGHT, TEMPLATE, WIDTH, crop_aligned
-from faces.errors import InputError, command
-from faces.files import atomic_write, folder
+from faces.device import to_input
+from faces.files import InputError, atomic_write, command, folder
 from faces.images import UnreadableImage, list_images, read_image
-from faces.run import to_input
-from faces.weights import add_options as add_model_options
-from faces.weights import load_weights
+from faces.verification.weights import add_options as add_model_options
+from faces.verification.weights import load_weights
 
 TOLERANCE = 1e-4     # of the embeddings, relative to the largest of their values where that is over 1
 MADE, READ = 8, 256  # faces to check on: made ones, and at most so many of --check-faces
@@ -130,9 +129,9 @@ def metadata(net_name, method):
         "input": "float32 (N, 3, height, width), any N; (x - mean) / divisor of pixels x from 0 to 255",
         "colour_order": "RGB", "mean": "127.5", "divisor": "128", "template": json.dumps(TEMPLATE.tolist()),
         "alignment": "least-squares similarity transform, never a reflection, from the five landmarks (image-left eye, "
-                     "image-right eye, nose, left and right corner of the mouth; x, y; a pixel's centre is a whole "
+                     "image-right eye, nose, left and right corner of the mouth; x, y; a pixel's center is a whole "
                      "number) to template; bilinear, black outside",
-        "embedding": "float32 (N, 512), not normalised; compare by cosine, best with the mirrored face's embedding "
+        "embedding": "float32 (N, 512), not normalized; compare by cosine, best with the mirrored face's embedding "
                      "concatenated to the face's own"}
 
 
@@ -183,8 +182,8 @@ def _silent():
 
 
 @command
-def main():
-    args = _parser().parse_args()
+def main(argv=None):
+    args = _parser().parse_args(argv)
     if args.output.is_dir():
         raise InputError(f"--output {args.output} is a folder; name the file.")
     faces = made_faces(MADE)

@@ -17,22 +17,21 @@ import numpy as np
 
 from cosFace.net import NETS
 from faces.align import load_face
-from faces.casia import Folder, TrainingList, read_casia
-from faces.embed import embed
-from faces.errors import InputError, command
+from faces.data.casia import Folder, TrainingList, read_casia
+from faces.device import pick_device
 from faces.figures import tsne_panels
-from faces.files import atomic_write, folder
+from faces.files import InputError, atomic_write, command, folder
 from faces.images import UnreadableImage
 from faces.landmarks import default_list, read_landmarks
-from faces.run import pick_device
-from faces.weights import add_options as add_model_options
-from faces.weights import load_weights
+from faces.verification.embed import embed
+from faces.verification.weights import add_options as add_model_options
+from faces.verification.weights import load_weights
 
 PICTURES = (".png", ".svg", ".pdf")
 
 
 def list_faces(root, landmarks=None):
-    """List a training set, as casia_train.py reads it; see faces.casia.read_casia.
+    """List a training set, as casia_train.py reads it; see faces.data.casia.read_casia.
 
     Args:
         root: folder of person folders, or a zip of them.
@@ -46,7 +45,7 @@ def list_faces(root, landmarks=None):
 
 
 def list_lfw(root, landmarks=None):
-    """List LFW as a faces.casia.TrainingList, labelled by its person folders.
+    """List LFW as a faces.data.casia.TrainingList, labelled by its person folders.
 
     Args:
         root: folder of Name/Name_0001.jpg.
@@ -117,7 +116,7 @@ def separate(embeddings, labels, seed):
     from sklearn.metrics import silhouette_score
     if not np.isfinite(embeddings).all() or not embeddings.any(1).all():
         raise InputError("the model's embeddings are not finite, or zero; the training must have failed.")
-    perplexity = min(30, np.bincount(labels).max(), (len(labels) - 1) / 3)  # as many neighbours as an identity has
+    perplexity = min(30, np.bincount(labels).max(), (len(labels) - 1) / 3)  # as many neighbors as an identity has
     layout = TSNE(metric="cosine", init="pca", perplexity=perplexity, random_state=seed)
     return layout.fit_transform(embeddings), float(silhouette_score(embeddings, labels, metric="cosine"))
 
@@ -156,8 +155,8 @@ def read_points(path):
 
 
 @command
-def main():
-    args = _parser().parse_args()
+def main(argv=None):
+    args = _parser().parse_args(argv)
     _check(args)
     device = pick_device(args.device)
     listing = list_lfw(args.lfw, args.landmarks) if args.lfw else list_faces(args.faces, args.landmarks)

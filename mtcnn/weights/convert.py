@@ -17,8 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from safetensors.torch import save
 
-from faces.errors import InputError, command
-from faces.files import atomic_write
+from faces.files import InputError, atomic_write, command
 from mtcnn.nets import WEIGHTS, Nets, ONet, PNet, RNet
 
 HEADS = {"1": "face", "2": "box", "3": "points"}
@@ -53,11 +52,11 @@ def move_dense(state):
 
 
 @command
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("package", type=Path, help="wheel of facenet-pytorch 2.6.0, or the folder it was unpacked to")
     parser.add_argument("--output", type=Path, default=WEIGHTS, help="file to write")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     tensors = {}
     for name, net in zip(Nets._fields, (PNet(), RNet(), ONet())):
         data = read_source(args.package, f"{name}.pt")

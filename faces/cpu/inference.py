@@ -1,0 +1,35 @@
+"""Faster inference on a CPU in float32: Winograd convolutions with PReLU computed along.
+
+Convolutions take most of the time, and oneDNN already runs them at the speed of matrix products, so the only way to be
+faster is to multiply less.
+"""
+from torch import nn
+
+from faces.cpu import kernels
+from faces.cpu.winograd import Winograd, can_use_winograd
+
+MIN_IMAGES = 64   # transforming the weights takes as long as Winograd convolutions save on this many images
+
+
+def for_inference(net, images=MIN_IMAGES):
+    """Replace, in place, the convolutions of a float32 network on a CPU that are faster by Winograd's method.
+
+    Args:
+        net: module in eval mode, with layers named as in net.py; a PReLU relu1_2 is computed with its convolution conv1_2.
+        images: about how many images it will embed; nothing is replaced if they are too few to pay for it.
+
+    Returns:
+        The network.
+    """
+    if images < MIN_IMAGES or not kernels.enabled():
+        return net
+    for name, layer in list(net.named_children()):
+        if can_use_winograd(layer):
+            prelu_name = name.replace("conv", "relu")
+            prelu = getattr(net, prelu_name, None)
+            if isinstance(prelu, nn.PReLU):
+                setattr(net, prelu_name, nn.Identity())
+            else:
+                prelu = None
+            setattr(net, name, Winograd(layer, prelu))
+    return net

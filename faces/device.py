@@ -1,0 +1,77 @@
+"""Devices: which one to use, whether it is faster in bfloat16, and how aligned faces become network input on it."""
+import contextlib
+import ctypes
+import os
+from pathlib import Path
+
+import torch
+
+from faces.files import InputError
+
+
+def pick_device(name="auto"):
+    """Return the torch.device called `name`; "auto" picks CUDA if available, then Apple MPS, then the CPU.
+
+    Raises:
+        InputError: this machine has no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except Exception as error:  # each backend reports its absence by an exception of its own
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device {name} is not available here ({reason}); try auto or cpu.") from None
+    return device
+
+
+def has_bf16(device):
+    """Return whether bfloat16 is faster than float32 on this device.
+
+    The environment variable FACES_BF16 (0 or 1) overrides the detection, for processors that it does not know.
+    """
+    if os.environ.get("FACES_BF16") in ("0", "1"):
+        return os.environ["FACES_BF16"] == "1"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        # bf16 is slower than float32 on Intel CPUs without AMX: a training step took 1.5 times as long on a Xeon.
+        return torch.cpu._is_amx_tile_supported() or (torch.cpu._is_avx512_bf16_supported() and _is_amd())
+    return False
+
+
+def _is_amd():
+    try:
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
+def count_cpus():
+    """Return the number of CPUs this process may use, which is less than the machine has in a container or under taskset."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def keep_large_blocks(device):
+    """On a CPU, let glibc reuse large blocks of memory. By default it maps and clears each anew, 6 % of a training step."""
+    if device.type != "cpu":
+        return
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # other C libraries have no mallopt
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)            # M_MMAP_MAX: take blocks of any size from the heap
+        mallopt(-1, 2**31 - 1)    # M_TRIM_THRESHOLD: never return the end of the heap to the system
+
+
+def to_input(faces, mirror=None):
+    """Turn aligned faces into network input.
+
+    Args:
+        faces: uint8 (N, 112, 96, 3), RGB, on any device.
+        mirror: optional bool (N,), which faces to flip left to right.
+
+    Returns:
+        float32 (N, 3, 112, 96) in channels_last memory format, (x - 127.5) / 128.
+    """
+    x = faces.permute(0, 3, 1, 2).float().sub_(127.5).div_(128)
+    return x if mirror is None else torch.where(mirror[:, None, None, None], x.flip(3), x)

@@ -1,0 +1,191 @@
+"""Training checkpoints: one file, written atomically, that loads without unpickling any code."""
+import os
+import platform
+import shutil
+import sys
+import warnings
+import zipfile
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from faces.files import InputError, atomic_write
+from faces.training.run import unwrap
+
+FORMAT = "faces-checkpoint-1"
+MAX_BYTES = 8 * 10**9   # twice a million identities with momentum; checked before any memory is taken
+# Settings in which a run and its continuation may differ, because they do not change what is computed.
+MAY_DIFFER = frozenset({"casia", "landmarks", "list", "cache", "output", "resume", "checkpoint_every", "device", "workers",
+                        "lfw", "lfw_landmarks", "shard_head", "keep_last"})
+# How checkpoints of earlier versions are read: options that did not exist yet, with what runs did then, and former names.
+ADDED = {"jitter": 0, "accumulate": 1, "compile": False}
+RENAMED = {"sample_centres": "sample_centers"}
+
+
+class Checkpoints:
+    """The checkpoint of a training run, checkpoint.pt in its folder: the model, and all that is needed to resume exactly.
+
+    With keep_last N, the N - 1 previous ones stay beside it, named by their steps: checkpoint-0001000.pt. Order,
+    mirroring, learning rate and margin are functions of seed and step, so only the step has to be saved.
+
+    Args:
+        run: faces.training.run.Run.
+        output: folder of the run.
+        net: module, wrapped in DistributedDataParallel or not; the file is the same.
+        head: WholeHead or ShardedHead.
+        optimizer: of both.
+        faces: faces.data.cache.AlignedFaces.
+        settings: dict of the command line's options.
+        keep_last: number of checkpoints to keep.
+    """
+
+    def __init__(self, run, output, net, head, optimizer, faces, settings, keep_last=1):
+        self.run, self.path = run, Path(output) / "checkpoint.pt"
+        self.net, self.head, self.optimizer = net, head, optimizer
+        self.faces, self.settings, self.keep_last = faces, settings, keep_last
+        self.saved_step = None
+
+    def restore(self, resume):
+        """Load the checkpoint if `resume` is set; return the step to start from.
+
+        Raises:
+            InputError: nothing to resume; without `resume`, a checkpoint that would be overwritten; or other data or
+                settings than those of the checkpoint.
+        """
+        if not resume:
+            if self.path.exists():
+                raise InputError(f"{self.path} already holds a run; continue it with --resume or choose another --output.")
+            return 0
+        state = load(self.path, mmap=True)  # a process with a part of the head reads only that part
+        self._check_same(state)
+        unwrap(self.net).load_state_dict(state["weights"])
+        self.head.load_state(state["head"], state["optimizer"], self.optimizer)
+        self.saved_step = state["step"]
+        self.run.print(f"resumed {self.path} at step {self.saved_step:,}")
+        return self.saved_step
+
+    def save(self, step, last=False):
+        """Save the state after `step` steps; every process has to call it, the main process writes.
+
+        If the disk is full, the previous checkpoint stays and training continues until the next attempt.
+
+        Args:
+            last: whether there will be no further attempt.
+
+        Raises:
+            InputError: it can't be written, and it is the last.
+        """
+        head, optimizer = self.head.state(self.optimizer)
+        if not self.run.is_main_process:
+            return
+        try:
+            self._keep_previous()
+            save(self.path, {
+                "method": type(self.head.module).__name__, "net": self.settings["net"], "step": step,
+                "weights": unwrap(self.net).state_dict(), "head": head, "optimizer": optimizer,
+                "classes": self.faces.classes, "faces": self.faces.fingerprint, "settings": self.settings,
+                "versions": {"python": platform.python_version(), "torch": str(torch.__version__)}})
+        except InputError as error:
+            kept = "no earlier checkpoint exists" if self.saved_step is None else \
+                f"the checkpoint of step {self.saved_step:,} is kept"
+            if last:
+                raise InputError(f"{error} The last steps are lost; {kept}.") from None
+            tqdm.write(f"step {step:,}: {error} Training continues; {kept}.", file=sys.stderr)
+            return
+        self.saved_step = step
+        self._prune()
+
+    def _numbered(self, step):
+        return self.path.with_name(f"checkpoint-{step:07d}.pt")
+
+    def _keep_previous(self):
+        """Give the checkpoint that is about to be replaced a second name."""
+        if self.keep_last == 1 or self.saved_step is None or self._numbered(self.saved_step).exists():
+            return
+        try:
+            os.link(self.path, self._numbered(self.saved_step))
+        except OSError:  # a file system without hard links
+            with atomic_write(self._numbered(self.saved_step)) as file, open(self.path, "rb") as source:
+                shutil.copyfileobj(source, file)
+
+    def _prune(self):
+        """Delete all numbered checkpoints but the newest. Those beyond this step are left from before a resume."""
+        steps = sorted(int(path.stem[11:]) for path in self.path.parent.glob("checkpoint-*.pt")
+                       if path.stem[11:].isdecimal())
+        older = self.keep_last - 1
+        for step in [step for step in steps if step < self.saved_step][:-older or None]:
+            self._numbered(step).unlink(missing_ok=True)
+
+    def _check_same(self, state):
+        if state["faces"] != self.faces.fingerprint:
+            raise InputError(f"{self.path} was trained on another set of faces (another list, other labels or other "
+                             "unusable images); resume with the same set.")
+        settings = {**ADDED, **{RENAMED.get(name, name): value for name, value in state["settings"].items()}}
+        other = [name for name in self.settings if name not in MAY_DIFFER and settings.get(name) != self.settings[name]]
+        if other:
+            before = ", ".join(f"--{name.replace('_', '-')} {settings.get(name)}" for name in other)
+            raise InputError(f"{self.path} was trained with {before}; resume with the same settings.")
+
+
+def save(path, state):
+    """Write a checkpoint atomically.
+
+    Args:
+        state: dict of tensors, numbers, strings and containers of them.
+
+    Raises:
+        InputError: the disk is full or not writable; the previous file stays.
+    """
+    try:
+        with atomic_write(path) as file:
+            torch.save({"format": FORMAT, **state}, file)
+    except RuntimeError:  # torch's zip writer raises this, with a message about file positions, if the disk is full
+        raise InputError(f"can't write {path}, most likely because the disk is full; free some space.") from None
+
+
+def load(path, mmap=False):
+    """Read a checkpoint of this project onto the CPU.
+
+    Args:
+        path: the file.
+        mmap: map the file into memory, so that only the tensors that are used are read.
+
+    Raises:
+        InputError: no such file, or not a checkpoint of this project.
+    """
+    path = Path(path)
+    state = load_tensors(path, mmap)
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise InputError(f"{path} is not a training checkpoint of this project; pass the checkpoint.pt of a run.")
+    return state
+
+
+def load_tensors(path, mmap=False):
+    """Read any torch file onto the CPU with torch's restricted unpickler, which builds only tensors and containers.
+
+    Raises:
+        InputError: no such file, not a torch file, over MAX_BYTES, or a file that would run code.
+    """
+    path = Path(path)
+    try:
+        if _unpacked_bytes(path) > MAX_BYTES:
+            raise InputError(f"{path} is larger than any checkpoint ({MAX_BYTES // 10**9} GB); pass a checkpoint file.")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns about unusual pickle protocols
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(f"can't read {path}: {error.strerror or error}; pass a checkpoint file.") from None
+    except Exception:  # the unpickler and the zip reader raise many kinds, which all mean that the file is unusable
+        raise InputError(f"{path} is not a checkpoint that can be loaded safely (damaged, not a torch file, or it "
+                         "would run code); pass a file of tensors.") from None
+
+
+def _unpacked_bytes(path):
+    size = path.stat().st_size
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            size = max(size, sum(entry.file_size for entry in archive.infolist()))
+    return size

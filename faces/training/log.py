@@ -1,0 +1,213 @@
+"""What a training run reports: a progress bar, TensorBoard events, one JSON line per epoch, a picture, and its settings."""
+import json
+import math
+import platform
+import subprocess
+import time
+
+import cv2
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from faces.files import ROOT, InputError, atomic_write, write_json
+from faces.training.margin import ALL
+
+HISTOGRAMS, BINS = ("genuine", "impostor"), 100
+EVERY = 20  # steps between two readings of the loss; each reading makes the host wait for the device
+
+
+class TrainingLog:
+    """Collects the figures of each step; a context manager. Only the main process writes.
+
+    Args:
+        run: faces.training.run.Run.
+        output: folder of the run, a Path.
+        recipe: faces.training.recipe.Recipe.
+        start: step that training starts from.
+        settings: dict of the command line's options, for settings.json.
+    """
+
+    def __init__(self, run, output, recipe, start, settings):
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only training needs it
+        self.run, self.output, self.recipe, self.step = run, output, recipe, start
+        if run.is_main_process:
+            self._forget_after(start)
+            write_json(output / "settings.json", _describe(run, recipe, start, settings))
+        self.board = SummaryWriter(output, purge_step=start + 1) if run.is_main_process else None
+        self.bar = tqdm(total=recipe.steps * recipe.batch_size, initial=start * recipe.batch_size, unit="img",
+                        unit_scale=True, dynamic_ncols=True, disable=not run.is_main_process)
+        self._begin_epoch()
+        self._clear()
+
+    def record(self, loss, predicted, embedding, labels, head):
+        """Record a batch, or each micro-batch of it, without waiting for the device.
+
+        Args:
+            loss: scalar tensor.
+            predicted: int64 (B,).
+            embedding: float (B, 512).
+            labels: int64 (B,).
+            head: WholeHead or ShardedHead.
+        """
+        self.loss += loss.detach()
+        self.correct += (predicted == labels).float().mean()
+        self.micro_batches += 1
+        if self._is_read(self.count + 1, self.step + 1):
+            self.geometry = geometry(*head.gather(embedding, labels))
+
+    def end_step(self, **scalars):
+        """End a step.
+
+        Args:
+            scalars: further numbers for TensorBoard, such as the learning rate.
+
+        Raises:
+            InputError: the loss is not finite.
+        """
+        self.count, self.step = self.count + 1, self.step + 1
+        self.bar.update(self.recipe.batch_size)
+        if self._is_read(self.count, self.step):
+            self._read(scalars)
+
+    def flush(self):
+        """Read the steps since the last reading, so that no checkpoint is written after a loss that is not finite."""
+        if self.count:
+            self._read({})
+
+    def end_epoch(self, **figures):
+        """Print the figures of the epoch, append them to epochs.jsonl and draw training.png."""
+        means = {name: total / max(1, self.epoch_steps) for name, total in self.epoch_sums.items()}
+        seconds = time.monotonic() - self.epoch_start
+        line = {"epoch": round(self.step / self.recipe.steps_per_epoch, 3), "step": self.step,
+                **{name: round(value, 5) for name, value in means.items()},
+                "images_per_second": round(self.epoch_steps * self.recipe.batch_size / seconds, 1), **figures}
+        if self.run.is_main_process:
+            with open(self.output / "epochs.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            self._draw()
+            for name in figures:
+                self.board.add_scalar(name, figures[name], self.step)
+            for name, counts in self.histograms.items():
+                _add_histogram(self.board, f"cosine/{name}", counts.tolist(), self.step)
+            self.bar.write("  ".join(f"{name} {value}" for name, value in line.items()))
+        self._begin_epoch()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.bar.close()  # first, so that an error message is the last line
+        if self.board:
+            self.board.close()
+
+    def _is_read(self, count, step):
+        return count == EVERY or self.recipe.ends_epoch(step)
+
+    def _draw(self):
+        from faces.figures import training_picture  # slow to import as well
+        lines = (self.output / "epochs.jsonl").read_text(encoding="utf-8").splitlines()
+        columns = [(line["step"] * self.recipe.batch_size, line["loss"], line.get("lfw", math.nan))
+                   for line in map(json.loads, lines)]
+        training_picture(self.output / "training.png", *np.array(columns).T)
+
+    def _forget_after(self, start):
+        """Drop the epochs that a killed run wrote after the checkpoint from which it is resumed."""
+        path = self.output / "epochs.jsonl"
+        if path.exists():
+            kept = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True)
+                    if line.endswith("\n") and json.loads(line)["step"] <= start]
+            with atomic_write(path, "w", encoding="utf-8") as file:
+                file.writelines(kept)
+
+    def _begin_epoch(self):
+        self.epoch_start, self.epoch_sums, self.epoch_steps, self.histograms = time.monotonic(), {}, 0, {}
+
+    def _clear(self):
+        self.loss = torch.zeros((), device=self.run.device)
+        self.correct = torch.zeros((), device=self.run.device)
+        self.count, self.micro_batches, self.since, self.geometry = 0, 0, time.monotonic(), {}
+
+    def _read(self, scalars):
+        loss, accuracy = self.loss.item() / self.micro_batches, self.correct.item() / self.micro_batches
+        if not math.isfinite(loss):
+            raise InputError(f"the loss is not finite near step {self.step}; lower --lr, add --warmup, or try "
+                             "--precision float32. The last checkpoint is from before and is kept.")
+        for name, value in (("loss", loss), ("accuracy", accuracy)):
+            self.epoch_sums[name] = self.epoch_sums.get(name, 0.0) + value * self.count
+        self.epoch_steps += self.count
+        if self.board:
+            rate = self.count * self.recipe.batch_size / (time.monotonic() - self.since)
+            figures = {"loss": loss, "accuracy": accuracy, "images_per_second": rate, **scalars, **self.geometry}
+            for name, value in figures.items():
+                if name in HISTOGRAMS:
+                    self.histograms[name] = self.histograms.get(name, 0) + value
+                else:
+                    self.board.add_scalar(name, value, self.step)
+        self.bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.3f}", refresh=False)
+        self._clear()
+
+
+@torch.no_grad()
+def geometry(embedding, labels, weight, centers=ALL):
+    """Return how a batch relates to the class centers, without the (B, C) matrix of all cosines.
+
+    Args:
+        embedding: float (B, 512).
+        labels: int64 (B,).
+        weight: float (C, 512), C >= 2, the class centers, not normalized.
+        centers: which class centers `weight` holds, if they are spread over processes.
+
+    Returns:
+        dict of scalar tensors: target_cosine, the mean cosine between an embedding and the center of its identity;
+        nontarget_cosine, the mean over all other centers; embedding_norm, the mean |x|; and two histograms over -1 to 1,
+        float (BINS,): genuine, of the cosines with the identity's own center; impostor, of the cosines with the centers of
+        the other identities in the batch.
+    """
+    embedding, weight = embedding.float(), weight.float()
+    x = torch.nn.functional.normalize(embedding)                       # (B, 512)
+    inverse_norm = 1 / weight.norm(dim=1).clamp_min(1e-12)             # (C,)
+    rows, columns = centers.targets(labels)
+    own = weight[columns] * inverse_norm[columns, None]                # (T, 512), unit length
+    own = centers.sum(torch.zeros_like(x).index_put((rows,), own))     # (B, 512)
+    cosine = x @ own.T                                                 # (B, B)
+    target = cosine.diagonal().mean()
+    total = centers.sum((x @ (inverse_norm @ weight)).mean())          # a sum of products is the product with the sum
+    count = centers.sum(inverse_norm.new_tensor(len(weight)))
+    return {"target_cosine": target, "nontarget_cosine": (total - target) / (count - 1),
+            "embedding_norm": embedding.norm(dim=1).mean(), "genuine": _histogram(cosine.diagonal()),
+            "impostor": _histogram(cosine[labels[:, None] != labels])}
+
+
+def _histogram(cosines):
+    return torch.histc(cosines.clamp(-1, 1), BINS, -1, 1)
+
+
+def _add_histogram(board, name, counts, step):
+    """Write a histogram over -1 to 1 whose counts were added up over an epoch."""
+    limits = np.linspace(-1, 1, BINS + 1)
+    middle, counts = (limits[:-1] + limits[1:]) / 2, np.array(counts)
+    board.add_histogram_raw(name, -1, 1, counts.sum(), counts @ middle, counts @ middle ** 2, limits[1:].tolist(),
+                            counts.tolist(), step)
+
+
+def _describe(run, recipe, start, settings):
+    """Return what settings.json records about a run."""
+    return {"settings": settings, "recipe": recipe._asdict(), "from_step": start, "git": _revision(),
+            "started": time.strftime("%Y-%m-%d %H:%M:%S %z"), "processes": run.world_size,
+            "device": torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else run.device.type,
+            "precision": "bf16" if run.bf16 else "float32",
+            "versions": {"python": platform.python_version(), "torch": str(torch.__version__),
+                         "numpy": np.__version__, "opencv": cv2.__version__}}
+
+
+def _revision(root=ROOT):
+    """Return the commit of a clone, with the suffix -dirty if files differ from it; None if git can't tell."""
+    if not (root / ".git").exists():  # git would report a repository around this folder
+        return None
+    try:
+        git = subprocess.run(["git", "--no-optional-locks", "-C", root, "describe", "--always", "--dirty",
+                              "--abbrev=40", "--exclude=*"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return git.stdout.strip() or None

@@ -1,0 +1,130 @@
+"""Load a verification set: Labeled Faces in the Wild, a folder with the same layout, or one of InsightFace's .bin files."""
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from faces.align import HEIGHT, WIDTH, load_face
+from faces.files import InputError
+from faces.images import UnreadableImage
+from faces.landmarks import default_list, read_landmarks
+from faces.verification.binset import read_bin
+from faces.verification.pairs import Pairs, first, read_pairs
+
+
+class Lfw(NamedTuple):
+    """A verification set in memory.
+
+    pairs: Pairs.
+    faces: uint8 (N, HEIGHT, WIDTH, 3), RGB, aligned; one per path of `pairs`.
+    landmarks: where the landmarks came from, in words.
+    """
+    pairs: Pairs
+    faces: np.ndarray
+    landmarks: str
+
+
+def load_lfw(root, file=None, landmarks=None, aligned=False, view=None, find_landmarks=None, device="cpu"):
+    """Read the pairs of LFW, or of a similar set, and align the images that they name.
+
+    Args:
+        root: folder of `Name/Name_0001.jpg`; or a file such as InsightFace's lfw.bin, which has aligned images and its own
+            pairs.
+        file, view: which pairs to read, see faces.verification.pairs.read_pairs.
+        landmarks: landmark list; None uses the list that mtcnn/lfw_landmark.py wrote for this folder, or else
+            `find_landmarks`.
+        aligned: whether the images are already aligned, 112x96 or 112x112.
+        find_landmarks: function (root, paths, device=...) that detects landmarks and returns float32 (N, 5, 2) and the
+            number of images without a face, such as mtcnn.landmark_lists.find_landmarks.
+        device: for `find_landmarks`.
+
+    Raises:
+        InputError: anything is missing, malformed or unreadable; no pair is ever left out.
+    """
+    if Path(root).expanduser().is_file():
+        return _load_bin(Path(root).expanduser(), file or landmarks or view)
+    pairs = read_pairs(root, file, view)
+    if aligned:
+        return Lfw(pairs, load_faces(root, pairs.paths), "none, the images are aligned")
+    listed = Path(landmarks or default_list(root, "lfw_landmark.txt"))
+    if landmarks is None and find_landmarks is not None and not listed.exists():
+        points, source = _detect_landmarks(root, pairs.paths, listed, find_landmarks, device)
+    else:
+        points, source = landmarks_of(listed, pairs.paths), str(listed)
+    return Lfw(pairs, load_faces(root, pairs.paths, points), source)
+
+
+def load_faces(root, paths, points=None):
+    """Read and align N images of a folder; see decode_faces()."""
+    return decode_faces(root, paths, [Path(root) / path for path in paths], points)
+
+
+def decode_faces(where, names, sources, points=None):
+    """Decode and align images in several threads.
+
+    Args:
+        where: the folder or file that holds them, for messages.
+        names: N names, for messages.
+        sources: N paths, or encoded images as bytes.
+        points: float (N, 5, 2) landmarks; None for images that are already aligned, 112x96 or 112x112.
+
+    Returns:
+        uint8 (N, HEIGHT, WIDTH, 3), RGB.
+
+    Raises:
+        InputError: an image can't be read or aligned; a verification set must not lose pairs.
+    """
+    faces = np.empty((len(sources), HEIGHT, WIDTH, 3), np.uint8)
+
+    def load(i):
+        try:
+            faces[i] = load_face(sources[i], None if points is None else points[i])
+        except (UnreadableImage, ValueError) as error:
+            return f"{names[i]}: {error}"
+
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        results = pool.map(load, range(len(sources)))
+        bad = [r for r in tqdm(results, "aligning", len(sources), unit="face", leave=False) if r]
+    if bad:
+        raise InputError(f"{len(bad)} of {len(sources)} images in {where} can't be used ({first(bad, '; ')}); replace "
+                         "them, because a verification set must be complete.")
+    return faces
+
+
+def landmarks_of(file, paths):
+    """Return the landmarks of some images from a list, float32 (N, 5, 2).
+
+    Args:
+        file: landmark list without labels, as mtcnn/lfw_landmark.py writes it.
+        paths: N paths that the list contains.
+
+    Raises:
+        InputError: the list can't be read, or lacks an image.
+    """
+    listed = read_landmarks(file, labelled=False)
+    row = {path: i for i, path in enumerate(listed.paths)}
+    absent = [path for path in paths if path not in row]
+    if absent:
+        raise InputError(f"{file} lacks {len(absent)} of the {len(paths)} images that are needed ({first(absent)}); write "
+                         "the list again with mtcnn/lfw_landmark.py.")
+    return listed.points[[row[path] for path in paths]]
+
+
+def _load_bin(file, surplus):
+    if surplus:
+        raise InputError(f"{file} contains its pairs and aligned faces; leave out --pairs, --landmarks and --view.")
+    pairs, images = read_bin(file)
+    return Lfw(pairs, decode_faces(file, pairs.paths, images), f"none, the faces in {file.name} are aligned")
+
+
+def _detect_landmarks(root, paths, listed, find_landmarks, device):
+    print(f"{listed} does not exist; detecting landmarks in {len(paths)} images now (mtcnn/lfw_landmark.py would save "
+          "them)", file=sys.stderr)
+    points, missed = find_landmarks(root, paths, device=device)
+    source = f"MTCNN, for this run; no face in {missed} of {len(paths)} images, which got the median landmarks"
+    print(source, file=sys.stderr)
+    return points, source

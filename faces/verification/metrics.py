@@ -1,0 +1,267 @@
+"""Verification and identification metrics: k-fold accuracy, ROC, TAR at a given FAR, and closed-set identification.
+
+A pair is accepted when its similarity is greater than the threshold, so equal similarities are accepted or rejected
+together. Threshold searches are exact: they try one threshold per distinct outcome, not a grid.
+"""
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Verification(NamedTuple):
+    """The result of a k-fold verification protocol, for P judged pairs in K folds.
+
+    similarities: float64 (P,); if the mean was subtracted, each pair has the mean of its own fold's training images.
+    correct: bool (P,), which pairs were classified correctly, each with the threshold of its own fold.
+    accuracies, thresholds: float64 (K,), one per fold; each threshold is chosen on the other folds.
+    accuracy, std, threshold: means of these, and the standard deviation of the accuracies (ddof=0).
+    far, tar: float64 (V + 1,), points of the ROC curve over all pairs; far rises from 0 to 1.
+    auc, eer: area under that curve, and the equal error rate.
+    """
+    similarities: np.ndarray
+    correct: np.ndarray
+    accuracies: np.ndarray
+    thresholds: np.ndarray
+    accuracy: float
+    std: float
+    threshold: float
+    far: np.ndarray
+    tar: np.ndarray
+    auc: float
+    eer: float
+
+
+class OperatingPoint(NamedTuple):
+    """The lowest threshold that does not exceed a false acceptance rate, over all pairs.
+
+    far: the requested rate.
+    tar: fraction of genuine pairs that are accepted.
+    threshold: a pair is accepted when its similarity is greater.
+    accepted, impostors: number of impostor pairs accepted, and of all impostor pairs.
+    """
+    far: float
+    tar: float
+    threshold: float
+    accepted: int
+    impostors: int
+
+    @property
+    def resolved(self):
+        """Whether there are enough impostor pairs for one of them to be accepted at this rate."""
+        return _allowed(self.far, self.impostors) >= 1
+
+
+class Identification(NamedTuple):
+    """The result of closed-set identification: each person is in the gallery with one image.
+
+    cmc: float64 (G,), fraction of probes whose person is among the 1, 2, ... most similar images of the gallery.
+    gallery, probes: their numbers of images, G and Q.
+    """
+    cmc: np.ndarray
+    gallery: int
+    probes: int
+
+
+def verify(embeddings, pairs, same, folds, subtract_mean=False):
+    """Run the k-fold protocol of LFW: each fold is classified with the threshold that is best on all other folds.
+
+    Args:
+        embeddings: float (N, D), one row per distinct image; not normalized.
+        pairs: int (P, 2), rows of `embeddings`.
+        same: bool (P,), true for a genuine pair.
+        folds: int (P,), the fold of each pair, 0 .. K-1; -1 for pairs that are only used to choose thresholds, as in
+            view 1 of LFW. A single fold needs such pairs.
+        subtract_mean: subtract from every embedding the mean over the distinct images in the pairs of the training
+            folds. Each fold has its own mean, which does not depend on the fold under test.
+
+    Raises:
+        ValueError: fewer than two folds, no genuine or no impostor pair, or an embedding that is not finite, or is zero
+            after the mean is subtracted.
+    """
+    same, folds = np.asarray(same, bool), np.asarray(folds)
+    count = folds.max(initial=-1) + 1
+    judged = np.flatnonzero(folds >= 0)
+    if count + (len(judged) < len(folds)) < 2 or len(np.unique(folds[judged])) != count:
+        raise ValueError("the protocol needs at least two folds, none of them empty")
+    means = training_means(embeddings, pairs, folds) if subtract_mean else np.zeros((1, np.shape(embeddings)[1]))
+    tables = np.broadcast_to(similarities(embeddings, pairs, means), (count, len(folds)))
+    scores = tables[folds[judged], judged]
+    far, tar = roc(scores, same[judged])  # raises ValueError unless there are pairs of both kinds
+    thresholds = np.array([best_threshold(tables[k][folds != k], same[folds != k]) for k in range(count)])
+    correct = (scores > thresholds[folds[judged]]) == same[judged]
+    accuracies = np.bincount(folds[judged], correct) / np.bincount(folds[judged])
+    return Verification(scores, correct, accuracies, thresholds, float(accuracies.mean()), float(accuracies.std()),
+                        float(thresholds.mean()), far, tar, auc(far, tar), equal_error_rate(far, tar))
+
+
+def similarities(embeddings, pairs, means):
+    """Return the cosine similarity of each pair after subtracting a mean, for each of several means.
+
+    Expands (a - m).(b - m), so that K means cost one matrix product instead of K passes over the embeddings.
+
+    Args:
+        embeddings: float (N, D).
+        pairs: int (P, 2).
+        means: float (K, D); a single row of zeros gives plain cosines.
+
+    Returns:
+        float64 (K, P), in [-1, 1].
+
+    Raises:
+        ValueError: an embedding in a pair is not finite, or is zero after the mean is subtracted.
+    """
+    e, means = np.asarray(embeddings, np.float64), np.asarray(means, np.float64)
+    left, right = np.transpose(pairs)
+    if not np.isfinite(e).all():
+        raise ValueError(f"{(~np.isfinite(e).all(1)).sum()} of {len(e)} embeddings are not finite")
+    projected = means @ e.T                                                                     # (K, N)
+    mean_square = (means ** 2).sum(1, keepdims=True)                                            # (K, 1)
+    square = np.einsum("nd,nd->n", e, e)
+    norm_square = square - 2 * projected + mean_square                                          # (K, N)
+    if (norm_square[:, np.ravel(pairs)] <= 1e-12 * square.max()).any():
+        raise ValueError("an embedding is zero, so it has no direction to compare")
+    dot = np.einsum("pd,pd->p", e[left], e[right]) - projected[:, left] - projected[:, right] + mean_square
+    return np.clip(dot / np.sqrt(norm_square[:, left] * norm_square[:, right]), -1, 1)
+
+
+def training_means(embeddings, pairs, folds):
+    """Return the mean embedding of each fold's training images, float64 (K, D).
+
+    Row k is the mean over the distinct images that occur in a pair of any fold except k.
+    """
+    count, e = folds.max() + 1, np.asarray(embeddings, np.float64)
+    member = np.zeros((count, len(e)), bool)
+    for k in range(count):
+        member[k, np.ravel(pairs[folds != k])] = True
+    return member @ e / member.sum(1, keepdims=True)
+
+
+def best_threshold(similarity, same):
+    """Return the threshold that classifies most pairs correctly.
+
+    The candidates are the midpoints between neighboring distinct similarities, one just below the lowest (all accepted),
+    and the highest itself (none accepted). If several are equally good, the middle one is returned, or the lower of two.
+
+    Args:
+        similarity: float (P,).
+        same: bool (P,).
+    """
+    values, genuine, impostor = _tally(similarity, same)
+    lower, upper = values[:-1], values[1:]
+    middle = lower + (upper - lower) / 2
+    middle = np.where(middle < upper, middle, lower)  # adjacent floats have no midpoint between them
+    candidates = np.concatenate(([np.nextafter(values[0], -np.inf)], middle, values[-1:]))
+    gained = np.concatenate(([0], np.cumsum(impostor - genuine)))  # correct answers gained by rejecting the lowest i values
+    best = np.flatnonzero(gained == gained.max())
+    return float(candidates[best[(len(best) - 1) // 2]])
+
+
+def roc(similarity, same):
+    """Return the points of the ROC curve, one per distinct outcome.
+
+    Args:
+        similarity: float (P,).
+        same: bool (P,).
+
+    Returns:
+        far, tar: float64 (V + 1,) for V distinct similarities, from (0, 0), nothing accepted, to (1, 1).
+
+    Raises:
+        ValueError: no genuine or no impostor pair, or a similarity that is not a number.
+    """
+    _, genuine, impostor = _tally(similarity, same)
+    if not genuine.any() or not impostor.any():
+        raise ValueError("a ROC curve needs genuine and impostor pairs")
+    accepted_genuine = np.concatenate(([0], np.cumsum(genuine[::-1])))
+    accepted_impostor = np.concatenate(([0], np.cumsum(impostor[::-1])))
+    return accepted_impostor / impostor.sum(), accepted_genuine / genuine.sum()
+
+
+def auc(far, tar):
+    """Return the area under the ROC curve: how often a genuine pair is more similar than an impostor pair; ties count half."""
+    return float(np.trapezoid(tar, far))
+
+
+def equal_error_rate(far, tar):
+    """Return the rate at which false acceptance equals false rejection, interpolating linearly between ROC points."""
+    gap = far + tar - 1                         # far - frr; rises strictly from -1 to 1
+    i = int(np.searchsorted(gap, 0))            # the first point at or beyond the crossing
+    share = -gap[i - 1] / (gap[i] - gap[i - 1])
+    return float(far[i - 1] + share * (far[i] - far[i - 1]))
+
+
+def tar_at_far(far, tar, target):
+    """Return the highest true acceptance rate of all thresholds whose false acceptance rate is at most `target`."""
+    return float(tar[far <= target].max())
+
+
+def _tally(similarity, same):
+    similarity, same = np.asarray(similarity, np.float64), np.asarray(same, bool)
+    if not len(similarity) or np.isnan(similarity).any():
+        raise ValueError("similarities are missing or not numbers")
+    values, index = np.unique(similarity, return_inverse=True)
+    genuine = np.bincount(index, same).astype(np.int64)
+    return values, genuine, np.bincount(index) - genuine
+
+
+def operating_point(similarity, same, far):
+    """Return the OperatingPoint at a false acceptance rate; its tar equals that of tar_at_far().
+
+    Args:
+        similarity: float (P,).
+        same: bool (P,), with pairs of both kinds.
+        far: 0 to 1.
+    """
+    impostors = np.sort(similarity[~same])[::-1]
+    allowed = _allowed(far, len(impostors))
+    threshold = impostors[allowed] if allowed < len(impostors) else np.nextafter(similarity.min(), -np.inf)
+    return OperatingPoint(far, float((similarity[same] > threshold).mean()), float(threshold),
+                     int((impostors > threshold).sum()), len(impostors))
+
+
+def identify(embeddings, identities, seed=0):
+    """Find each probe's person in a gallery by cosine similarity.
+
+    The gallery holds one randomly drawn image of each identity with at least two images; the others are the probes. Ties
+    count against the probe.
+
+    Args:
+        embeddings: float (N, D), not zero.
+        identities: int (N,).
+        seed: of the choice of the gallery.
+
+    Returns:
+        Identification.
+
+    Raises:
+        ValueError: fewer than two identities with two images or more.
+    """
+    gallery, probes = choose_gallery(identities, seed)
+    if len(gallery) < 2:
+        raise ValueError("identification needs two people or more with at least two images each")
+    unit = np.asarray(embeddings, np.float32)
+    unit = unit / np.linalg.norm(unit, axis=1, keepdims=True)
+    column = np.searchsorted(identities[gallery], identities[probes])
+    ranks = np.concatenate([_ranks(unit[probes[rows]] @ unit[gallery].T, column[rows])
+                            for rows in np.array_split(np.arange(len(probes)), 1 + len(probes) // 1000)])
+    return Identification(np.cumsum(np.bincount(ranks - 1, minlength=len(gallery))) / len(probes), len(gallery),
+                          len(probes))
+
+
+def choose_gallery(identities, seed=0):
+    """Return the images of the gallery, in the order of their identities, and of the probes: int (G,), int (Q,)."""
+    identities = np.asarray(identities)
+    shuffled = np.random.default_rng(seed).permutation(len(identities))
+    shuffled = shuffled[np.isin(identities[shuffled], np.flatnonzero(np.bincount(identities) >= 2))]
+    _, chosen = np.unique(identities[shuffled], return_index=True)   # the first of each in the shuffled order
+    return shuffled[chosen], np.sort(np.delete(shuffled, chosen))
+
+
+def _ranks(similarity, column):
+    """Return the rank of each row's own column, int (Q,); 1 is the most similar."""
+    own = np.take_along_axis(similarity, column[:, None], 1)
+    return (similarity >= own).sum(1)
+
+
+def _allowed(far, impostors):
+    return int(far * impostors + 1e-9)   # 1e-3 of 3,000 may be computed as slightly less than 3

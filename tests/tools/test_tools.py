@@ -1,0 +1,327 @@
+"""The tools beside the method's commands: compare two photos, export a network, draw t-SNE."""
+import json
+import sys
+
+import cv2
+import numpy as np
+import pytest
+import safetensors
+import skimage.data
+import torch
+from conftest import write_image
+from sklearn.metrics.pairwise import cosine_distances
+
+from cosFace.net import NETS
+from faces.align import TEMPLATE, similarity_transform
+from faces.files import InputError
+from faces.images import read_image
+from faces.landmarks import read_landmarks, write_landmarks
+from faces.training import checkpoint
+from faces.verification.metrics import best_threshold
+from faces.verification.weights import load_weights
+from mtcnn.detector import Detector
+from tools import compare, export, tsne
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A checkpoint of an untrained network whose batch norms and PReLUs are not what they begin with."""
+    torch.manual_seed(0)
+    net = NETS["faceNet"]()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        net.train()(torch.randn(4, 3, 112, 96))
+    path = tmp_path_factory.mktemp("model") / "checkpoint.pt"
+    checkpoint.save(path, {"method": "CosFace", "net": "faceNet", "weights": net.state_dict()})
+    return path
+
+
+@pytest.fixture(scope="module")
+def public_model(tmp_path_factory):
+    """As the released sphere20a: a bare state dict, BGR, with biases in the residual convolutions, and a head."""
+    torch.manual_seed(1)
+    state = NETS["sphere20a"]().state_dict()
+    biases = {name: 0.1 * torch.randn(len(value)) for weight, value in state.items() if weight.endswith(".weight")
+              and weight.startswith("conv") and (name := weight.replace(".weight", ".bias")) not in state}
+    path = tmp_path_factory.mktemp("public") / "sphere20a.pth"
+    torch.save({**state, **biases, "fc6.weight": torch.zeros(512, 10574)}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A portrait, the same brighter and mirrored, one twice in a row, and a picture without a face."""
+    root = tmp_path_factory.mktemp("photos")
+    face = skimage.data.astronaut()[:200, 100:360]
+    write_image(root / "face.png", face)
+    write_image(root / "brighter.png", cv2.convertScaleAbs(face[:, ::-1], alpha=1, beta=25))
+    write_image(root / "two.png", np.hstack((face, cv2.copyMakeBorder(cv2.resize(face, (195, 150)), 0, 50, 0, 0, 0))))
+    write_image(root / "coffee.png", skimage.data.coffee()[:260, :260])
+    return root
+
+
+def call(tool, *args):
+    """Run a tool's main() in this process; returns its exit status, 0 for None."""
+    try:
+        return tool.main(list(map(str, args))) or 0
+    except SystemExit as end:
+        return end.code
+
+
+def write_scores(path, similarity, same, **settings):
+    lines = [f"a.jpg\tb.jpg\t{int(s)}\t0\t{x:.6f}" for x, s in zip(similarity, same)]
+    path.write_text("\n".join(["left\tright\tsame\tfold\tsimilarity", *lines, ""]))
+    path.with_name("results.json").write_text(json.dumps({"settings": settings}))
+    return path
+
+
+@pytest.fixture
+def scores(tmp_path):
+    """An evaluation of 300 genuine and 200 impostor pairs, many of equal similarity; the file and its columns."""
+    random = np.random.default_rng(3)
+    same = random.permutation(np.arange(500) < 300)
+    similarity = np.round(random.normal(np.where(same, 0.5, 0.2), 0.15).clip(-1, 1), 2)
+    return write_scores(tmp_path / "scores.tsv", similarity, same, model="a/checkpoint.pt", mirror="concatenate",
+                        subtract_mean=False), similarity, same
+
+
+# ---- compare.py
+
+def test_similarity_is_the_cosine_of_what_the_crops_give(model, photos):
+    net = NETS["faceNet"]()
+    load_weights(net, model)
+    detector = Detector(device="cpu")
+    result = compare.compare(net, detector, photos / "face.png", photos / "brighter.png")
+    assert result.found == (1, 1) and result.crops.shape == (2, 112, 96, 3)
+    image = read_image(photos / "face.png")
+    matrix = similarity_transform(detector.detect(image).landmarks[0])
+    assert np.array_equal(result.crops[0], cv2.warpAffine(image, matrix, (96, 112)))
+    x = torch.tensor((result.crops.astype(np.float32) - 127.5) / 128).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        a, b = torch.cat((net.eval()(x), net(x.flip(3))), 1).double()
+    assert result.similarity == pytest.approx(float(a @ b / a.norm() / b.norm()), abs=1e-5)
+    assert result.similarity < 0.9999
+    same = compare.compare(net, detector, photos / "face.png", photos / "face.png")
+    assert same.similarity == pytest.approx(1, abs=1e-6)
+
+
+def test_largest_face_is_taken_and_several_are_said(model, photos):
+    detector = Detector(device="cpu")
+    alone, count = compare.find_face(detector, photos / "face.png")
+    largest, several = compare.find_face(detector, photos / "two.png")
+    assert (count, several) == (1, 2)
+    assert abs(alone.astype(int) - largest).mean() < 8
+
+
+def test_error_rates_are_counts(scores):
+    path, similarity, same = scores
+    read = compare.read_scores(path)
+    best = best_threshold(read.similarity, read.same)
+    for threshold in (0.31, 0.3, -1, 1, best):  # 0.3 is some pairs' own similarity
+        accepted = sum(x > threshold for x, s in zip(similarity, same) if not s)
+        rejected = sum(x <= threshold for x, s in zip(similarity, same) if s)
+        assert read.error_rates(threshold) == (accepted, 200, rejected, 300)
+    errors = [sum(read.error_rates(t)[0::2]) for t in (best, *np.unique(similarity))]
+    assert errors[0] == min(errors)
+
+
+def test_verdict_rates_and_picture(model, photos, scores, tmp_path, capsys):
+    path, similarity, same = scores
+    pair = photos / "face.png", photos / "two.png"
+    assert call(compare, *pair, "--model", model, "--scores", path, "--output", tmp_path / "out",
+                "--device", "cpu") == 0
+    out = capsys.readouterr().out
+    threshold = best_threshold(similarity, same)
+    accepted = int((similarity[~same] > threshold).sum())
+    assert "the same person: " in out and f"> threshold {threshold:.4f}" in out
+    assert f"by {path}, of a/checkpoint.pt:" in out
+    assert f"{accepted / 200:8.3%}  {accepted} of 200 impostor pairs" in out
+    assert "two.png: 2 faces" in out and "face.png: 2 faces" not in out
+    assert read_image(tmp_path / "out" / "comparison.png").std() > 20
+
+
+def test_threshold_given_and_none_at_all(model, photos, capsys):
+    pair = photos / "face.png", photos / "face.png", "--model", model, "--device", "cpu"
+    assert call(compare, *pair, "--threshold", "1") == 0
+    assert "two people: 1.0000 <= threshold 1.0000\nhow often that threshold errs is unknown" in capsys.readouterr().out
+    assert call(compare, *pair) == 0
+    assert "run lfw_eval.py with this model" in capsys.readouterr().out
+    assert call(compare, *pair, "--threshold", "60") == 2
+
+
+def test_photo_without_a_face(model, photos, capsys):
+    pair = photos / "face.png", photos / "coffee.png"
+    assert call(compare, *pair, "--model", model, "--device", "cpu") == 2
+    said = capsys.readouterr().err
+    assert "no face was found in" in said and "coffee.png" in said and "face.png" not in said
+
+
+@pytest.mark.parametrize("text, settings, said", [
+    ("left\tright\na.jpg\tb.jpg\n", {}, "is not the scores.tsv"),
+    ("same\tsimilarity\n1\tx\n0\t0.1\n", {}, "is not the scores.tsv"),
+    ("same\tsimilarity\n1\t0.3\n", {}, "genuine and impostor pairs"),
+    ("same\tsimilarity\n1\t0.3\n0\t0.1\n", {"mirror": "none"}, "--mirror"),
+    ("same\tsimilarity\n1\t0.3\n0\t0.1\n", {"subtract_mean": True}, "--subtract-mean"),
+])
+def test_scores_that_are_no_measure(tmp_path, text, settings, said):
+    path = write_scores(tmp_path / "scores.tsv", [], [], **settings)
+    path.write_text(text)
+    with pytest.raises(InputError, match=said):
+        compare.read_scores(path)
+    with pytest.raises(InputError, match="can't read"):
+        compare.read_scores(tmp_path / "absent" / "scores.tsv")
+
+
+# ---- export.py
+
+def run_exported(format, path, net_name, biases):
+    """Open an exported file as a deployment would: (function from float32 (N, 3, 112, 96) to arrays, metadata)."""
+    if format == "onnx":
+        onnxruntime = pytest.importorskip("onnxruntime")
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        return lambda x: session.run(None, {"face": x.numpy()})[0], session.get_modelmeta().custom_metadata_map
+    if format == "torchscript":
+        extra = {"metadata.json": ""}
+        module = torch.jit.load(path, _extra_files=extra)
+        return lambda x: module(x).detach().numpy(), json.loads(extra["metadata.json"])
+    net = NETS[net_name]()
+    with safetensors.safe_open(path, "pt") as file:
+        state, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+    for name in biases:
+        net.get_submodule(name.removesuffix(".bias")).bias = torch.nn.Parameter(torch.zeros_like(state[name]))
+    net.load_state_dict(state)
+    return lambda x: net.eval()(x).detach().numpy(), metadata
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+@pytest.mark.parametrize("format, net_name", [("safetensors", "sphere20a"), ("torchscript", "faceNet"),
+                                              ("onnx", "faceNet")])
+def test_exported_network_agrees(format, net_name, model, public_model, tmp_path, capsys):
+    if format == "onnx":
+        pytest.importorskip("onnx", reason="onnx is not installed")
+        pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    source, path = model if net_name == "faceNet" else public_model, tmp_path / "exported"
+    assert call(export, "--model", source, "--net", net_name, "--format", format, "--output", path) == 0
+    assert "largest difference from the original on 8 faces" in capsys.readouterr().out
+    assert [p.name for p in tmp_path.iterdir()] == ["exported"]
+    net = NETS[net_name]()
+    load_weights(net, source)
+    biases = net.state_dict().keys() - NETS[net_name]().state_dict().keys()
+    assert bool(biases) == (net_name == "sphere20a")
+    run, metadata = run_exported(format, path, net_name, biases)
+    pixels = torch.randint(0, 256, (3, 3, 112, 96), generator=torch.Generator().manual_seed(5))
+    for batch in ((pixels - 127.5) / 128, (pixels[:1] - 127.5) / 128):  # the batch is dynamic
+        with torch.no_grad():
+            expected = net.eval()(batch).numpy()
+        np.testing.assert_allclose(run(batch), expected, atol=1e-4 * max(1, abs(expected).max()), rtol=0)
+    assert np.array_equal(json.loads(metadata["template"]), TEMPLATE)
+    assert (metadata["net"], metadata["colour_order"], metadata["mean"], metadata["divisor"]) \
+        == (net_name, "RGB", "127.5", "128")
+
+
+def test_nothing_is_written_unless_the_check_passes(model, tmp_path, monkeypatch, capsys):
+    def disturbed(net, example, about):
+        state = safetensors.torch.load(export.write_safetensors(net, example, about))
+        state["relu3_2.weight"] += 0.01
+        return safetensors.torch.save(state, about)
+
+    monkeypatch.setitem(export.FORMATS, "safetensors", (disturbed, export.open_safetensors))
+    status = call(export, "--model", model, "--format", "safetensors", "--output", tmp_path / "x")
+    assert status == 2 and "differs from the original by" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_onnx_that_is_not_installed(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    assert call(export, "--model", model, "--format", "onnx", "--output", tmp_path / "x") == 2
+    assert "pip install onnx onnxruntime" in capsys.readouterr().err
+
+
+def test_faces_to_check_on(tmp_path):
+    write_image(tmp_path / "a" / "1.png", np.full((112, 112, 3), 7, np.uint8))
+    write_image(tmp_path / "b.png", np.full((112, 96, 3), 9, np.uint8))
+    assert export.read_faces(tmp_path)[:, 0, 0, 0].tolist() == [7, 9]
+    write_image(tmp_path / "c.png", np.zeros((250, 250, 3), np.uint8))
+    with pytest.raises(InputError, match=r"c\.png"):
+        export.read_faces(tmp_path)
+
+
+# ---- tsne.py
+
+def test_pick_follows_the_seed_and_takes_only_whole_identities():
+    labels = np.array([0] * 9 + [1] * 4 + [2] * 5 + [3] * 7)[np.random.default_rng(0).permutation(25)]
+    rows = tsne.pick(labels, 2, 5, seed=1)
+    assert rows.shape == (2, 5) and len(np.unique(rows)) == 10
+    people = labels[rows]
+    assert (people == people[:, :1]).all() and people[0, 0] != people[1, 0] and 1 not in people
+    assert np.array_equal(rows, tsne.pick(labels, 2, 5, seed=1))
+    assert any(not np.array_equal(rows, tsne.pick(labels, 2, 5, seed=s)) for s in range(2, 6))
+    with pytest.raises(InputError, match="only 3 of 4 people have 5 images"):
+        tsne.pick(labels, 4, 5, seed=0)
+
+
+def test_silhouette_is_that_of_the_embeddings_by_cosine():
+    random = np.random.default_rng(0)
+    labels = np.repeat(np.arange(3), 4)
+    embeddings = random.normal(size=(3, 8))[labels] + 0.4 * random.normal(size=(12, 8))
+    embeddings *= random.uniform(1, 9, (12, 1))  # lengths are not to matter
+    points, silhouette = tsne.separate(embeddings, labels, 0)
+    distance, scores = cosine_distances(embeddings), []
+    for i, label in enumerate(labels):
+        own = distance[i, (labels == label) & (np.arange(12) != i)].mean()
+        other = min(distance[i, labels == k].mean() for k in range(3) if k != label)
+        scores.append((other - own) / max(own, other))
+    assert silhouette == pytest.approx(np.mean(scores)) and points.shape == (12, 2)
+    assert np.array_equal(points, tsne.separate(embeddings, labels, 0)[0])
+    with pytest.raises(InputError, match="not finite"):
+        tsne.separate(np.full((12, 8), np.nan), labels, 0)
+
+
+def test_tsne_of_two_models(casia, model, tmp_path, capsys):
+    output = tmp_path / "tsne.png"
+    assert call(tsne, "--model", model, "--model", model, "--title", "before", "--title", "after",
+                "--faces", casia, "--identities", 2, "--per-identity", 3, "--device", "cpu", "--output", output,
+                "--points", tmp_path / "points.tsv") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].replace("before", "after") == lines[1] and "2 identities of 3 images" in lines[0]
+    assert -1 <= float(lines[0].split()[1]) <= 1
+    height, width = read_image(output).shape[:2]
+    assert width > 2 * height * 0.9
+    (before, after), labels, names = tsne.read_points(tmp_path / "points.tsv")
+    assert before[0].startswith("before: silhouette") and after[0].startswith("after: silhouette")
+    assert before[1].shape == (6, 2) and np.array_equal(before[1], after[1])
+    assert labels.tolist() == [0, 0, 0, 1, 1, 1] and len(set(names)) == 2
+
+
+def test_points_of_tsne_are_read_as_they_were_written(tmp_path):
+    panels = [("a: b", np.array([[1.25, -2], [3, 4]])), ('"c"', np.array([[0, 0.5], [7, 1e3]]))]
+    tsne.write_points(tmp_path / "points.tsv", panels, [1, 0], ["one", "two words"])
+    read, labels, names = tsne.read_points(tmp_path / "points.tsv")
+    assert [title for title, _ in read] == ["a: b", '"c"'] and [names[i] for i in labels] == ["two words", "one"]
+    assert all(np.array_equal(ours, points) for (_, ours), (_, points) in zip(read, panels))
+
+
+def test_tsne_of_lfw_and_of_aligned_faces(casia, tmp_path):
+    listed = read_landmarks(casia / "casia_landmark.txt", labelled=True)
+    write_landmarks(tmp_path / "lfw.txt", zip(listed.paths, listed.points))
+    lfw, train = tsne.list_lfw(casia, tmp_path / "lfw.txt"), tsne.list_faces(casia)
+    assert np.array_equal(lfw.labels, train.labels)
+    faces = tsne.read_faces(lfw, [0, 9])
+    assert np.array_equal(faces, tsne.read_faces(train, [0, 9]))
+    for i, face in enumerate(faces):
+        write_image(tmp_path / "aligned" / f"person{i}" / "1.png", face)
+    aligned = tsne.list_faces(tmp_path / "aligned")
+    assert aligned.points is None and np.array_equal(tsne.read_faces(aligned, [0, 1]), faces)
+
+
+@pytest.mark.parametrize("options, said", [
+    (("--per-identity", 9), "only 0 of 6 people"),
+    (("--identities", 1), "--identities 1"),
+    (("--title", "a", "--title", "b"), "2 --title for 1 --model"),
+    (("--output", "tsne.gif"), "tsne.gif is no picture"),
+])
+def test_tsne_refuses(casia, model, capsys, options, said):
+    assert call(tsne, "--model", model, "--faces", casia, "--device", "cpu", *options) == 2
+    assert said in capsys.readouterr().err
