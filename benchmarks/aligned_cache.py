@@ -1,12 +1,12 @@
-"""Build the aligned-face cache and read it back at random, beside bare OpenCV on the same threads.
+"""Measure the speed of building the aligned-face cache, compared with bare OpenCV, and of reading it at random.
 
-    python aligned_cache.py --casia DIR                    the first 18,000 images of a set with casia_landmark.txt
-    python aligned_cache.py --casia DIR --side 250         the same, enlarged to CASIA-WebFace's size
+    python benchmarks/aligned_cache.py --casia DIR              the first 18,000 images of a set with casia_landmark.txt
+    python benchmarks/aligned_cache.py --casia DIR --side 250   the same, enlarged to the size of CASIA-WebFace
 
-The peer is what can't be left out: cv2.imread and cv2.warpAffine by matrices computed beforehand, in as many threads,
-its faces left in memory. Ours reads, checks, decodes, aligns and stores. Both run in turn on files that have been read
-once before, so that neither waits for the disk, and their faces are compared. Random reads are what training asks of
-the cache: batches of positions in no order.
+The reference does only what can't be left out: cv2.imread, and cv2.warpAffine with precomputed matrices, on the same
+number of threads; its faces stay in memory. Ours reads, checks, decodes, aligns and stores the faces. Both run in turn
+on files that have been read once before, so neither waits for the disk, and it is an error if their faces differ.
+Random reads are what training asks of the cache: batches of faces at random positions.
 """
 import argparse
 import contextlib
@@ -32,22 +32,27 @@ BATCH = 256
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Speed of the aligned-face cache.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--casia", type=Path, required=True, metavar="DIR", help="folder of person folders")
-    parser.add_argument("--landmarks", type=Path, metavar="FILE", help="(default: casia_landmark.txt in --casia)")
-    parser.add_argument("--images", type=int, default=18_000, metavar="N", help="of the list, from its start")
-    parser.add_argument("--side", type=int, metavar="PIXELS", help="first write the images anew with this height, as "
-                        "JPEG; CASIA-WebFace's have 250, and checks cost the less the larger an image is")
-    parser.add_argument("--reads", type=int, default=50_000, metavar="N", help="faces read at random")
-    parser.add_argument("--repeats", type=int, default=5, help="builds of each kind; the median is printed")
-    parser.add_argument("--cache", type=Path, metavar="DIR", help="where to build (default: the system's temporary "
-                        "folder); a folder on the disk that the cache would lie on")
+    parser.add_argument("--landmarks", type=Path, metavar="FILE",
+                        help="landmark list, `path label x1 y1 ... x5 y5` (default: casia_landmark.txt in --casia)")
+    parser.add_argument("--images", type=int, default=18_000, metavar="N",
+                        help="number of images, from the start of the list (default: 18,000)")
+    parser.add_argument("--side", type=int, metavar="PIXELS",
+                        help="first resize the images to this height and save them as JPEG; CASIA-WebFace has 250; the "
+                             "larger the images, the smaller the relative cost of the checks (default: as they are)")
+    parser.add_argument("--reads", type=int, default=50_000, metavar="N",
+                        help="number of faces to read at random (default: 50,000)")
+    parser.add_argument("--repeats", type=int, default=5,
+                        help="builds of each kind; the median is printed (default: 5)")
+    parser.add_argument("--cache", type=Path, metavar="DIR",
+                        help="where to build; choose a folder on the disk that would hold the cache (default: the "
+                             "system's temporary folder)")
     return parser.parse_args(argv)
 
 
 def resized(listing, side, folder):
-    """The same list over images of another height."""
+    """Save the images of a list in `folder`, resized to a height of `side` pixels; return the list of these."""
     points = []
     for path, landmarks in zip(listing.paths, listing.points):
         image = cv2.imread(listing.source.open(path))
@@ -58,48 +63,57 @@ def resized(listing, side, folder):
     return TrainingList(Folder(folder), listing.paths, listing.labels, np.stack(points))
 
 
-def bare(files, matrices):
-    """Aligned faces (N, 112, 96, 3), BGR, the shortest way."""
-    def block(start):
+def align_with_opencv(files, matrices):
+    """Return the aligned faces as a list of uint8 (112, 96, 3), BGR, made with the least possible work."""
+    def align_block(start):
         return [cv2.warpAffine(cv2.imread(file), matrix, (WIDTH, HEIGHT), flags=cv2.INTER_LINEAR)
                 for file, matrix in zip(files[start:start + 32], matrices[start:start + 32])]
     with ThreadPoolExecutor(count_cpus()) as pool:
-        return sum(pool.map(block, range(0, len(files), 32)), [])
+        return sum(pool.map(align_block, range(0, len(files), 32)), [])
 
 
-def quietly_build(listing, folder):
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+def build_quietly(listing, folder):
+    """Build the cache without printing anything."""
+    with open(os.devnull, "w") as devnull, contextlib.redirect_stdout(devnull), contextlib.redirect_stderr(devnull):
         return build(listing, folder)
 
 
 def timed(function, *args):
+    """Return the seconds that a call takes, and its result."""
     start = time.perf_counter()
     result = function(*args)
     return time.perf_counter() - start, result
 
 
 def compare_builds(listing, folder, repeats):
-    """Median images per second of ours and of the bare way, which must give the same faces."""
+    """Build the cache and align with OpenCV alone, in turn, and check that both give the same faces.
+
+    Returns:
+        (median images/s of building the cache, median images/s of OpenCV alone, the memory map of aligned faces).
+
+    Raises:
+        InputError: the faces differ, or the cache left some out.
+    """
     files = [str(listing.source.open(path)) for path in listing.paths]
     matrices = [similarity_transform(points) for points in listing.points]
-    bare(files, matrices)  # so that every file is in memory
-    ours, theirs = [], []
+    align_with_opencv(files, matrices)  # brings every file into the system's page cache
+    ours, reference = [], []
     for repeat in range(repeats):
-        seconds, faces = timed(bare, files, matrices)
-        theirs.append(len(files) / seconds)
-        seconds, (images, failed) = timed(quietly_build, listing, folder / str(repeat))
+        seconds, faces = timed(align_with_opencv, files, matrices)
+        reference.append(len(files) / seconds)
+        seconds, (images, failed) = timed(build_quietly, listing, folder / str(repeat))
         ours.append(len(files) / seconds)
         if failed or not all(np.array_equal(image, face[..., ::-1]) for image, face in zip(images, faces)):
-            raise InputError(f"{listing.source}: OpenCV alone gives other faces, or none for {len(failed)} images; "
-                             "take a set without unusable or EXIF-turned images.")
-    return statistics.median(ours), statistics.median(theirs), images
+            raise InputError(f"{listing.source}: the faces of the cache and of OpenCV differ ({len(failed)} images "
+                             "failed); choose a set without unusable images and without EXIF rotation.")
+    return statistics.median(ours), statistics.median(reference), images
 
 
 def random_reads(faces, count):
-    """Images per second in batches of positions drawn at random."""
+    """Return the images/s of reading batches at random positions."""
     random = np.random.default_rng(0)
     batches = [random.integers(len(faces), size=BATCH) for _ in range(max(1, count // BATCH))]
-    faces.batch(np.arange(len(faces)))
+    faces.batch(np.arange(len(faces)))  # brings all of the cache into memory first
     seconds, _ = timed(lambda: [faces.batch(index)[0].shape for index in batches])
     return len(batches) * BATCH / seconds
 
@@ -113,13 +127,13 @@ def main(argv=None):
     with tempfile.TemporaryDirectory(dir=args.cache) as folder:
         if args.side:
             listing = resized(listing, args.side, Path(folder) / "images")
-        ours, theirs, images = compare_builds(listing, Path(folder), args.repeats)
+        ours, reference, images = compare_builds(listing, Path(folder), args.repeats)
         faces = AlignedFaces(images, listing, np.arange(len(listing.paths)))
         rate = random_reads(faces, args.reads)
     print(f"{len(listing.paths):,} images, {count_cpus()} thread(s), OpenCV {cv2.__version__}, median of "
           f"{args.repeats}")
-    print(f"imread and warpAffine alone   {theirs:8,.0f} images/s")
-    print(f"building the cache            {ours:8,.0f} images/s, {ours / theirs:.0%} of that; the same faces")
+    print(f"imread and warpAffine alone   {reference:8,.0f} images/s")
+    print(f"building the cache            {ours:8,.0f} images/s, {ours / reference:.0%} of that; the same faces")
     print(f"random reads, one process     {rate:8,.0f} images/s, {rate * HEIGHT * WIDTH * 3 / 1e6:,.0f} MB/s")
 
 

@@ -1,11 +1,11 @@
-"""Train a head of a million identities for a few steps on made embeddings; print its memory and its steps per second.
+"""Train a head of a million identities for a few steps on synthetic embeddings; print its memory and speed.
 
-    python million_identities.py                                                 all centers in one process: 17 GB
-    python million_identities.py --sample-centers 0.1                            a tenth of them each step
-    torchrun --standalone --nproc-per-node 2 million_identities.py               half of them in each process
+    python benchmarks/million_identities.py                                      all class centers in one process: 17 GB
+    python benchmarks/million_identities.py --sample-centers 0.1                 a tenth of the class centers per step
+    torchrun --standalone --nproc-per-node 2 benchmarks/million_identities.py    half of the class centers per process
 
-The network is left out: what is measured is what the number of identities costs. Embeddings scatter around a direction
-of their identity, and identities come again every fourth step, so that the loss falls where the head learns.
+There is no network, because only the cost of the identities is measured. The embeddings of an identity scatter around a
+random direction, and the same identities return every fourth step, so the loss falls if the head learns.
 """
 import argparse
 import math
@@ -24,37 +24,45 @@ from faces.training.run import Run
 from faces.training.sharded_head import SGD, make_head
 from sphereFace.net import SphereFace
 
-METHODS = {"cosFace": (CosFace, {"ramp": 1.0}), "sphereFace": (SphereFace, {"lam": 5.0})}   # head, margin of a step
+METHODS = {"cosFace": (CosFace, {"ramp": 1.0}), "sphereFace": (SphereFace, {"lam": 5.0})}   # head, its margin parameter
 GB = 1e9
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="What a head of many identities costs.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--method", choices=METHODS, default="cosFace")
-    parser.add_argument("--identities", type=int, default=1_000_000, metavar="C", help="memory grows with them")
-    parser.add_argument("--sample-centers", "--sample-centres", type=float, metavar="F", help="fraction that a step sees, above 0 to 1")
-    parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="faces a step, over all processes")
-    parser.add_argument("--steps", type=int, default=12, help="measured steps, after one that is not; at least 4")
-    parser.add_argument("--lr", type=float, default=0.1, help="learning rate; of a sampled head too")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, auto; the memory printed is the CPU's")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--method", choices=METHODS, default="cosFace", help="whose head to train (default: cosFace)")
+    parser.add_argument("--identities", type=int, default=1_000_000, metavar="C",
+                        help="number of identities; memory grows with it (default: 1,000,000)")
+    parser.add_argument("--sample-centers", "--sample-centres", type=float, metavar="F",
+                        help="fraction of the class centers that a step sees, above 0 to 1 (default: all)")
+    parser.add_argument("--batch-size", type=int, default=128, metavar="N",
+                        help="faces per step, over all processes (default: 128)")
+    parser.add_argument("--steps", type=int, default=12,
+                        help="timed steps, at least 4; one untimed step precedes them (default: 12)")
+    parser.add_argument("--lr", type=float, default=0.1,
+                        help="learning rate, also with --sample-centers (default: 0.1)")
+    parser.add_argument("--device", default="cpu",
+                        help="cpu, cuda, auto; the printed memory is the CPU's (default: cpu)")
     args = parser.parse_args(argv)
     if args.steps < 4 or args.batch_size < 1 or not 0 < (args.sample_centers or 1) <= 1:
-        parser.error("--steps must be at least 4, --batch-size at least 1, --sample-centers above 0 and at most 1")
+        parser.error("--steps must be at least 4, --batch-size at least 1, and --sample-centers above 0 and at most 1")
     return args
 
 
-def memory():
-    """The most memory that any one process has had so far, in bytes, shared libraries included."""
+def peak_memory():
+    """Return the largest memory that any process has used so far, in bytes, including shared libraries.
+
+    With a backend other than gloo, it is that of this process.
+    """
     unit = 1 if sys.platform == "darwin" else 1024
-    most = torch.tensor(float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit), dtype=torch.float64)
+    peak = torch.tensor(float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit), dtype=torch.float64)
     if distributed.is_initialized() and distributed.get_backend() == "gloo":
-        distributed.all_reduce(most, distributed.ReduceOp.MAX)
-    return most.item()
+        distributed.all_reduce(peak, distributed.ReduceOp.MAX)
+    return peak.item()
 
 
-def faces(args, run, step):
-    """This process's (N / K, 512) embeddings of length about 23 and their (N / K,) labels."""
+def make_batch(args, run, step):
+    """Return this process's embeddings, float32 (N / K, 512) of length about 23, and their labels, int64 (N / K,)."""
     generator = torch.Generator().manual_seed(step % 4)
     label = torch.randint(args.identities, (args.batch_size,), generator=generator)
     direction = torch.randn(args.batch_size, 512, generator=generator)
@@ -69,7 +77,7 @@ def train(args, run, head, optimizer, margin):
     for step in range(args.steps + 1):
         if step == 1:
             start = time.perf_counter()
-        embedding, label = faces(args, run, step)
+        embedding, label = make_batch(args, run, step)
         loss, _ = head(embedding.requires_grad_(), label, step=step, **margin)
         optimizer.zero_grad()
         loss.backward()
@@ -82,21 +90,21 @@ def train(args, run, head, optimizer, margin):
 def main(argv=None):
     args = parse_args(argv)
     run = Run(args.device, precision="float32")
-    before = memory()
+    before = peak_memory()
     method, margin = METHODS[args.method]
     try:
         head = make_head(method, args.identities, run, shard=True, sample=args.sample_centers)
-    except RuntimeError as error:  # torch says so where the allocator refuses
-        raise InputError(f"no memory for {args.identities:,} identities ({str(error).splitlines()[0]}); use more "
-                         "processes.") from None
+    except RuntimeError as error:  # torch raises it when the allocation fails
+        raise InputError(f"not enough memory for {args.identities:,} identities ({str(error).splitlines()[0]}); use "
+                         "more processes or fewer --identities.") from None
     optimizer = SGD(head.parameters(), head, lr=args.lr, momentum=0.9, weight_decay=5e-4)
     losses, seconds = train(args, run, head, optimizer, margin)
     own = head.end - head.first
     drawn = own if args.sample_centers is None else min(own, max(math.ceil(args.sample_centers * own), args.batch_size))
-    print(f"{args.method}, {args.identities:,} identities over {run.world_size} process(es) on {run.device}, {drawn:,} of "
-          f"{own:,} centers a step and process, batches of {args.batch_size}")
-    print(f"centers and momentum  {2 * own * 512 * 4 / GB:6.2f} GB a process")
-    print(f"peak of a process     {memory() / GB:6.2f} GB, {before / GB:.2f} GB of it before there was a head")
+    print(f"{args.method}, {args.identities:,} identities, {run.world_size} process(es) on {run.device}, {drawn:,} of "
+          f"{own:,} centers per step and process, batches of {args.batch_size}")
+    print(f"centers and momentum  {2 * own * 512 * 4 / GB:6.2f} GB per process")
+    print(f"peak of a process     {peak_memory() / GB:6.2f} GB, of which {before / GB:.2f} GB before the head was made")
     rate = args.steps / seconds
     print(f"speed                 {rate:6.2f} steps/s, {rate * args.batch_size:.0f} faces/s")
     first, last = sum(losses[:4]) / 4, sum(losses[-4:]) / 4

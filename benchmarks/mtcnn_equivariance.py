@@ -1,14 +1,16 @@
-"""How faithfully landmarks move with a face: detect on a photo, and on a copy moved by a known similarity transform.
+"""Measure how closely landmarks follow a face that is moved by a known similarity transform.
 
-    python mtcnn_equivariance.py --lfw DIR                 this repository and facenet-pytorch, 400 images of LFW
-    python mtcnn_equivariance.py --lfw DIR --choices       and this repository with other choices in its pipeline
+    python benchmarks/mtcnn_equivariance.py --lfw DIR              this repository and facenet-pytorch, 400 images of
+    LFW python benchmarks/mtcnn_equivariance.py --lfw DIR --choices    also this repository with other choices in its
+    pipeline
 
-Nobody knows a photo's landmarks to a fraction of a pixel, but how they must move is known exactly. The figure is the
-distance between the landmarks found in the copy and those found in the photo and moved with it, mean of the five, in
-units of the distance between the eyes. The copies are shifted, resized, turned, or all of it; all detectors see the
-same ones. What counts is the face nearest the middle, where every detector found it in the photo and in the copies.
+The true landmarks of a photo are not known to a fraction of a pixel, but it is known exactly how they must move. The
+error is the distance between the landmarks found in a moved copy and those found in the photo and then moved, averaged
+over the five points, in units of the distance between the eyes. The copies are shifted, resized, rotated, or all three;
+all detectors see the same copies. Only the face nearest the center counts, if all detectors found it in the photo and
+in the copies.
 
-facenet-pytorch needs `pip install --no-deps facenet-pytorch==2.6.0`; without it, it is left out.
+facenet-pytorch is skipped unless it was installed with `pip install --no-deps facenet-pytorch==2.6.0`.
 """
 import argparse
 import importlib.util
@@ -28,14 +30,14 @@ from faces.images import list_images
 from mtcnn import detector
 from mtcnn.pyramid import Pyramid
 
-# Of each kind of copy: at most so many pixels to either side, so much larger or smaller, so many degrees.
-MOVES = {"shifted 8 pixels": (8, 1, 0), "resized 0.8-1.25": (0, 1.25, 0), "turned 10 degrees": (0, 1, 10),
-         "all of it": (8, 1.25, 10)}
-BATCH = 32      # photos at a time, and a copy of each kind
+# For each kind of copy: maximum shift in pixels, maximum factor of the size, maximum rotation in degrees.
+MOVES = {"shifted 8 pixels": (8, 1, 0), "resized 0.8-1.25": (0, 1.25, 0), "rotated 10 degrees": (0, 1, 10),
+         "all three": (8, 1.25, 10)}
+BATCH = 32      # photos that are detected at a time, each with one copy of each kind
 
 
 class FromTheImage(Pyramid):
-    """Each level made of the image itself by area, as facenet-pytorch does, not of the level before."""
+    """Resizes each level from the image itself with area interpolation, like facenet-pytorch, not from the last one."""
 
     def __init__(self, image, *args):
         super().__init__(image, *args)
@@ -44,7 +46,7 @@ class FromTheImage(Pyramid):
 
 
 class CropsOfTheImage(Pyramid):
-    """Crops sampled from the image itself, however much larger it is than the crop."""
+    """Samples crops from the image itself, however much larger it is than the crop."""
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -52,27 +54,27 @@ class CropsOfTheImage(Pyramid):
 
 
 class CropsOfWholePixels(Pyramid):
-    """Crops rounded to whole pixels, as the release cuts them, while what is found refers to the box as it was."""
+    """Rounds crops to whole pixels like the release, while the results still refer to the unrounded box."""
 
     def crop(self, box, target):
         x, y, size = round(box[0]), round(box[1]), max(1, round(box[2] - box[0]))
         super().crop((x, y, x + size, y + size), target)
 
 
-def in_place(name, value):
-    """A context in which the detector's module has another `name`."""
+def replacing(name, value):
+    """Return a context in which `name` in the detector's module is replaced."""
     return lambda: patch.object(detector, name, value)
 
 
-CHOICES = {"levels by area, of the image": in_place("Pyramid", FromTheImage),
-           "crops of the whole image": in_place("Pyramid", CropsOfTheImage),
-           "crops of whole pixels": in_place("Pyramid", CropsOfWholePixels),
-           "overlap 0.7 after R-Net": in_place("OVERLAP", (0.5, 0.7, 0.7, 0.7))}
-FACTORS = (0.5, 0.794)      # levels that halve the side; three to each halving, where the default has two
+CHOICES = {"levels resized from the image": replacing("Pyramid", FromTheImage),
+           "crops from the image": replacing("Pyramid", CropsOfTheImage),
+           "crops of whole pixels": replacing("Pyramid", CropsOfWholePixels),
+           "overlap 0.7 after R-Net": replacing("OVERLAP", (0.5, 0.7, 0.7, 0.7))}
+FACTORS = (0.5, 0.794)      # one and three levels per halving of the side; the default has two
 
 
 def detectors(choices):
-    """Functions of a list of images that return (boxes, landmarks) of each, by name."""
+    """Return, by name, functions from a list of images to the (boxes, landmarks) of each."""
     found = {"this repository": ours()}
     if importlib.util.find_spec("facenet_pytorch"):
         found["facenet-pytorch"] = facenet_on_images()
@@ -92,34 +94,34 @@ def ours(factor=FACTOR, context=nullcontext):
 
 
 def move(image, limits, rng):
-    """Return the image moved about its middle, and the transform (2, 3) that moves its points."""
+    """Return the image after a random move about its center, and the transform (2, 3) of its points."""
     shift, size, degrees = limits
     height, width = image.shape[:2]
-    middle = (width - 1) / 2, (height - 1) / 2
-    matrix = cv2.getRotationMatrix2D(middle, rng.uniform(-degrees, degrees), size ** rng.uniform(-1, 1))
+    center = (width - 1) / 2, (height - 1) / 2
+    matrix = cv2.getRotationMatrix2D(center, rng.uniform(-degrees, degrees), size ** rng.uniform(-1, 1))
     matrix[:, 2] += rng.uniform(-shift, shift, 2)
     return cv2.warpAffine(image, matrix, (width, height), borderMode=cv2.BORDER_REPLICATE), matrix
 
 
-def face_nearest(middle, faces):
-    """Landmarks (5, 2) of the face whose box is nearest, NaN where there is none."""
+def face_nearest(center, faces):
+    """Return the landmarks (5, 2) of the face whose box is nearest to a point; NaN if there is no face."""
     boxes, points = faces
     if not len(boxes):
         return np.full((5, 2), np.nan)
-    return points[np.linalg.norm((boxes[:, :2] + boxes[:, 2:]) / 2 - middle, axis=1).argmin()]
+    return points[np.linalg.norm((boxes[:, :2] + boxes[:, 2:]) / 2 - center, axis=1).argmin()]
 
 
 def errors(detect, photos, copies):
-    """Equivariance errors of photos and their copies (lists of (image, transform)), float (N, kinds); NaN: no face."""
+    """Return the errors for photos and their copies (lists of (image, transform)), float (N, kinds); NaN: no face."""
     images = [image for photo, moved in zip(photos, copies) for image in (photo, *(image for image, _ in moved))]
     found, rows = iter(detect(images)), []
     for photo, moved in zip(photos, copies):
-        middle = np.array(photo.shape[1::-1]) / 2
-        points = face_nearest(middle, next(found))
+        center = np.array(photo.shape[1::-1]) / 2
+        points = face_nearest(center, next(found))
         row = []
         for _, matrix in moved:
             expected = points @ matrix[:, :2].T + matrix[:, 2]
-            got = face_nearest(matrix @ (*middle, 1), next(found))
+            got = face_nearest(matrix @ (*center, 1), next(found))
             row.append(np.linalg.norm(got - expected, axis=1).mean() / np.linalg.norm(expected[0] - expected[1]))
         rows.append(row)
     return np.array(rows)
@@ -129,14 +131,15 @@ def errors(detect, photos, copies):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lfw", type=Path, required=True, metavar="DIR", help="LFW, Name/Name_0001.jpg")
-    parser.add_argument("--images", type=int, default=400, metavar="N", help="spread over LFW (default: 400)")
-    parser.add_argument("--choices", action="store_true", help="this repository with other choices, one at a time, too")
+    parser.add_argument("--images", type=int, default=400, metavar="N",
+                        help="number of images, spread over LFW (default: 400)")
+    parser.add_argument("--choices", action="store_true", help="also measure other choices, one at a time")
     args = parser.parse_args(argv)
     root = folder(args.lfw, "LFW images as Name/Name_0001.jpg")
     paths = list_images(root)
     if not paths or args.images < 1:
-        raise InputError(f"{root} holds no images, or --images is below 1; give the folder that holds "
-                         "Name/Name_0001.jpg, and 1 or more.")
+        raise InputError(f"{root} contains no images, or --images is below 1; pass the folder that holds "
+                         "Name/Name_0001.jpg, and at least 1.")
     count = min(args.images, len(paths))
     paths = [str(root / paths[i * len(paths) // count]) for i in range(count)]
     rng, by_name = np.random.default_rng(0), {name: (detect, []) for name, detect in detectors(args.choices).items()}
@@ -149,11 +152,11 @@ def main(argv=None):
 
 
 def report(by_name):
-    everybody = np.isfinite(np.array(list(by_name.values()))).all((0, 2))             # (N,)
-    print(f"equivariance error in eye distances, mean and 95 % of {everybody.sum()} faces")
+    found_by_all = np.isfinite(np.array(list(by_name.values()))).all((0, 2))             # (N,)
+    print(f"equivariance error in eye distances, mean and 95 % of {found_by_all.sum()} faces")
     print(f"{'':32}" + "".join(f"{kind:>20}" for kind in MOVES) + "   not found")
     for name, values in by_name.items():
-        cells = zip(values[everybody].mean(0), np.percentile(values[everybody], 95, axis=0))
+        cells = zip(values[found_by_all].mean(0), np.percentile(values[found_by_all], 95, axis=0))
         print(f"{name:32}" + "".join(f"{mean:>12.4f} {high:.4f} " for mean, high in cells)
               + f"{np.isnan(values).any(1).sum():>11}")
 

@@ -10,8 +10,8 @@ STAGES = ((64, 1), (128, 2), (256, 4), (512, 1))  # channels and residual units 
 class SphereNet(nn.Module):
     """The 20-layer sphere CNN (SphereFace, table 2), with or without batch normalization.
 
-    Each stage is a 3x3 convolution of stride 2, followed by residual units of two 3x3 convolutions. Every convolution is
-    followed by PReLU. Layers have the names of the released checkpoints: conv1_1, relu1_1, ..., conv4_3, fc5.
+    Each stage is a 3x3 convolution of stride 2, followed by residual units of two 3x3 convolutions. Every convolution
+    is followed by PReLU. Layers have the names of the released checkpoints: conv1_1, relu1_1, ..., conv4_3, fc5.
 
     Args:
         batch_norm: put batch normalization after every convolution (conv1_1bn) and after fc5 (fc5_bn).
@@ -32,9 +32,9 @@ class SphereNet(nn.Module):
         self._initialize(batch_norm)
 
     def _initialize(self, batch_norm):
-        # Without batch normalization, as in the Caffe releases: a narrow normal distribution in the residual units, Xavier
-        # elsewhere. With it, the scale of the weights does not matter: He initialization everywhere, and the last
-        # normalization of each unit starts at zero. Either way, residual units start close to the identity.
+        # Without batch normalization, as in the Caffe releases: a narrow normal distribution in the residual units,
+        # Xavier elsewhere. With it, the scale of the weights does not matter: He initialization everywhere, and the
+        # last normalization of each unit starts at zero. Either way, residual units start close to the identity.
         for module in self.modules():
             if isinstance(module, nn.Conv2d) and batch_norm:
                 nn.init.kaiming_normal_(module.weight, mode="fan_out")
@@ -64,7 +64,7 @@ class SphereNet(nn.Module):
 
 
 def faceNet():
-    """Return the 20-layer CNN with batch normalization, which trains from scratch even on small batches and small sets."""
+    """Return the 20-layer CNN with batch normalization, which trains from scratch even with small batches and sets."""
     return SphereNet(batch_norm=True)
 
 

@@ -1,12 +1,12 @@
-"""Align a face: the similarity transform that puts its five landmarks on the template, and the warp."""
+"""Align faces: the similarity transform that maps five landmarks onto the template, and the warp."""
 import cv2
 import numpy as np
 
 from faces.images import read_image
 
 HEIGHT, WIDTH = 112, 96
-# Eyes, nose, corners of the mouth in pixels of the aligned face, image-left first: the points of the authors' release
-# (wy1iu/sphereface, preprocess/code/face_align_demo.m). The 112x112 template of later work is this one plus 8 in x.
+# Eyes, nose and corners of the mouth in pixels of the aligned face, image-left first, from the authors' release
+# (wy1iu/sphereface, preprocess/code/face_align_demo.m). The 112x112 template of later work adds 8 to x.
 TEMPLATE = np.array([[30.2946, 51.6963], [65.5318, 51.5014], [48.0252, 71.7366],
                      [33.5493, 92.3655], [62.7299, 92.2041]])
 TEMPLATE.flags.writeable = False
@@ -14,19 +14,19 @@ SQUARE_SHIFT = 8
 
 
 def similarity_transform(source, target=TEMPLATE):
-    """Least-squares similarity (rotation, one scale, translation; never a reflection) from `source` to `target`.
+    """Return the least-squares similarity transform (rotation, scale, translation; no reflection) to the target.
 
-    Closed form of Umeyama (PAMI 1991) in two dimensions: with points as complex numbers, target = a * source + b.
+    This is the closed form of Umeyama (PAMI 1991) in two dimensions: with complex numbers, target = a * source + b.
 
     Args:
         source: float (K, 2) points, x then y, K >= 2.
-        target: float (K, 2) points to reach.
+        target: float (K, 2) points to map to.
 
     Returns:
-        float64 (2, 3), the matrix that cv2.warpAffine takes.
+        float64 (2, 3), a matrix for cv2.warpAffine.
 
     Raises:
-        ValueError: the points coincide or are not finite, or a mirrored face would fit them better.
+        ValueError: the points coincide or are not finite, or a mirrored face would fit better.
     """
     (matrix,), (reason,) = similarity_transforms(np.asarray(source)[None], target)
     if reason:
@@ -35,21 +35,21 @@ def similarity_transform(source, target=TEMPLATE):
 
 
 def similarity_transforms(source, target=TEMPLATE):
-    """The same for many faces at once, some of which may be none.
+    """Return the transforms of many faces at once; see similarity_transform().
 
     Args:
         source: float (N, K, 2) points.
-        target: float (K, 2) points that all are to reach.
+        target: float (K, 2) points to map to.
 
     Returns:
-        (float64 (N, 2, 3), list of N: None, or the reason why this row is no transform).
+        (float64 (N, 2, 3), list of N reasons: None, or why this face has no transform).
     """
     s, t = (np.ascontiguousarray(points, np.float64).view(np.complex128)[..., 0] for points in (source, target))
     source_mean, target_mean = s.mean(1), t.mean()
     s, t = s - source_mean[:, None], t - target_mean
-    with np.errstate(all="ignore"):                    # of points that coincide or are not finite
+    with np.errstate(all="ignore"):                    # points may coincide or not be finite
         spread = (s * s.conj()).real.sum(1)
-        turned, mirrored = s.conj() @ t, s @ t         # how well each of the two fits
+        turned, mirrored = s.conj() @ t, s @ t         # quality of the fit, not mirrored and mirrored
         a = turned / spread
         b = target_mean - a * source_mean
     reasons = ["landmarks coincide or are not finite" if not finite or spread < 1e-6 else
@@ -59,45 +59,49 @@ def similarity_transforms(source, target=TEMPLATE):
 
 
 def align(image, landmarks):
-    """Cut the aligned face out of an image.
+    """Return the aligned face of an image.
 
     Args:
         image: uint8 (H, W, 3).
         landmarks: float (5, 2), x then y, pixels of the whole image.
 
     Returns:
-        uint8 (HEIGHT, WIDTH, 3); black where the face reaches beyond the image.
+        uint8 (HEIGHT, WIDTH, 3); black outside the image.
 
     Raises:
-        ValueError: landmarks that are no face (see similarity_transform).
+        ValueError: the landmarks can't be those of a face; see similarity_transform().
     """
     return warp(image, similarity_transform(landmarks))
 
 
 def warp(image, transform, out=None):
-    """Cut the aligned face out of an image by its transform, float64 (2, 3); see align.
+    """Return the aligned face of an image.
 
-    out: uint8 (HEIGHT, WIDTH, 3), contiguous, to put the face into; None makes a new one.
+    Args:
+        image: uint8 (H, W, 3).
+        transform: float64 (2, 3), see similarity_transform().
+        out: contiguous uint8 (HEIGHT, WIDTH, 3) to write the face to; None allocates a new array.
     """
     return cv2.warpAffine(image, transform, (WIDTH, HEIGHT), dst=out, flags=cv2.INTER_LINEAR)
 
 
 def crop_aligned(image):
-    """Take a face that is aligned already, 112x96 or 112x112, to 112x96.
+    """Crop a face that is already aligned, 112x96 or 112x112, to 112x96.
 
     Raises:
-        ValueError: any other size.
+        ValueError: the image has another size.
     """
     if image.shape[:2] == (HEIGHT, WIDTH):
         return image
     if image.shape[:2] == (HEIGHT, WIDTH + 2 * SQUARE_SHIFT):
         return image[:, SQUARE_SHIFT:-SQUARE_SHIFT]
     height, width = image.shape[:2]
-    raise ValueError(f"{width}x{height} pixels is no aligned face (96x112 or 112x112); landmarks are needed")
+    raise ValueError(f"{width}x{height} pixels is not the size of an aligned face (96x112 or 112x112); landmarks are "
+                     "needed")
 
 
 def load_face(source, landmarks=None):
-    """Read an image and return its face: aligned by its landmarks, or taken as aligned already where there are none.
+    """Read an image and return its aligned face; without landmarks, the image must already be aligned.
 
     Args:
         source: path of a file, or the file's bytes.
@@ -107,8 +111,8 @@ def load_face(source, landmarks=None):
         uint8 (HEIGHT, WIDTH, 3), RGB.
 
     Raises:
-        faces.images.UnreadableImage: see read_image.
-        ValueError: see align and crop_aligned.
+        faces.images.UnreadableImage: see read_image().
+        ValueError: see align() and crop_aligned().
     """
     image = read_image(source)
     return crop_aligned(image) if landmarks is None else align(image, landmarks)

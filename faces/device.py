@@ -49,12 +49,12 @@ def _is_amd():
 
 
 def count_cpus():
-    """Return the number of CPUs this process may use, which is less than the machine has in a container or under taskset."""
+    """Return the number of CPUs this process may use; a container or taskset may allow fewer than there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def keep_large_blocks(device):
-    """On a CPU, let glibc reuse large blocks of memory. By default it maps and clears each anew, 6 % of a training step."""
+    """On a CPU, let glibc reuse large blocks of memory; mapping and clearing them anew takes 6 % of a training step."""
     if device.type != "cpu":
         return
     with contextlib.suppress(AttributeError, OSError, TypeError):  # other C libraries have no mallopt

@@ -1,7 +1,7 @@
-"""Pictures: ROC and CMC curves, the two histograms of similarity, a training's loss and accuracy, a map of embeddings.
+"""Pictures: ROC and CMC curves, histograms of similarity, training curves, t-SNE panels.
 
-Drawn off screen without pyplot's global state, on white, in the colors of Okabe and Ito, which color-blind eyes tell
-apart. The file's extension decides the format (.png, .svg, .pdf).
+They are drawn without pyplot's global state, on white, in the color-blind safe palette of Okabe and Ito. The extension
+of the file determines the format (.png, .svg, .pdf).
 """
 from pathlib import Path
 
@@ -31,16 +31,16 @@ def roc_picture(path, curves):
 
 
 def draw_roc(axes, curves):
-    """Draw ROC curves over a logarithmic false acceptance rate, as steps: the best rate that some threshold reaches.
+    """Draw ROC curves as steps over a logarithmic false acceptance rate.
 
     Args:
-        axes: matplotlib's.
-        curves: dict from a curve's name to (far, tar), float (V + 1,) each, far rising from 0 to 1.
+        axes: matplotlib axes.
+        curves: dict from a curve's name to (far, tar), float (V + 1,) each; far rises from 0 to 1.
     """
     left = min(0.1, *(10 ** np.floor(np.log10(far[far > 0].min())) for far, _ in curves.values()))
     lowest = 1.0
     for i, (name, (far, tar)) in enumerate(curves.items()):
-        start = np.searchsorted(far, left, side="right") - 1  # the last point at or left of the axis
+        start = np.searchsorted(far, left, side="right") - 1  # the last point at or left of the y axis
         axes.step(np.maximum(far[start:], left), tar[start:], where="post", label=name, **_line(i))
         lowest = min(lowest, tar[start])
     axes.set(xscale="log", xlim=(left, 1), ylim=_rates_from(lowest - 0.05 * len(curves)),       # room for the legend
@@ -49,12 +49,12 @@ def draw_roc(axes, curves):
 
 
 def cmc_picture(path, ranks, curves):
-    """Draw cumulative match characteristics: how many probes find their own person among the first so many.
+    """Draw cumulative match characteristics: the fraction of probes identified within the first ranks.
 
     Args:
         path: the picture.
-        ranks: where the axis ends, if the gallery is not smaller.
-        curves: dict from a curve's name to faces.verification.protocols.Identification.cmc, float (G,).
+        ranks: last rank to show; fewer if the gallery is smaller.
+        curves: dict from a curve's name to faces.verification.metrics.Identification.cmc, float (G,).
     """
     figure, axes = new_figure((6, 4))
     ranks = min(ranks, *(len(cmc) for cmc in curves.values()))
@@ -68,17 +68,17 @@ def cmc_picture(path, ranks, curves):
 
 
 def _line(i):
-    """Color and dashes of the i-th curve."""
+    """Return color and line style of the i-th curve."""
     return {"color": COLORS[i % len(COLORS)], "linestyle": ("-", "--", ":", "-.")[i % 4]}
 
 
 def _rates_from(lowest):
-    """Limits of an axis of rates, the lowest of which is to be seen: from a tenth to a little over 1."""
+    """Return the limits of an axis of rates: from a multiple of 0.1 below the lowest to a little over 1."""
     return max(0, np.floor(lowest * 10 - 0.2) / 10), 1.01
 
 
 def histogram_picture(path, similarities, same, threshold):
-    """Draw how the similarities of genuine and of impostor pairs spread, and the threshold between them.
+    """Draw histograms of the similarities of genuine and impostor pairs, and the threshold.
 
     Args:
         path: the picture.
@@ -90,7 +90,7 @@ def histogram_picture(path, similarities, same, threshold):
 
 
 def draw_histogram(axes, similarities, same, threshold):
-    """The same into matplotlib's axes.
+    """Draw histogram_picture() into given axes.
 
     Args:
         similarities: float (P,).
@@ -103,17 +103,17 @@ def draw_histogram(axes, similarities, same, threshold):
         axes.hist(similarities[kind], bins, color=color, histtype="step", label=f"{name} ({kind.sum()})")
     axes.axvline(threshold, color=COLORS[-1], linestyle="--", linewidth=1, label=f"threshold {threshold:.3f}")
     axes.set(xlabel="cosine similarity", ylabel="pairs", ylim=(0, 1.35 * axes.get_ylim()[1]))  # room for the legend
-    axes.legend(loc="upper left", framealpha=1, edgecolor="none")  # over the threshold's line
+    axes.legend(loc="upper left", framealpha=1, edgecolor="none")  # drawn over the line of the threshold
 
 
 def training_picture(path, images, loss, lfw):
-    """Draw how the loss falls and the accuracy on LFW rises.
+    """Draw the training loss and the LFW accuracy.
 
     Args:
         path: the picture.
-        images: float (E,), images seen by the end of each epoch.
-        loss: float (E,), mean over the epoch.
-        lfw: float (E,), accuracy, NaN where it was not measured.
+        images: float (E,), number of images seen by the end of each epoch.
+        loss: float (E,), mean over each epoch.
+        lfw: float (E,), accuracy; NaN if it was not measured.
     """
     figure, axes = new_figure((6, 4))
     axes.plot(images, loss, color=COLORS[0], marker="o", markersize=4)
@@ -130,9 +130,9 @@ def training_picture(path, images, loss, lfw):
 
 
 def tsne_panels(path, panels, labels, names):
-    """Draw layouts of embeddings in the plane, one panel each; a color and marker per identity (70 can be told apart).
+    """Draw t-SNE layouts of embeddings, one panel each, with a color and marker per identity (at most 70).
 
-    Each identity's number in the legend stands in the middle of its embeddings (the median).
+    The number of each identity in the legend is also shown at the median of its embeddings.
 
     Args:
         path: the picture.
@@ -140,7 +140,7 @@ def tsne_panels(path, panels, labels, names):
         labels: int (N,), 0 .. len(names) - 1.
         names: the identities' names.
     """
-    side = 5.4 if len(panels) == 1 else 3.3   # beside each other they have to be read on one page
+    side = 5.4 if len(panels) == 1 else 3.3   # inches; several panels have to fit side by side on a page
     figure, axes = new_figure((side * len(panels) + 1.6, side + 0.2), len(panels))
     for panel, (title, points) in zip(np.ravel(axes), panels):
         for i, name in enumerate(names):
@@ -150,26 +150,26 @@ def tsne_panels(path, panels, labels, names):
                            fontweight="bold", path_effects=[withStroke(linewidth=2, foreground="white")])
         panel.set_title(title, fontsize=10, parse_math=False)
         panel.set_axis_off()
-    columns = 1 + (len(names) - 1) // round(4.6 * side)       # of so many names as the height has room for
+    columns = 1 + (len(names) - 1) // round(4.6 * side)       # one column per as many names as fit the height
     panel.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8, ncols=columns)
     save(figure, path)
 
 
-def comparison_picture(path, crops, names, words):
+def comparison_picture(path, crops, names, title):
     """Draw two aligned faces side by side.
 
     Args:
         path: the picture.
         crops: uint8 (2, H, W, 3), RGB.
-        names: what stands under each.
-        words: what stands above both.
+        names: captions below the faces.
+        title: text above both.
     """
     figure, axes = new_figure((4.4, 3.1), 2)
     for panel, crop, name in zip(axes, crops, names):
         panel.imshow(crop)
         panel.set_axis_off()
         panel.set_title(_shortened(name), fontsize=9, y=-0.12, parse_math=False)
-    figure.suptitle(words, fontsize=10)
+    figure.suptitle(title, fontsize=10)
     save(figure, path)
 
 
@@ -178,7 +178,7 @@ def _shortened(name, length=30):
 
 
 def new_figure(size, columns=1, rows=1):
-    """A figure of so many inches and its axes, beside and below each other."""
+    """Return a figure of `size` inches and its axes, in `rows` and `columns`."""
     figure = Figure(size, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns)
@@ -190,6 +190,6 @@ def new_figure(size, columns=1, rows=1):
 
 
 def save(figure, path):
-    """Write a picture, whole or not at all, in the format that its name says."""
+    """Write a picture atomically, in the format given by the extension of its name."""
     with atomic_write(path) as file:
         figure.savefig(file, format=Path(path).suffix[1:] or "png", dpi=DPI, facecolor="white")

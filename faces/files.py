@@ -19,7 +19,7 @@ class InputError(Exception):
 
 
 def command(main):
-    """Decorate a script's main(): an InputError is printed as `script: sentence` with exit status 2, Ctrl-C exits with 130.
+    """Decorate a script's main(): InputError prints `script: sentence` and exits with status 2, Ctrl-C exits with 130.
 
     Any other exception is a bug of ours and keeps its traceback.
     """
@@ -97,8 +97,8 @@ def locked(path, activity):
             print(f"another process is {activity}; waiting for it to finish", flush=True)
             lock.acquire()
     except (OSError, NotImplementedError) as error:  # filelock raises the latter where there is no flock
-        raise InputError(f"can't lock {path}: {getattr(error, 'strerror', None) or error}; choose a writable folder on a "
-                         "local disk.") from None
+        raise InputError(f"can't lock {path}: {getattr(error, 'strerror', None) or error}; choose a writable folder "
+                         "on a local disk.") from None
     try:
         yield
     finally:

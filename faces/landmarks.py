@@ -1,5 +1,5 @@
-"""Lists of images: tab-separated landmarks, `path x1 y1 ... x5 y5`, or with a label after the path; and `path label`
-for faces that are aligned already."""
+"""Read and write lists of images: tab-separated landmark lists (`path x1 y1 ... x5 y5`, or with a label after the path)
+and lists of aligned faces (`path label`)."""
 import hashlib
 from pathlib import Path
 from typing import NamedTuple
@@ -9,7 +9,7 @@ import numpy as np
 from faces.files import CACHE, InputError, atomic_write, inside
 
 LANDMARKS = "landmark list", "lfw_landmark.py and casia_landmark.py in mtcnn/ write one"
-ALIGNED = "list", "give a text of lines `path label`"
+ALIGNED = "list", "pass a text file with lines of `path label`"
 
 
 class LandmarkList(NamedTuple):
@@ -27,8 +27,8 @@ def read_landmarks(path, labelled):
         labelled: whether a label follows the path (CASIA) or not (LFW).
 
     Raises:
-        InputError: no such file, a line with another number of fields, a value that is no finite number, a path
-            that leaves its folder or comes twice, no lines.
+        InputError: the file can't be read or is empty; a line has another number of fields, a value that is not a
+            finite number, or a path that leaves its folder or occurs twice.
     """
     columns = 12 if labelled else 11
     paths, labels, points = [], [], []
@@ -36,7 +36,7 @@ def read_landmarks(path, labelled):
         fields = line.rstrip().split("\t")
         if len(fields) != columns:
             raise InputError(f"{path}, line {number}: expected {columns} tab-separated fields (path, "
-                             f"{'label, ' if labelled else ''}ten numbers) but found {len(fields)}; mend the line.")
+                             f"{'label, ' if labelled else ''}ten numbers) but found {len(fields)}; correct the line.")
         try:
             inside(Path(path).parent, fields[0])
             label = _label(fields[1]) if labelled else 0
@@ -44,7 +44,7 @@ def read_landmarks(path, labelled):
             if not np.isfinite(values).all():
                 raise ValueError
         except ValueError:
-            raise InputError(f"{path}, line {number}: a value is not a number; mend the line.") from None
+            raise InputError(f"{path}, line {number}: a value is not a number; correct the line.") from None
         paths.append(fields[0])
         labels.append(label)
         points.append(values)
@@ -53,17 +53,17 @@ def read_landmarks(path, labelled):
 
 
 def read_labels(path):
-    """Read a list of faces that are aligned already: `path label` in each line, a tab or spaces between.
+    """Read a list of aligned faces, with lines of `path label` separated by a tab or spaces.
 
     Args:
-        path: the file. The path in a line may hold spaces itself: the label is what follows the last.
+        path: the file. Paths may contain spaces; the label follows the last one.
 
     Returns:
         (list of N relative paths, int64 (N,) labels).
 
     Raises:
-        InputError: no such file, a label that is no whole number, a path that leaves its folder or comes twice, no
-            lines.
+        InputError: the file can't be read or is empty; a label is not a whole number; a path leaves its folder or
+            occurs twice.
     """
     paths, labels = [], []
     for number, line in _lines(path, *ALIGNED):
@@ -73,7 +73,7 @@ def read_labels(path):
             paths.append(name)
             labels.append(_label(*label))
         except (ValueError, TypeError):
-            raise InputError(f"{path}, line {number}: expected a path and a whole number, the label; mend the line."
+            raise InputError(f"{path}, line {number}: expected a path and a whole number, the label; correct the line."
                              ) from None
     _check_paths(paths, path, *ALIGNED)
     return paths, np.array(labels, np.int64)
@@ -91,23 +91,22 @@ def write_landmarks(path, rows):
 
 
 def default_list(root, name):
-    """Return where the list `name` of the images below `root` is kept unless the user says otherwise.
+    """Return the default path of the list `name` for the images in `root`.
 
-    It is a folder of its own in this repository's cache/, because data sets are often read-only; the hash keeps two
-    folders of the same name apart.
+    It is in cache/ of this clone, because data sets are often read-only; a hash distinguishes folders of the same name.
     """
     root = Path(root).expanduser().resolve()
     return CACHE / f"{root.name}-{hashlib.sha256(str(root).encode()).hexdigest()[:8]}" / name
 
 
 def format_line(path, *label_and_points):
-    """Return one line of a list: two decimals, which is finer than any detector is."""
+    """Return one line of a list. Two decimals are more precise than any detector."""
     *label, points = label_and_points
     return "\t".join([path, *map(str, label), *(f"{v:.2f}" for v in np.ravel(points))]) + "\n"
 
 
 def _lines(path, what, advice):
-    """Return (number, line) of the lines that are not blank."""
+    """Return (number, line) of all lines that are not blank."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

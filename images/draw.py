@@ -1,14 +1,14 @@
-"""Draw the pictures of the README into this folder.
+"""Draw the pictures of the README and docs into this folder; needs requirements-dev.txt.
 
-    python draw.py
+    python images/draw.py
 
-They depend on the project's own code, on a public-domain photo that scikit-image carries (Eileen Collins, NASA), and on
-what trained models left: scores/ has the similarities of LFW's pairs, of which each file is
+The pictures are made with the project's own code from a public-domain photo in scikit-image (Eileen Collins, NASA) and
+from the results of trained models. The files in scores/ contain the similarities of LFW's pairs, from
 
-    cut -f 3,5 DIR/scores.tsv > scores/METHOD.tsv
+    cut -f 3,5 DIR/scores.tsv > images/scores/METHOD.tsv
 
-of what `lfw_eval.py --output DIR` wrote, and tsne.tsv is by `tools/tsne.py --points tsne.tsv`. They come out the same
-each time; tests/test_pictures.py compares. Needs requirements-dev.txt.
+where DIR is the output of `lfw_eval.py --output DIR`; tsne.tsv was written by `tools/tsne.py --points images/tsne.tsv`.
+The pictures are deterministic, and tests/test_pictures.py compares them with the committed ones.
 """
 import sys
 from pathlib import Path
@@ -30,8 +30,8 @@ from tools.tsne import read_points
 
 HERE = Path(__file__).resolve().parent
 STYLES = ("-", "--", "-.", ":")
-# Equation 7 of the SphereFace paper with the annealing of its release (t counts steps), equation 4 of CosFace's; for a
-# face x of class y, and averaged over a batch.
+# Equation 7 of the SphereFace paper with the annealing of its release (t is the step), and equation 4 of the CosFace
+# paper, for a face x of class y; the loss of a batch is the mean.
 SPHEREFACE = (
     r"$L=-\log\;\dfrac{e^{\Vert x\Vert\,\psi(\theta_y)}}"
     r"{e^{\Vert x\Vert\,\psi(\theta_y)}+\sum_{j\neq y}e^{\Vert x\Vert\,\cos\,\theta_j}}$",
@@ -46,26 +46,26 @@ COSFACE = (
 
 
 def margins(folder=HERE):
-    """Both papers' losses, and the target's logit over its angle: psi for m = 1..4, its blends by lambda, cos t - m."""
+    """Draw both losses, and the target logit as a function of the angle: psi, psi with lambda, and cos t - m."""
     t = np.linspace(0, np.pi, 721)
     cosine = torch.tensor(np.cos(t))
     blends = {lam: ((lam * cosine + psi(cosine, 4)) / (1 + lam)).numpy() for lam in (1000, 20, 5, 0)}
     figure, (left, middle, right) = _figure((10, 6.1), 3)
-    figure.get_layout_engine().set(rect=(0, 0, 1, 0.6))                # the formulas stand above the curves
+    figure.get_layout_engine().set(rect=(0, 0, 1, 0.6))                # the formulas are above the curves
     _curves(left, t, r"SphereFace: $\psi(\theta)$", {f"m = {m}": psi(cosine, m).numpy() for m in (1, 2, 3, 4)})
-    _curves(middle, t, r"SphereFace while training, m = 4: $\psi_\lambda(\theta)$",
+    _curves(middle, t, r"SphereFace during training, m = 4: $\psi_\lambda(\theta)$",
             {rf"$\lambda$ = {lam}": blend for lam, blend in blends.items()})
     _curves(right, t, r"CosFace: $\cos\,\theta-m$", {f"m = {m}": np.cos(t) - m for m in (0, 0.2, 0.35, 0.5)})
     right.plot(np.degrees(t), blends[5], color="black", linewidth=1, label=r"$\psi_\lambda$, $\lambda$ = 5")
     right.legend(frameon=False, fontsize=9)
-    left.set_ylabel(r"target logit, over $\Vert x\Vert$ or $s$")
+    left.set_ylabel(r"target logit / $\Vert x\Vert$ or $s$")
     _formulas(figure, 0.01, "SphereFace (A-Softmax)", SPHEREFACE)
     _formulas(figure, 0.66, "CosFace", COSFACE)
     _save(figure, folder / "margins.png")
 
 
 def detection(folder=HERE):
-    """MTCNN on a photo, and the face before and after alignment with the template's points."""
+    """Draw a photo with the result of MTCNN, and the aligned face with the points of the template."""
     photo = data.astronaut()[:300, 60:400]
     faces = Detector(device="cpu").detect(photo)
     face = align(photo, faces.landmarks[0])
@@ -76,17 +76,17 @@ def detection(folder=HERE):
         whole.annotate(f"{score:.3f}", (x1 + 2, y1 - 6), color="white", fontsize=9,
                        bbox={"facecolor": "black", "alpha": 0.7, "pad": 1.5, "linewidth": 0})
     whole.scatter(*faces.landmarks[0].T, s=22, color=COLORS[5], edgecolor="black", linewidth=0.6)
-    whole.set_title("found: box, score, five landmarks", fontsize=10)
+    whole.set_title("MTCNN: box, score and landmarks", fontsize=10)
     aligned.imshow(face)
     aligned.scatter(*TEMPLATE.T, s=60, marker="+", color=COLORS[4], linewidth=1.8)
-    aligned.set_title("aligned to 96 x 112; template", fontsize=10)
+    aligned.set_title("aligned face and template", fontsize=10)
     for axes in (whole, aligned):
         axes.set_axis_off()
     _save(figure, folder / "detection.png")
 
 
 def verification(folder=HERE):
-    """ROC curves of the models whose scores are kept, and how their genuine and impostor pairs spread."""
+    """Draw the ROC curves and the histograms of similarity of all models in scores/."""
     scores = {file.stem[0].upper() + file.stem[1:]: read_scores(file) for file in sorted(HERE.glob("scores/*.tsv"))}
     curves = {name: roc(one.similarity, one.same) for name, one in scores.items()}
     rows = 1 + len(scores) // 2
@@ -103,14 +103,14 @@ def verification(folder=HERE):
 
 
 def tsne(folder=HERE):
-    """Ten people in LFW in the plane, by models that saw the same images with and without a margin."""
+    """Draw a t-SNE of ten people in LFW for models that were trained on the same images, with and without a margin."""
     tsne_panels(folder / "tsne.png", *read_points(HERE / "tsne.tsv"))
 
 
 def _curves(axes, t, title, curves):
     for (name, values), color, style in zip(curves.items(), COLORS, STYLES):
         axes.plot(np.degrees(t), values, style, color=color, label=name, linewidth=2)
-    axes.set(title=title, xlabel=r"angle $\theta$ to the own class center, degrees", xticks=range(0, 181, 45))
+    axes.set(title=title, xlabel=r"angle $\theta$ to the target center (degrees)", xticks=range(0, 181, 45))
     axes.title.set_fontsize(10)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=9)

@@ -1,18 +1,16 @@
-"""Boxes (n, 4), x1, y1, x2, y2, of many images at once: `image_index`, int (n,), says which image each belongs to."""
+"""Operations on boxes (n, 4), x1, y1, x2, y2, of several images; `image_index`, int (n,), is the image of each box."""
 import numpy as np
 import torch
 
 
 def squares(boxes, image_index, sizes):
-    """Make boxes squares: same center, side the longer of the two.
-
-    Boxes without a pixel of their image are dropped: nothing is there to be judged.
+    """Extend boxes to squares with the same center and the longer side, and drop those outside their image.
 
     Args:
         sizes: (height, width) of each image.
 
     Returns:
-        (boxes, image_index) of the rest.
+        (boxes, image_index) of those that remain.
     """
     side = (boxes[:, 2:] - boxes[:, :2]).max(1, initial=0)[:, None]
     corner = (boxes[:, :2] + boxes[:, 2:] - side) / 2
@@ -22,43 +20,45 @@ def squares(boxes, image_index, sizes):
 
 
 def regress(boxes, offsets):
-    """Move the sides of boxes by `offsets` (n, 4), parts of the width or height."""
+    """Move the sides of boxes by `offsets` (n, 4), which are fractions of the width or height."""
     size = boxes[:, 2:] - boxes[:, :2]
     return boxes + offsets * np.concatenate((size, size), 1)
 
 
 def nms(boxes, scores, image_index, threshold):
-    """Non-maximum suppression within each image; overlap is intersection over union.
+    """Apply non-maximum suppression within each image; overlap is intersection over union.
 
     Returns:
-        Rows to keep, int: by image, those of one image by falling score.
+        Rows to keep, int, ordered by image and, within an image, by decreasing score.
     """
     from torchvision import ops  # here, because the import takes seconds and most commands don't detect faces
 
-    def kept(rows):
-        return rows[ops.nms(torch.from_numpy(boxes[rows]), torch.from_numpy(worth[rows]), threshold).numpy()]
-    worth = scores.astype(boxes.dtype, copy=False)
-    return _each(image_index, kept)
+    def keep(rows):
+        return rows[ops.nms(torch.from_numpy(boxes[rows]), torch.from_numpy(scores[rows]), threshold).numpy()]
+
+    scores = scores.astype(boxes.dtype, copy=False)
+    return _for_each_image(image_index, keep)
 
 
 def nms_of_smaller(boxes, scores, image_index, threshold):
-    """The same with intersection over the smaller of the two areas, so that a box inside another goes too."""
-    def kept(rows):
+    """Apply nms() with the intersection over the smaller area, which also suppresses a box inside another."""
+    def keep(rows):
         rows = rows[np.argsort(-scores[rows], kind="stable")]
         low, high = boxes[rows, :2], boxes[rows, 2:]
-        inner = np.minimum(high[:, None], high) - np.maximum(low[:, None], low)        # (n, n, 2)
+        overlap = np.minimum(high[:, None], high) - np.maximum(low[:, None], low)             # (n, n, 2)
         area = (high - low).prod(1)
-        hides = inner.clip(0).prod(2) > threshold * np.minimum(area[:, None], area)    # (n, n)
-        keep = []
+        suppresses = overlap.clip(0).prod(2) > threshold * np.minimum(area[:, None], area)    # (n, n)
+        kept = []
         for i in range(len(rows)):
-            if not hides[i, keep].any():
-                keep.append(i)
-        return rows[keep]
-    return _each(image_index, kept)
+            if not suppresses[i, kept].any():
+                kept.append(i)
+        return rows[kept]
+
+    return _for_each_image(image_index, keep)
 
 
-def _each(image_index, kept):
-    """Join what kept(rows) returns for the rows of each image."""
+def _for_each_image(image_index, keep):
+    """Return the concatenation of keep(rows) over the rows of each image."""
     order = np.argsort(image_index, kind="stable")
     borders = np.flatnonzero(np.diff(image_index[order])) + 1
-    return np.concatenate([kept(rows) for rows in np.split(order, borders)]) if len(image_index) else np.empty(0, int)
+    return np.concatenate([keep(rows) for rows in np.split(order, borders)]) if len(image_index) else np.empty(0, int)

@@ -1,11 +1,11 @@
-"""Find the five landmarks of every image of CASIA-WebFace, or of any folder with one folder of photos a person.
+"""Find the five landmarks in every image of CASIA-WebFace, or of any folder with one folder of photos per person.
 
-    python casia_landmark.py --casia DIR
+    python mtcnn/casia_landmark.py --casia DIR
 
-writes a line `0000045/001.jpg label x1 y1 ... x5 y5`, tab separated, for each image below DIR, in sorted order; pixels
-of the whole image, image-left eye first. Labels count the folders from 0 in sorted order. An image in which no face is
-found would teach nothing and is left out, counted and listed; so is a person of whom no image is left, and labels have
-no gap. A run that was stopped continues.
+writes a tab-separated line `0000045/001.jpg label x1 y1 ... x5 y5` for each image in DIR, in sorted order. Coordinates
+are pixels of the whole image, with the image-left eye first. Labels number the folders from 0 in sorted order. Images
+without a face are left out, because nothing can be learned from them; they are counted and listed, and so are people
+who have no image left. Labels have no gaps. An interrupted run continues where it stopped.
 """
 import argparse
 import sys
@@ -20,23 +20,24 @@ from mtcnn.landmark_lists import add_list_options, find_all, median_or_stop, rep
 
 
 def person(path):
-    """Return the name of the person's folder that an image is in."""
+    """Return the name of the person folder that contains an image."""
     return path.split("/")[0]
 
 
 def list_people(root):
-    """Return the paths of the images of all people, sorted.
+    """Return the sorted paths of all images.
 
     Raises:
-        InputError: no images, or one that is in no person's folder.
+        InputError: there are no images, or an image is not in a person folder.
     """
     paths = list_images(root)
     if not paths:
-        raise InputError(f"{root} holds no images; give the folder that holds one folder a person, as 0000045/001.jpg.")
+        raise InputError(f"{root} contains no images; pass the folder that holds one folder per person, such as "
+                         "0000045/001.jpg.")
     for path in paths:
         if "/" not in path:
-            raise InputError(f"{root / path} is in no person's folder; move it, or give the folder that holds one "
-                             "folder a person, as 0000045/001.jpg.")
+            raise InputError(f"{root / path} is not in a person folder; move it, or pass the folder that holds one "
+                             "folder per person, such as 0000045/001.jpg.")
     return paths
 
 
@@ -44,10 +45,10 @@ def list_people(root):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--casia", type=Path, required=True, metavar="DIR",
-                        help="folder that holds one folder a person, as 0000045/001.jpg")
+                        help="folder that holds one folder per person, such as 0000045/001.jpg")
     add_list_options(parser)
     args = parser.parse_args(argv)
-    root = folder(args.casia, "one folder of photos a person, as 0000045/001.jpg")
+    root = folder(args.casia, "one folder of photos per person, such as 0000045/001.jpg")
     paths = list_people(root)
     output = args.output or default_list(root, "casia_landmark.txt")
     journal, unreadable = find_all(root, paths, output, make_detector(args), args)
@@ -58,7 +59,7 @@ def main(argv=None):
                              for find in journal.finds() if find.points))
     report(paths, journal, unreadable, output, "left out")
     lost = sorted({person(path) for path in paths} - set(people))
-    print(f"{len(people)} people; without an image that is left: {len(lost)} {' '.join(lost[:10])}".rstrip())
+    print(f"{len(people)} people; people without any image left: {len(lost)} {' '.join(lost[:10])}".rstrip())
     journal.remove()
 
 

@@ -1,7 +1,7 @@
-"""Find the landmarks of every image below a folder; what lfw_landmark.py and casia_landmark.py have in common.
+"""Find the landmarks of all images in a folder; shared by lfw_landmark.py and casia_landmark.py.
 
-What is found goes to a journal beside the list, `.NAME.partial`, line by line. A run that was interrupted, or killed,
-continues from there; the list itself is written at the end, whole.
+Results are appended to a journal beside the list, `.NAME.partial`, from which an interrupted or killed run continues.
+The list itself is written atomically at the end.
 """
 import hashlib
 import json
@@ -15,11 +15,11 @@ from mtcnn.detector import Detector, add_options
 from mtcnn.search import ATTEMPTS, RULES, Find, rule, search
 
 MAX_UNREADABLE = 0.01
-SHOWN = 20       # names printed of each kind of failure; the rest are in the list's .failed.txt
+SHOWN = 20       # names to print of each kind of failure; all of them are in .failed.txt
 
 
 def median_points(finds):
-    """Return the median landmarks of the faces among `finds`, as parts of width and height: float (5, 2) or None."""
+    """Return the median landmarks of all faces, as fractions of width and height: float (5, 2), or None."""
     parts = [(np.reshape(f.points, (5, 2)) / f.size).astype(np.float32) for f in finds if f.points]
     return np.median(parts, axis=0) if parts else None
 
@@ -34,18 +34,18 @@ def find_landmarks(root, paths, device=None, select="center"):
         select: which face of several, see mtcnn.search.choose().
 
     Returns:
-        float32 (N, 5, 2), pixels of the whole images; and how many of them are the median of the others because
-        there is no face to be found.
+        float32 (N, 5, 2), pixels of the whole images; and the number of images without a face, which get the median
+        landmarks of the others.
 
     Raises:
-        InputError: an image that can't be read, or not one face in all of them.
+        InputError: an image can't be read, or none of them has a face.
     """
     detector, finds = Detector(device=device), []
-    with tqdm(desc="finding landmarks", total=len(paths), unit=" images") as bar:
+    with tqdm(desc="detecting landmarks", total=len(paths), unit=" images") as bar:
         for batch, unreadable in search(root, paths, range(len(paths)), detector, select):
             if unreadable:
                 i, reason = next(iter(unreadable.items()))
-                raise InputError(f"can't read {Path(root) / paths[i]}: {reason}; mend or replace it.")
+                raise InputError(f"can't read {Path(root) / paths[i]}: {reason}; replace it.")
             finds += batch
             bar.update(len(batch))
     median = median_or_stop(finds, root)
@@ -54,20 +54,27 @@ def find_landmarks(root, paths, device=None, select="center"):
 
 
 def median_or_stop(finds, root):
-    """Return median_points(finds), or say that there is no face at all."""
+    """Return median_points(finds).
+
+    Raises:
+        InputError: there is no face at all.
+    """
     median = median_points(finds)
     if median is None:
-        raise InputError(f"no face was found in any image below {root}; give a folder of photos of faces.")
+        raise InputError(f"no face was found in any image in {root}; pass a folder with photos of faces.")
     return median
 
 
 class Journal:
-    """What was found so far, on disk. A run with other settings begins a new one.
+    """The results so far, on disk. A run with other settings starts a new journal.
 
     Args:
         output: the list that is being made.
-        settings: what results depend on; JSON.
+        settings: everything that results depend on, as JSON.
         count: number of images.
+
+    Raises:
+        InputError: it can't be written.
     """
 
     def __init__(self, output, settings, count):
@@ -82,27 +89,28 @@ class Journal:
                 self.file.truncate(0)
                 self.file.write(header)
                 self.file.flush()
-            self._drop_torn_line()
+            self._drop_incomplete_line()
         except OSError as error:
             raise InputError(f"can't write {self.path}: {error.strerror}; choose another --output.") from None
 
     def add(self, finds):
-        """Append to the journal; what is written survives a kill of this process."""
+        """Append finds, so that they survive even if this process is killed."""
         try:
             self.file.write(b"".join(json.dumps(find).encode() + b"\n" for find in finds))
             self.file.flush()
         except OSError as error:
-            raise InputError(f"can't write {self.path}: {error.strerror}; free some space and run it again.") from None
+            raise InputError(f"can't write {self.path}: {error.strerror}; free some space and run the command "
+                             "again.") from None
 
     def finds(self):
-        """Yield the Finds, in the order of the images; memory for a number an image."""
+        """Yield the Finds in the order of the images; only one number per image is kept in memory."""
         for offset in self._offsets():
             if offset >= 0:
                 self.file.seek(offset)
                 yield Find(*json.loads(self.file.readline()))
 
     def missing(self):
-        """Return the indices of the images that are not in the journal, in order."""
+        """Return the indices of the images that are not in the journal, in increasing order."""
         return np.flatnonzero(self._offsets() < 0).tolist()
 
     def remove(self):
@@ -111,7 +119,7 @@ class Journal:
         self.path.unlink()
 
     def _offsets(self):
-        """Return where in the file each image's line begins, int64 (count,); -1: nowhere."""
+        """Return the byte offset of each image's line, int64 (count,); -1 if it has none."""
         offsets = np.full(self.count, -1, np.int64)
         self.file.seek(0)
         offset = len(self.file.readline())
@@ -120,7 +128,7 @@ class Journal:
             offset += len(line)
         return offsets
 
-    def _drop_torn_line(self):
+    def _drop_incomplete_line(self):
         self.file.seek(0)
         whole = sum(len(line) for line in self.file if line.endswith(b"\n"))
         self.file.truncate(whole)
@@ -128,36 +136,39 @@ class Journal:
 
 
 def add_list_options(parser):
-    """Add the options that both scripts take."""
+    """Add the options that both scripts have."""
     parser.add_argument("--output", type=Path, metavar="FILE",
-                        help="the list (default: in this repository's cache/, where training and evaluation look for "
-                             "the list of that folder)")
+                        help="the list (default: in cache/ of this clone, where training and evaluation look for it)")
     parser.add_argument("--select", type=rule, choices=RULES, default="center",
-                        help="which face of several: nearest the image's center (default; right for LFW and CASIA), "
-                             "the largest, or the surest")
+                        help="which face of several: nearest the center of the image (default; right for LFW and "
+                             "CASIA), the largest, or the one with the highest score")
     parser.add_argument("--batch-size", type=int, default=32, metavar="IMAGES",
-                        help="images a process is given at a time at least 1 (default: 32)")
+                        help="images that a process is given at a time, at least 1 (default: 32)")
     parser.add_argument("--workers", type=int, metavar="N",
-                        help="processes that search (default: one a core; 0 on a GPU, where this process does)")
+                        help="worker processes (default: one per core; 0 on a GPU)")
     add_options(parser)
 
 
 def find_all(root, paths, output, detector, args):
-    """Find the faces of all images below a folder, continuing the journal beside `output`.
+    """Find the faces in all images of a folder, continuing the journal beside `output`.
 
     Args:
-        args: select, batch_size and workers, as by add_list_options().
+        root: the folder.
+        paths: N paths below it.
+        output: the list that is being made.
+        detector: mtcnn.detector.Detector.
+        args: has select, batch_size and workers; see add_list_options().
 
     Returns:
-        Journal that is complete but for unreadable images, and {index: reason} of those.
+        Journal, complete except for unreadable images, and {index: reason} of those.
 
     Raises:
-        InputError: more than MAX_UNREADABLE of the images can't be read.
+        InputError: more than MAX_UNREADABLE of the images can't be read, or an option is out of range.
     """
     if args.batch_size < 1:
-        raise InputError(f"--batch-size {args.batch_size} is out of range; give at least 1.")
+        raise InputError(f"--batch-size {args.batch_size} is out of range; it must be at least 1.")
     if args.workers is not None and args.workers < 0:
-        raise InputError(f"--workers {args.workers} is out of range; give 0 or more.")
+        raise InputError(f"--workers {args.workers} is out of range; it must be 0 or more.")
     names = "\n".join(paths).encode(errors="surrogateescape")
     settings = {"folder": str(root.resolve()), "images": hashlib.sha256(names).hexdigest(),
                 "select": "centre" if args.select == "center" else args.select,    # the spelling of earlier journals
@@ -165,24 +176,24 @@ def find_all(root, paths, output, detector, args):
     journal, unreadable = Journal(output, settings, len(paths)), {}
     indices = journal.missing()
     if 0 < len(indices) < len(paths):
-        print(f"continuing: {len(paths) - len(indices)} of {len(paths)} images are done")
+        print(f"continuing: {len(paths) - len(indices)} of {len(paths)} images are already done")
     with tqdm(desc="landmarks", total=len(paths), initial=len(paths) - len(indices), unit=" images") as bar:
         for finds, bad in search(root, paths, indices, detector, args.select, args.batch_size, args.workers):
             journal.add(finds)
             unreadable.update(bad)
             if len(unreadable) > MAX_UNREADABLE * len(paths):
                 first = "; ".join(f"{paths[i]}: {why}" for i, why in list(unreadable.items())[:5])
-                raise InputError(f"{len(unreadable)} of {len(paths)} images below {root} can't be read, more than "
-                                 f"{MAX_UNREADABLE:.0%} ({first}); mend or remove them and run it again.")
+                raise InputError(f"{len(unreadable)} of {len(paths)} images in {root} can't be read, more than "
+                                 f"{MAX_UNREADABLE:.0%} ({first}); replace or remove them and run the command again.")
             bar.update(len(finds) + len(bad))
     return journal, unreadable
 
 
 def report(paths, journal, unreadable, output, fate):
-    """Say at the end what came of the images, and list those without an ordinary find, here and in .failed.txt.
+    """Print a summary, and list the images that needed a retry or failed, on the terminal and in .failed.txt.
 
     Args:
-        fate: what became of images without a face, as "median landmarks".
+        fate: what happened to images without a face, such as "median landmarks".
     """
     retried = [paths[find.index] for find in journal.finds() if find.attempt > 0]
     faceless = [paths[find.index] for find in journal.finds() if find.attempt < 0]

@@ -1,10 +1,11 @@
-"""Find the five landmarks of every image of Labeled Faces in the Wild, for the person it is named for.
+"""Find the five landmarks of the named person in every image of Labeled Faces in the Wild.
 
-    python lfw_landmark.py --lfw DIR
+    python mtcnn/lfw_landmark.py --lfw DIR
 
-writes a line `Name/Name_0001.jpg x1 y1 ... x5 y5`, tab separated, for each image below DIR, in sorted order; pixels of
-the whole image, image-left eye first. That person's face is the one nearest the image's center. An image in which no
-face is found gets the median landmarks of the others, is counted and listed. A run that was stopped continues.
+writes a tab-separated line `Name/Name_0001.jpg x1 y1 ... x5 y5` for each image in DIR, in sorted order. Coordinates are
+pixels of the whole image, with the image-left eye first. The named person is the face nearest the center of the image.
+An image without a face gets the median landmarks of the others; such images are counted and listed. An interrupted run
+continues where it stopped.
 """
 import argparse
 import sys
@@ -24,13 +25,13 @@ from mtcnn.landmark_lists import add_list_options, find_all, median_or_stop, rep
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lfw", type=Path, required=True, metavar="DIR",
-                        help="folder that holds Name/Name_0001.jpg; any set laid out like it will do")
+                        help="folder of Name/Name_0001.jpg, or any set with the same layout")
     add_list_options(parser)
     args = parser.parse_args(argv)
     root = folder(args.lfw, "LFW images as Name/Name_0001.jpg")
     paths = list_images(root)
     if not paths:
-        raise InputError(f"{root} holds no images; give the folder that holds Name/Name_0001.jpg.")
+        raise InputError(f"{root} contains no images; pass the folder that holds Name/Name_0001.jpg.")
     output = args.output or default_list(root, "lfw_landmark.txt")
     journal, unreadable = find_all(root, paths, output, make_detector(args), args)
     median = median_or_stop(journal.finds(), root)

@@ -1,8 +1,8 @@
 """The three networks of MTCNN (Zhang et al., arXiv:1604.02878) with the weights of the authors' release.
 
-The release was trained on images stored column by column, as MATLAB keeps them. Its convolutions are stored here turned
-the usual way round, so images go in as rows and columns; what is left of the quirk is the order in which the dense
-layers expect their inputs, (column, row, channel): see `columns_first`.
+The release was trained on images stored column by column, as in MATLAB. Its convolutions are transposed here, so images
+have rows and columns as usual. Only the dense layers still expect their inputs in the order (column, row, channel); see
+columns_first().
 """
 from collections import OrderedDict
 from pathlib import Path
@@ -23,27 +23,27 @@ class Nets(NamedTuple):
 
 
 def columns_first(x):
-    """Flatten (N, C, H, W) to (N, W * H * C), the order of the release's dense layers."""
+    """Flatten (N, C, H, W) to (N, W * H * C), the order that the dense layers expect."""
     return x.permute(0, 3, 2, 1).flatten(1)
 
 
 def face_probability(logits):
-    """The softmax over (no face, face) in dimension 1, of which only the second is wanted."""
+    """Return the probability of the second class in a softmax over (no face, face) in dimension 1."""
     return (logits[:, 1] - logits[:, 0]).sigmoid()
 
 
 def convolution(number, inputs, outputs, size):
-    """One named step of a net: a convolution without padding and its PReLU."""
+    """Return named layers of a network: a convolution without padding, and its PReLU."""
     return [(f"conv{number}", nn.Conv2d(inputs, outputs, size)), (f"prelu{number}", nn.PReLU(outputs))]
 
 
 def pool(number, size):
-    """One named step of a net: max pooling by 2. A last incomplete window counts, as in Caffe."""
+    """Return a named layer of a network: max pooling by 2. An incomplete last window counts, as in Caffe."""
     return [(f"pool{number}", nn.MaxPool2d(size, 2, ceil_mode=True))]
 
 
 class PNet(nn.Module):
-    """Proposes faces of 12 pixels, in every place of an image of any size at once.
+    """Proposes faces of 12 pixels at all positions of an image of any size.
 
     Takes float (N, 3, H, W), (x - 127.5) / 128, H and W even and at least 12. Returns the probability of a face
     (N, h, w), h = H / 2 - 5, where cell (i, j) sees the 12 x 12 pixels from row 2i and column 2j, and what offsets()
@@ -59,21 +59,21 @@ class PNet(nn.Module):
 
     def forward(self, x):
         x = self.body(x).permute(0, 2, 3, 1)                                # (N, h, w, 32)
-        # As face_probability(), but the difference of the two logits is taken of their weights.
+        # Like face_probability(), but subtracting the weights of the two logits, which halves the product.
         weight, bias = self.face.weight.flatten(1), self.face.bias
         return (x @ (weight[1] - weight[0]) + (bias[1] - bias[0])).sigmoid(), x
 
     def offsets(self, x):
-        """Offsets (n, 4) of the box's four sides, parts of its size, for the few cells (n, 32) that show a face."""
+        """Return offsets (n, 4) of the box's sides, as fractions of its size, for the cells (n, 32) with a face."""
         return nn.functional.linear(x, self.box.weight.flatten(1), self.box.bias)
 
 
 class PooledConvolution(nn.Module):
-    """A 3x3 convolution, its PReLU and 2x2 max pooling in one, for images of even height and width.
+    """A 3x3 convolution with PReLU and 2x2 max pooling in one layer, for images of even height and width.
 
-    One convolution of stride 2 has four times the channels: each computes one of the four values that are pooled. That
-    takes 1.8 times the multiplications and, on a CPU, 0.4 of the time: the image before pooling, which is P-Net's
-    largest by far, is never in memory.
+    It is a convolution of stride 2 with four times the channels, one for each of the four values that are pooled. This
+    takes 1.8 times the multiplications, but 0.4 of the time on a CPU, because the image before pooling, which is by far
+    the largest in P-Net, is never stored.
     """
 
     def __init__(self, convolution, prelu):
@@ -94,7 +94,7 @@ class PooledConvolution(nn.Module):
 
 
 class RNet(nn.Module):
-    """Judges proposals: float (N, 3, 24, 24) to probability of a face (N,) and offsets (N, 4) of the box's sides."""
+    """Classifies proposals: float (N, 3, 24, 24) to the probability of a face (N,) and offsets (N, 4) of the sides."""
 
     def __init__(self):
         super().__init__()
@@ -110,10 +110,10 @@ class RNet(nn.Module):
 
 
 class ONet(nn.Module):
-    """Judges again and finds landmarks.
+    """Classifies again and finds landmarks.
 
     Takes float (N, 3, 48, 48). Returns the probability of a face (N,), the offsets (N, 4) of the box's sides, and the
-    landmarks (N, 5, 2), x then y as parts of the box, (0, 0) its upper left and (1, 1) its lower right corner.
+    landmarks (N, 5, 2), x then y as fractions of the box: (0, 0) is its upper left and (1, 1) its lower right corner.
     """
 
     def __init__(self):
@@ -132,15 +132,15 @@ class ONet(nn.Module):
 
 
 def load_nets(device="cpu", path=WEIGHTS):
-    """Return the three networks with their weights, as Nets, in evaluation mode and without gradients.
+    """Return Nets with their weights, in evaluation mode and without gradients.
 
-    They are laid out channels_last, in which max pooling on a CPU is two to three times as fast.
+    The networks use the channels_last memory format, in which max pooling on a CPU is two to three times as fast.
 
     Raises:
-        RuntimeError: the file's names or shapes are not those of the networks.
+        RuntimeError: the names or shapes in the file are not those of the networks.
     """
-    # glibc maps each large block anew, and the kernel clears it, until one of 31 MB was freed; from then on it uses
-    # blocks again. The detector is 7 % faster for it.
+    # glibc maps every large block anew, and the kernel clears it, until a block of 31 MB has been freed. From then on
+    # it reuses blocks, which makes the detector 7 % faster.
     torch.empty(31 << 20, dtype=torch.uint8)
     tensors = load_file(path)
     nets = Nets(PNet(), RNet(), ONet())

@@ -1,4 +1,4 @@
-"""Run a function on one batch after the other, on every core."""
+"""Run a function on batches in several processes."""
 import cv2
 from torch.utils.data import DataLoader, Dataset
 
@@ -8,16 +8,17 @@ from faces.images import one_opencv_thread
 def in_processes(function, items, batch_size, workers):
     """Yield function(batch) for the batches of `items`, in order.
 
-    The processes are those of a torch DataLoader: with one thread each, gone when this process is, even by SIGKILL.
+    The processes are the workers of a torch DataLoader: they have one thread each, and end when this process ends, even
+    by SIGKILL.
 
     Args:
-        function: of a part of `items`; what it refers to and what it returns must be such as can be pickled.
+        function: takes a slice of `items`; it and its results must be picklable.
         items: sequence that can be sliced.
-        batch_size: items that a process is given at a time.
+        batch_size: items per batch.
         workers: number of processes.
     """
     batches = [items[start:start + batch_size] for start in range(0, len(items), batch_size)]
-    with one_opencv_thread():  # a forked process would wait for ever for those that OpenCV had begun in this one
+    with one_opencv_thread():  # a forked process would wait forever for threads that OpenCV started in this one
         yield from DataLoader(_Results(function, batches), batch_size=None, num_workers=min(workers, len(batches)),
                               collate_fn=_unchanged, worker_init_fn=_one_thread)
 
@@ -38,4 +39,4 @@ def _unchanged(batch):
 
 
 def _one_thread(_):
-    cv2.setNumThreads(1)  # where processes are not forked; torch's own number, the loader sets
+    cv2.setNumThreads(1)  # needed if processes are not forked; the DataLoader sets the threads of torch

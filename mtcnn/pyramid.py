@@ -1,23 +1,23 @@
-"""An image in falling sizes: what P-Net searches, and what the crops for R- and O-Net are sampled from."""
+"""Image pyramid: the levels that P-Net searches, and from which crops for R-Net and O-Net are sampled."""
 from bisect import bisect_right
 
 import cv2
 import numpy as np
 
-CELL = 12  # pixels that P-Net looks at
+CELL = 12  # size in pixels of what P-Net looks at
 
 
 class Pyramid:
-    """Levels of an image, each a bilinear resize of the one before and at most twice smaller, so that none aliases.
+    """Levels of an image, each a bilinear resize of the one before by at most a factor of two, which avoids aliasing.
 
     Args:
         image: uint8 (H, W, 3).
-        min_face_size, factor: as of mtcnn.detector.Detector.
+        min_face_size, factor: see mtcnn.detector.Detector.
 
     Attributes:
         size: (height, width) of the image.
-        levels: uint8 arrays, the image first.
-        first: the index of the largest level that P-Net searches; it searches all from there on.
+        levels: uint8 arrays, starting with the image.
+        first: index of the largest level that P-Net searches; it searches all that follow.
     """
 
     def __init__(self, image, min_face_size, factor):
@@ -33,34 +33,34 @@ class Pyramid:
         return self.levels[self.first:]
 
     def crop(self, box, target):
-        """Sample a box into `target`, uint8 (size, size, 3), bilinearly; what lies beyond the image is black.
+        """Resample a box into `target`, uint8 (size, size, 3), bilinearly; pixels outside the image are black.
 
-        The level is the smallest that has at least a pixel for each of the target's. A box need not be of whole
-        pixels: what is found in the crop is relative to the box itself, and no rounding comes between.
+        The crop is taken from the smallest level that has at least one pixel per pixel of the target. The box is not
+        rounded to whole pixels, because what a network finds in the crop is relative to the box itself.
 
         Args:
-            box: four floats, a square, in pixels of the image; pixel k reaches from k to k + 1.
+            box: four floats, a square, in pixels of the image; pixel k covers k to k + 1.
         """
         size = target.shape[0]
-        need = (box[2] - box[0]) / size                               # pixels of the image for one of the target
+        need = (box[2] - box[0]) / size                               # pixels of the image per pixel of the target
         level = max(0, bisect_right(self.scales, -1 / need, key=lambda scale: -scale) - 1)
         pixels = self.levels[level]
         sy, sx = pixels.shape[0] / self.size[0], pixels.shape[1] / self.size[1]
         left, top = box[0] * sx, box[1] * sy
-        # OpenCV warps from images of up to 32,767 pixels a side: it gets the neighborhood only.
+        # OpenCV warps images of up to 32,767 pixels per side, so it gets only the neighborhood of the box.
         x0, y0 = max(0, int(left) - 2), max(0, int(top) - 2)
         near = pixels[y0:max(0, int(box[3] * sy)) + 3, x0:max(0, int(box[2] * sx)) + 3]
-        ax, ay = need * sx, need * sy                                 # pixels of the level for one of the target
+        ax, ay = need * sx, need * sy                                 # pixels of the level per pixel of the target
         to_level = np.array(((ax, 0, left - x0 + ax / 2 - 0.5), (0, ay, top - y0 + ay / 2 - 0.5)))
         cv2.warpAffine(near, to_level, (size, size), dst=target, flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
 
 
 def level_sizes(height, width, min_face_size, factor):
-    """Return the sizes (rows, columns) of all levels, the image's own first, and the index of the first one searched.
+    """Return the sizes (rows, columns) of all levels, starting with the image, and the index of the first to search.
 
-    The first that is searched makes min_face_size 12 pixels, and the last has at least 12 rows and columns; those
-    before it only lead there by halves. Sizes that are searched are rounded up, to even numbers as P-Net needs them.
-    None is searched where the image is smaller than min_face_size.
+    At the first level to search, a face of min_face_size has 12 pixels; the last has at least 12 rows and columns. The
+    levels before the first only lead to it in steps of a half. Searched sizes are rounded up to even numbers, as P-Net
+    needs. If the image is smaller than min_face_size, there is nothing to search.
     """
     sizes, scale = [(height, width)], CELL / min_face_size
     step = 0.5
@@ -75,5 +75,5 @@ def level_sizes(height, width, min_face_size, factor):
 
 
 def even(number):
-    """Round up to an even whole number."""
+    """Round up to an even integer."""
     return 2 * int(np.ceil(number / 2))

@@ -1,7 +1,7 @@
-"""Find the face of each of many images, on every core.
+"""Find one face in each of many images, on all cores.
 
-One face an image is wanted. Where MTCNN finds none, the image is looked at again in a black frame, which makes room
-for a face that is cut by the border, and then with lower thresholds.
+If MTCNN finds none, the image is searched again inside a black frame, which makes room for a face that is cut by the
+border, and then with lower thresholds.
 """
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,20 +16,20 @@ from faces.images import UnreadableImage, read_image
 from mtcnn.detector import groups
 from mtcnn.processes import in_processes
 
-# Thresholds of the three nets, and the frame as a part of the image, one attempt after the other. On tight crops (89 to
-# 190 pixels) of web photos the frame finds nine in ten of the faces that the first attempt misses.
+# Thresholds of the three networks, and width of the frame as a fraction of the image, for each attempt. On tight crops
+# of web photos (89 to 190 pixels), the frame finds nine in ten of the faces that the first attempt misses.
 ATTEMPTS = (((0.6, 0.7, 0.7), 0), ((0.6, 0.7, 0.7), 0.25), ((0.5, 0.5, 0.5), 0.25), ((0.3, 0.3, 0.3), 0.25))
 RULES = ("center", "largest", "score")
 END = object()
 
 
 class Find(NamedTuple):
-    """The face of one image.
+    """The face found in one image.
 
-    index: of the image among the paths.
-    size: its (width, height).
-    attempt: index into ATTEMPTS of the one that found it; -1: no face.
-    points: ten numbers, x and y of the landmarks in turn; None: no face.
+    index: of the image in the list of paths.
+    size: (width, height) of the image.
+    attempt: index into ATTEMPTS of the successful one; -1 if no face was found.
+    points: ten numbers, x and y of each landmark; None if no face was found.
     """
     index: int
     size: tuple
@@ -38,20 +38,20 @@ class Find(NamedTuple):
 
 
 def search(root, paths, indices, detector, select="center", batch_size=32, workers=None):
-    """Look for the face of each of the images paths[i] for i in `indices`.
+    """Find the face in each image paths[i], for i in `indices`.
 
     Args:
         root: the folder.
         paths: N paths below it.
         indices: sequence of int.
         detector: mtcnn.detector.Detector.
-        select: see choose().
+        select: which face of several, see choose().
         batch_size: images that one of several processes is given at a time.
-        workers: processes that search; default one a core where the detector is on the CPU. 0: this process does,
-            as it should where a GPU detects, and reads the next images meanwhile.
+        workers: number of processes; default one per core if the detector is on the CPU, else 0. With 0, this process
+            searches, while a thread reads the next images.
 
     Yields:
-        For each batch, in order, (list of Find, {index: reason} of the images that can't be read).
+        For each batch, in order, (list of Find, {index: reason} of images that can't be read).
     """
     job = _Job(root, paths, detector, select)
     if workers is None:
@@ -63,7 +63,7 @@ def search(root, paths, indices, detector, select="center", batch_size=32, worke
 
 
 class _Job:
-    """What a process needs to know."""
+    """The parameters of a search, which every process needs."""
 
     def __init__(self, root, paths, detector, select):
         self.root, self.paths, self.detector, self.select = Path(root), paths, detector, select
@@ -78,11 +78,11 @@ class _Job:
         return finds, unreadable
 
     def groups(self, indices):
-        """Yield lists of (index, image or UnreadableImage) that fit into memory together."""
+        """Yield lists of (index, image or UnreadableImage) that fit in memory together."""
         return groups(((int(i), read(self.root, self.paths[i])) for i in indices), lambda item: pixels(item[1]))
 
     def find(self, group):
-        """Return (list of Find, {index: reason}) of such a list."""
+        """Return (list of Find, {index: reason}) of a list that groups() yields."""
         unreadable = {i: str(image) for i, image in group if isinstance(image, UnreadableImage)}
         readable = [(i, image) for i, image in group if i not in unreadable]
         faces = find_faces(self.detector, [image for _, image in readable], self.select)
@@ -95,7 +95,7 @@ def rule(name):
 
 
 def ahead(items):
-    """Yield `items`, the next of which a thread makes meanwhile."""
+    """Yield `items`, while a thread prepares the next one."""
     items = iter(items)
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(next, items, END)
@@ -105,22 +105,22 @@ def ahead(items):
 
 
 def read(root, path):
-    """Read the image root / path, or return the UnreadableImage that says why not."""
+    """Return the image root / path, or an UnreadableImage with the reason."""
     try:
         if not path.isprintable():
-            raise UnreadableImage("its name has a character, as a tab, that a list can't hold")
+            raise UnreadableImage("its name has a character that a list can't hold, such as a tab")
         return read_image(root / path)
     except UnreadableImage as error:
         return error
 
 
 def pixels(image):
-    """Count the pixels of what read() returned."""
+    """Return the number of pixels of what read() returned."""
     return 0 if isinstance(image, UnreadableImage) else image.shape[0] * image.shape[1]
 
 
 def find_faces(detector, images, select):
-    """Return (attempt, ten numbers), or (-1, None), for the face of each image that `select` chooses."""
+    """Return (attempt, ten numbers), or (-1, None), for the face that `select` chooses in each image."""
     found = [(-1, None)] * len(images)
     for attempt, (thresholds, part) in enumerate(ATTEMPTS):
         missing = [i for i, (_, points) in enumerate(found) if points is None]
@@ -133,28 +133,28 @@ def find_faces(detector, images, select):
 
 
 def frame(image, part):
-    """Put an image into a black frame as wide as `part` of it: (framed image, its corner (x, y) in there)."""
+    """Put an image into a black frame of `part` its size; return it and the corner (x, y) of the image inside."""
     y, x = (round(part * side) for side in image.shape[:2])
     return cv2.copyMakeBorder(image, y, y, x, x, cv2.BORDER_CONSTANT, value=(0, 0, 0)), np.array((x, y), np.float32)
 
 
 def choose(faces, shape, select):
-    """Choose one of an image's Faces: its row, or None if there is none that can be aligned.
+    """Return the row of the chosen face in an image's Faces, or None if none can be aligned.
 
     Args:
         shape: (height, width) of the image.
-        select: "center", the face whose box is nearest the image's center (LFW's rule); "largest"; or "score", the
-            surest.
+        select: "center" for the face whose box is nearest the center of the image, which is LFW's rule; "largest"; or
+            "score" for the highest probability.
     """
     rows = [row for row, points in enumerate(faces.landmarks) if can_be_aligned(points)]
-    middle = (faces.boxes[:, :2] + faces.boxes[:, 2:] - shape[::-1]) / 2
-    worth = {"center": -(middle ** 2).sum(1), "largest": (faces.boxes[:, 2:] - faces.boxes[:, :2]).prod(1),
+    from_center = (faces.boxes[:, :2] + faces.boxes[:, 2:] - shape[::-1]) / 2
+    values = {"center": -(from_center ** 2).sum(1), "largest": (faces.boxes[:, 2:] - faces.boxes[:, :2]).prod(1),
              "score": faces.scores}[select]
-    return max(rows, key=lambda row: worth[row], default=None)
+    return max(rows, key=lambda row: values[row], default=None)
 
 
 def can_be_aligned(points):
-    """Whether landmarks are those of a face, not of its mirror image."""
+    """Return whether landmarks can belong to a face that is not mirrored."""
     try:
         similarity_transform(points)
     except ValueError:

@@ -33,8 +33,8 @@ def parse_args(argv):
                         help="m: 1, 2, 3, 4 or 5, the paper's 4; with --scale any number from 1 to 5, such as 1.5")
     method.add_argument("--lambda-min", type=float, default=5, help="final lambda, at least 0; the authors' 5")
     method.add_argument("--scale", type=float, metavar="S",
-                        help="train SphereFace-R (arXiv:2109.05565), with S in place of |x| and without lambda; 30 with "
-                             "--margin 1.5 for a small set (default: the paper's |x|)")
+                        help="train SphereFace-R (arXiv:2109.05565), with S in place of |x| and without lambda; 30 "
+                             "with --margin 1.5 for a small set (default: the paper's |x|)")
     args = parser.parse_args(argv)
     if not (1 <= args.margin <= 5 and (args.scale or args.margin.is_integer())):
         parser.error("--margin must be 1, 2, 3, 4 or 5; with --scale any number from 1 to 5")
@@ -54,7 +54,8 @@ def main(argv=None):
     run.print(f"{faces}\n{recipe}")
 
     net = run.prepare(NETS[args.net](), args.compile)
-    method = partial(SphereFaceR, s=args.scale, m=args.margin) if args.scale else partial(SphereFace, m=int(args.margin))
+    method = partial(SphereFace, m=int(args.margin)) if not args.scale else \
+        partial(SphereFaceR, s=args.scale, m=args.margin)
     head = make_head(method, faces.classes, run, args.shard_head, args.sample_centers, args.seed)
     optimizer = SGD(parameter_groups(net, head, args.weight_decay), head, lr=recipe.base_lr, momentum=0.9)
     checkpoints = Checkpoints(run, args.output, net, head, optimizer, faces, settings, args.keep_last)

@@ -1,4 +1,4 @@
-"""Made data for tests: a folder of small drawn faces with landmarks, and scripts run as they are typed."""
+"""Fixtures for tests: synthetic faces with landmarks, and functions that run the scripts."""
 import contextlib
 import importlib
 import os

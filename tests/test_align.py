@@ -1,4 +1,4 @@
-"""Alignment against scikit-image's independent estimate, and what no similarity may do."""
+"""Alignment, compared with the independent implementation of scikit-image."""
 import numpy as np
 import pytest
 from conftest import draw_face
@@ -8,7 +8,7 @@ from faces.align import TEMPLATE, align, crop_aligned, similarity_transform
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_same_transform_as_scikit_image(seed):
+def test_transform_equals_that_of_scikit_image(seed):
     random = np.random.default_rng(seed)
     points = TEMPLATE @ random.normal(size=(2, 2)) * 3 + random.normal(0, 4, (5, 2)) + 100
     try:
@@ -19,7 +19,7 @@ def test_same_transform_as_scikit_image(seed):
     np.testing.assert_allclose(ours, estimate_transform("similarity", points, TEMPLATE).params[:2], atol=1e-9)
 
 
-def test_template_to_itself_and_a_known_turn():
+def test_identity_and_a_known_rotation():
     np.testing.assert_allclose(similarity_transform(TEMPLATE), [[1, 0, 0], [0, 1, 0]], atol=1e-12)
     turned = TEMPLATE @ [[0, 2], [-2, 0]] + (7, 9)           # by 90 degrees, twice as large
     back = similarity_transform(turned)
@@ -29,12 +29,12 @@ def test_template_to_itself_and_a_known_turn():
 
 @pytest.mark.parametrize("points, why", [(TEMPLATE * (-1, 1), "mirrored"), (np.ones((5, 2)), "coincide"),
                                          (TEMPLATE * np.nan, "not finite")])
-def test_landmarks_that_are_no_face(points, why):
+def test_impossible_landmarks_raise_value_error(points, why):
     with pytest.raises(ValueError, match=why):
         similarity_transform(points)
 
 
-def test_aligned_landmarks_lie_on_the_template():
+def test_aligned_landmarks_are_on_the_template():
     image, points = draw_face(person=3, photo=5)
     image[:] = 0
     for x, y in points:                                       # a 3x3 dot on each landmark

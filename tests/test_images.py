@@ -1,4 +1,4 @@
-"""Every file people have becomes uint8 RGB, or says why it can't be used."""
+"""Every image file becomes uint8 RGB, or raises the reason why it can't be used."""
 import io
 
 import numpy as np
@@ -43,7 +43,7 @@ def test_exif_orientation_is_applied():
     assert image.shape == (30, 40, 3) and image[15, 35, 0] > 180 and image[15, 5, 2] > 180
 
 
-def test_what_can_not_be_used(tmp_path):
+def test_unusable_files(tmp_path):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 80, 3), np.uint8))
     cases = [("empty", b""), ("not an image", b"hello" * 100)]
     cases += [("truncated", encoded(noise, format)[:-300]) for format in ("JPEG", "PNG", "BMP", "TIFF")]
@@ -54,7 +54,7 @@ def test_what_can_not_be_used(tmp_path):
         read_image(tmp_path / "absent.jpg")
 
 
-def test_size_is_checked_before_memory_is_taken():
+def test_size_is_checked_before_memory_is_allocated():
     bomb = encoded(Image.new("1", (40_000, MAX_PIXELS // 40_000 + 1)), "PNG")     # 128 megapixels in a few kilobytes
     assert len(bomb) < 100_000
     with pytest.raises(UnreadableImage, match="megapixels"):
@@ -63,7 +63,7 @@ def test_size_is_checked_before_memory_is_taken():
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"exif": Image.Exif(), "comment": b"hello"},
                                      {"quality": 100, "subsampling": 0, "icc_profile": b"x" * 70_000}])
-def test_size_of_a_jpeg_is_found_without_decoding(options):
+def test_size_of_a_jpeg_is_read_from_its_header(options):
     data = encoded(Image.fromarray(RGB), "JPEG", **options)
     assert images._jpeg_size(data) == (30, 40)
     large = bytearray(data)

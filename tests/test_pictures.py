@@ -1,4 +1,4 @@
-"""The README's pictures come out the same each time, as they are committed."""
+"""The pictures of the README are deterministic and equal the committed ones."""
 from pathlib import Path
 
 import matplotlib
@@ -12,7 +12,7 @@ COMMITTED = Path(draw.__file__).parent
 
 
 @pytest.mark.parametrize("name", ["margins", "detection", "verification", "tsne"])
-def test_picture_is_what_is_committed(name, tmp_path):
+def test_pictures_equal_the_committed_ones(name, tmp_path):
     drawn = []
     for folder in (tmp_path / "first", tmp_path / "second"):
         folder.mkdir()

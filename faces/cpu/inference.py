@@ -1,4 +1,4 @@
-"""Faster inference on a CPU in float32: Winograd convolutions with PReLU computed along.
+"""Faster inference on a CPU in float32: Winograd convolutions with fused PReLU.
 
 Convolutions take most of the time, and oneDNN already runs them at the speed of matrix products, so the only way to be
 faster is to multiply less.
@@ -6,17 +6,17 @@ faster is to multiply less.
 from torch import nn
 
 from faces.cpu import kernels
-from faces.cpu.winograd import Winograd, can_use_winograd
+from faces.cpu.winograd import FusedWinogradConv2d, can_use_winograd
 
-MIN_IMAGES = 64   # transforming the weights takes as long as Winograd convolutions save on this many images
+MIN_IMAGES = 64   # with fewer images, transforming the weights takes longer than the Winograd convolutions save
 
 
 def for_inference(net, images=MIN_IMAGES):
-    """Replace, in place, the convolutions of a float32 network on a CPU that are faster by Winograd's method.
+    """Replace, in place, the convolutions of a float32 network that Winograd's algorithm makes faster on a CPU.
 
     Args:
-        net: module in eval mode, with layers named as in net.py; a PReLU relu1_2 is computed with its convolution conv1_2.
-        images: about how many images it will embed; nothing is replaced if they are too few to pay for it.
+        net: module in eval mode, with layers named as in net.py; a PReLU relu1_2 is fused into its convolution conv1_2.
+        images: about how many images the network will embed; with fewer than MIN_IMAGES, nothing is replaced.
 
     Returns:
         The network.
@@ -31,5 +31,5 @@ def for_inference(net, images=MIN_IMAGES):
                 setattr(net, prelu_name, nn.Identity())
             else:
                 prelu = None
-            setattr(net, name, Winograd(layer, prelu))
+            setattr(net, name, FusedWinogradConv2d(layer, prelu))
     return net

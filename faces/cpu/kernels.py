@@ -1,6 +1,7 @@
-"""kernels.c, compiled by this machine's C compiler when it is first called, in a second, and kept in the cache.
+"""Compiles kernels.c with this machine's C compiler on first use (about a second), keeps the library in the cache, and
+wraps its functions.
 
-Where there is no compiler, or one that can't, `available()` is False and callers go on without.
+If there is no C compiler, or it fails, available() returns False and callers do without the kernels.
 """
 import contextlib
 import ctypes
@@ -17,10 +18,12 @@ from pathlib import Path
 import torch
 
 SOURCE = Path(__file__).with_name("kernels.c")
-FOLDER = Path(__file__).resolve().parents[2] / "cache" / "kernels"
+LIBRARY_FOLDER = Path(__file__).resolve().parents[2] / "cache" / "kernels"
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
-PARTS = 64      # of the rows that PReLU's gradient is summed over
-LANES = 16      # what numbers of channels must be a multiple of
+CHANNEL_MULTIPLE = 16   # the widest vectors hold 16 floats, and the kernels have no code for a remainder
+MAX_CHANNELS = 4096     # as in kernels.c
+# The gradient of a slope is added up in this many partial sums, so that its rounding does not depend on the threads.
+SUMS = 64
 
 
 def enabled():
@@ -29,114 +32,128 @@ def enabled():
 
 
 def is_x86():
-    """Whether the processor is of the kind that Winograd's convolutions were measured on."""
+    """Return whether this is a 64-bit x86 processor, the only kind on which this package has been measured."""
     return platform.machine() in ("x86_64", "AMD64")
 
 
 def available():
-    """Return whether kernels.c is compiled and may be used."""
+    """Return whether the kernels may be used and can be compiled; the first call compiles them."""
     return enabled() and _library() is not None
 
 
 def supports_channels(channels):
-    """Whether the kernels take so many channels."""
-    return channels % LANES == 0 and channels <= 4096
+    """Return whether the kernels can process this number of channels."""
+    return channels % CHANNEL_MULTIPLE == 0 and channels <= MAX_CHANNELS
 
 
-def pixels_to_products(x):
-    """B'dB of each tile d of an image: 4x4 pixels and the ring around them, 0 beyond the border.
+def transform_input(x):
+    """Return B'd B for each tile d of a convolution's input: 4x4 pixels and the ring around them, 0 beyond the border.
 
     Args:
-        x: float32 (N, C, H, W), in any memory order; C such as supports_channels().
+        x: float32 (N, C, H, W), in any memory format; C must pass supports_channels().
 
     Returns:
-        float32 (36, T, C), of the T = N ceil(H/4) ceil(W/4) tiles.
+        float32 (36, T, C) for T = N ceil(H/4) ceil(W/4) tiles.
     """
-    return _to_products(_library().pixels_to_products, x)
+    return _transform(_library().transform_input, x)
 
 
-def gradients_to_products(x):
-    """A e A' of each tile e of a gradient by the outputs, 4x4 pixels; arguments and result as of pixels_to_products."""
-    return _to_products(_library().gradients_to_products, x)
+def transform_grad_output(grad):
+    """Return A e A' for each tile e, of 4x4 pixels, of the gradient with respect to a convolution's output.
+
+    Arguments and result have the same shapes as those of transform_input().
+    """
+    return _transform(_library().transform_grad_output, grad)
 
 
-def _to_products(function, x):
+def _transform(function, x):
     x = x.contiguous(memory_format=torch.channels_last)
     count, channels, height, width = x.shape
-    products = x.new_empty(36, count * -(-height // 4) * -(-width // 4), channels)
-    function(*map(_at, (x, products)), count, height, width, channels, torch.get_num_threads())
-    return products
+    transformed = x.new_empty(36, count * -(-height // 4) * -(-width // 4), channels)
+    function(*map(_pointer, (x, transformed)), count, height, width, channels, torch.get_num_threads())
+    return transformed
 
 
-def to_outputs(products, bias, slope, images):
-    """PReLU of A'vA + bias of each tile's 6x6 products v, written into images.
+def transform_output(transformed, bias, slope, output):
+    """Compute PReLU(A'v A + bias) for each tile's 6x6 transformed values v and write it to `output`.
 
     Args:
-        products: float32 (36, T, K).
-        bias, slope: float32 (K,); slope 1 leaves PReLU out.
-        images: float32 (N, H, W, K), which the tiles make up; overwritten.
+        transformed: float32 (36, T, K).
+        bias, slope: float32 (K,); a slope of 1 disables PReLU.
+        output: float32 (N, H, W, K), which consists of the T tiles; overwritten.
     """
-    _library().to_outputs(*map(_at, (products, bias, slope, images)), *images.shape, torch.get_num_threads())
+    _library().transform_output(*map(_pointer, (transformed, bias, slope, output)), *output.shape,
+                                torch.get_num_threads())
 
 
-def prelu_gradients(gradient, x, slope):
-    """Gradients of PReLU by its input, float32 (N, C, H, W), and by its slopes, float32 (C,), from that by its output.
+def prelu_gradients(grad, x, slope):
+    """Return the gradients of PReLU with respect to its input and its slopes.
 
     Args:
-        gradient, x: float32 (N, C, H, W), in any memory order; C such as supports_channels().
+        grad: float32 (N, C, H, W), the gradient with respect to the output, in any memory format.
+        x: float32 (N, C, H, W), the input, in any memory format; C must pass supports_channels().
         slope: float32 (C,).
+
+    Returns:
+        (float32 (N, C, H, W), float32 (C,)).
     """
-    gradient, x = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (gradient, x))
-    of_x, of_slope = torch.empty_like(x), x.new_empty(PARTS, len(slope))
-    _library().prelu_gradients(*map(_at, (gradient, x, slope, of_x, of_slope)), x.numel() // len(slope), len(slope),
-                               PARTS, torch.get_num_threads())
-    return of_x, of_slope.sum(0)
+    grad, x = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (grad, x))
+    grad_x, grad_slope = torch.empty_like(x), x.new_empty(SUMS, len(slope))
+    _library().prelu_gradients(*map(_pointer, (grad, x, slope, grad_x, grad_slope)), x.numel() // len(slope),
+                               len(slope), SUMS, torch.get_num_threads())
+    return grad_x, grad_slope.sum(0)
 
 
-def _at(tensor):
-    if not (tensor.dtype == torch.float32 and (tensor.is_contiguous() or
-                                               tensor.is_contiguous(memory_format=torch.channels_last))):
-        raise TypeError("the kernels take dense float32 tensors")
+def _pointer(tensor):
+    dense = tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last)
+    if tensor.dtype != torch.float32 or not dense:
+        raise TypeError("kernels.c takes dense float32 tensors only; convert the tensor with .float().contiguous().")
     return tensor.data_ptr()
 
 
 @functools.cache
 def _library():
-    """The compiled file, or None."""
+    """Return the compiled library, or None if it can't be compiled or loaded."""
     compiler = shlex.split(os.environ.get("CC") or "cc")
     if shutil.which(compiler[0]) is None:
         return None
-    parts = (SOURCE.read_bytes(), *map(str.encode, (*compiler, *FLAGS)), _processor())
-    name = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16] + ".so"
-    for folder in (lambda: contextlib.nullcontext(FOLDER), tempfile.TemporaryDirectory):    # the clone may be read-only
-        with contextlib.suppress(OSError, subprocess.SubprocessError), folder() as place:
-            return _typed(ctypes.CDLL(str(_compile(compiler, Path(place) / name))))
+    key = (SOURCE.read_bytes(), *map(str.encode, (*compiler, *FLAGS)), _instruction_sets())
+    name = hashlib.sha256(b"\0".join(key)).hexdigest()[:16] + ".so"
+    # If the clone is read-only, the library goes to a temporary folder, which is not needed once it is loaded.
+    for open_folder in (lambda: contextlib.nullcontext(LIBRARY_FOLDER), tempfile.TemporaryDirectory):
+        with contextlib.suppress(OSError, subprocess.SubprocessError), open_folder() as folder:
+            return _declare(ctypes.CDLL(str(_compile(compiler, Path(folder) / name))))
     return None
 
 
 def _compile(compiler, path):
+    """Compile kernels.c to `path` unless that file exists; return `path`."""
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:             # then moved: whole or absent
-            made = Path(folder) / path.name
-            subprocess.run([*compiler, *FLAGS, SOURCE, "-o", made], check=True, capture_output=True, timeout=60)
-            os.replace(made, path)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # moving the finished file makes this atomic
+            compiled = Path(folder) / path.name
+            subprocess.run([*compiler, *FLAGS, SOURCE, "-o", compiled], check=True, capture_output=True, timeout=60)
+            os.replace(compiled, path)
     return path
 
 
-def _typed(library):
-    pointer, number, short = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
-    for name, arguments in {"pixels_to_products": [*2 * [pointer], *4 * [number], short],
-                            "gradients_to_products": [*2 * [pointer], *4 * [number], short],
-                            "to_outputs": [*4 * [pointer], *4 * [number], short],
-                            "prelu_gradients": [*5 * [pointer], *2 * [number], short, short]}.items():
+def _declare(library):
+    """Declare the argument types of the library's functions; return the library."""
+    pointer, long, int_ = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
+    for name, arguments in {"transform_input": [*2 * [pointer], *4 * [long], int_],
+                            "transform_grad_output": [*2 * [pointer], *4 * [long], int_],
+                            "transform_output": [*4 * [pointer], *4 * [long], int_],
+                            "prelu_gradients": [*5 * [pointer], *2 * [long], int_, int_]}.items():
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, None
     return library
 
 
-def _processor():
-    """What -march=native looks at: a clone on a shared disk serves machines of several kinds."""
+def _instruction_sets():
+    """Return the processor's instruction sets, or as much as is known of it.
+
+    -march=native compiles for them, and a clone on a shared disk may be used by machines with different processors.
+    """
     try:
         return next(line for line in Path("/proc/cpuinfo").read_bytes().splitlines() if line.startswith(b"flags"))
     except (OSError, StopIteration):

@@ -1,8 +1,8 @@
-"""A network made fast for training on a CPU in float32.
+"""Faster training on a CPU in float32.
 
-Convolutions of stride 1 are Winograd's, the gradient by the kernel of the others is a product of matrices, and PReLU's
-gradients are computed in one pass. All of it is exact but for rounding; `benchmarks/training_step.py` says what it
-gains.
+Convolutions of stride 1 use Winograd's algorithm, the weight gradient of strided convolutions is a matrix product, and
+the gradients of PReLU are computed in a single pass. Results differ from PyTorch's by rounding only, and
+benchmarks/training_step.py measures the speedup.
 """
 import torch
 from torch import nn
@@ -11,12 +11,12 @@ from torch.autograd.function import once_differentiable
 from faces.cpu import kernels
 from faces.cpu.winograd import WinogradConv2d, can_use_winograd
 
-MIN_CHANNELS = 32   # channels, from which StridedConv2d gains anything
-IMAGES = 8  # of which the pixels below a kernel are laid out at a time
+MIN_CHANNELS = 32   # StridedConv2d is not faster with fewer input channels
+CHUNK = 8           # only this many images have their patches in memory at a time
 
 
 class FastPReLU(nn.PReLU):
-    """nn.PReLU with another way to compute its gradients. Needs faces.cpu.kernels."""
+    """nn.PReLU whose gradients are computed by faces.cpu.kernels, which must be available."""
 
     def forward(self, x):
         return _PReLU.apply(x, self.weight)
@@ -35,7 +35,7 @@ class _PReLU(torch.autograd.Function):
 
 
 class StridedConv2d(nn.Conv2d):
-    """nn.Conv2d whose gradient by the kernel is a product of matrices; oneDNN takes 1.5 times as long for it."""
+    """nn.Conv2d whose weight gradient is a matrix product, because oneDNN takes 1.5 times as long to compute it."""
 
     def forward(self, x):
         return _StridedConvolution.apply(x, self.weight, self.bias, self.stride, self.padding)
@@ -52,46 +52,55 @@ class _StridedConvolution(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        by_x, by_weight, by_bias = ctx.needs_input_grad[:3]
-        return (nn.grad.conv2d_input(x.shape, weight, grad, ctx.stride, ctx.padding) if by_x else None,
-                _gradient_by_kernel(grad, x, weight.shape, ctx.stride, ctx.padding) if by_weight else None,
-                grad.sum((0, 2, 3)) if by_bias else None, None, None)
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        return (nn.grad.conv2d_input(x.shape, weight, grad, ctx.stride, ctx.padding) if needs_x else None,
+                _weight_gradient(grad, x, weight.shape, ctx.stride, ctx.padding) if needs_weight else None,
+                grad.sum((0, 2, 3)) if needs_bias else None, None, None)
 
 
-def _gradient_by_kernel(grad, x, shape, stride, padding):
-    """Sum over all places of the outputs' gradients times the pixels below the kernel, some images at a time."""
-    count, channels, height, width = shape
-    total = grad.new_zeros(count, height * width * channels)
-    for part, grad_part in zip(x.split(IMAGES), grad.split(IMAGES)):
-        padded = nn.functional.pad(part, (padding[1], padding[1], padding[0], padding[0])).permute(0, 2, 3, 1)
-        below = padded.unfold(1, height, stride[0]).unfold(2, width, stride[1]).permute(0, 1, 2, 4, 5, 3)
-        total.addmm_(grad_part.permute(0, 2, 3, 1).reshape(-1, count).T, below.reshape(-1, total.shape[1]))
-    return total.view(count, height, width, channels).permute(0, 3, 1, 2)
+def _weight_gradient(grad, x, weight_shape, stride, padding):
+    """Return the gradient of a convolution's weight: output gradients times input patches, summed over all positions.
+
+    Args:
+        grad: float (N, K, H', W'), the gradient with respect to the output.
+        x: float (N, C, H, W), the input.
+        weight_shape: (K, C, kernel height, kernel width).
+    """
+    out_channels, in_channels, height, width = weight_shape
+    total = grad.new_zeros(out_channels, height * width * in_channels)
+    for chunk, grad_chunk in zip(x.split(CHUNK), grad.split(CHUNK)):
+        padded = nn.functional.pad(chunk, (padding[1], padding[1], padding[0], padding[0])).permute(0, 2, 3, 1)
+        patches = padded.unfold(1, height, stride[0]).unfold(2, width, stride[1]).permute(0, 1, 2, 4, 5, 3)
+        total.addmm_(grad_chunk.permute(0, 2, 3, 1).reshape(-1, out_channels).T, patches.reshape(-1, total.shape[1]))
+    return total.view(out_channels, height, width, in_channels).permute(0, 3, 1, 2)
 
 
 def for_training(net, device="cpu", dtype=torch.float32):
-    """Change, in place, how a network computes; its parameters, their names and what it computes stay.
+    """Make a network train faster, in place; its parameters, their names and its results up to rounding stay the same.
 
-    Nothing is changed for another device or type than these, nor where faces.cpu.kernels is not available.
+    Nothing changes on other devices, in other dtypes, or where faces.cpu.kernels is not available.
 
     Args:
         net: module.
-        device: torch.device that it trains on.
-        dtype: what it is to compute in.
+        device: torch.device on which the network trains.
+        dtype: type in which the network computes.
+
+    Returns:
+        The network.
     """
     if torch.device(device).type != "cpu" or dtype != torch.float32 or not kernels.available():
         return net
     for layer in net.modules():
         if type(layer) is nn.Conv2d and can_use_winograd(layer):
             layer.__class__ = WinogradConv2d
-        elif type(layer) is nn.Conv2d and _is_strided(layer):
+        elif type(layer) is nn.Conv2d and _can_use_strided(layer):
             layer.__class__ = StridedConv2d
         elif type(layer) is nn.PReLU and kernels.supports_channels(layer.num_parameters):
             layer.__class__ = FastPReLU
     return net
 
 
-def _is_strided(layer):
-    """Whether StridedConv2d computes what this convolution does, and faster."""
+def _can_use_strided(layer):
+    """Return whether StridedConv2d computes the same as this convolution, and faster."""
     return (layer.stride != (1, 1) and layer.in_channels >= MIN_CHANNELS and not isinstance(layer.padding, str)
             and (layer.dilation, layer.groups, layer.padding_mode) == ((1, 1), 1, "zeros"))

@@ -12,8 +12,8 @@ MIRROR, SHIFT = 1, 3    # what a random generator is for; its seed is (seed, ste
 class Batches:
     """Batches on the device, one per step, from step `start` to step `steps`.
 
-    Which faces a step sees, which of them are mirrored and how far they are shifted depends on the seed, the step and the
-    rank alone, so a resumed run sees what the uninterrupted one would have seen.
+    Which faces a step sees, which of them are mirrored and how far they are shifted depends on the seed, the step and
+    the rank alone, so a resumed run sees what the uninterrupted one would have seen.
 
     Args:
         faces: faces.data.cache.AlignedFaces.

@@ -1,9 +1,9 @@
-"""The aligned-face cache: every face is read, decoded and aligned once, and is a row of a memory map ever after.
+"""The aligned-face cache: every face is read, decoded and aligned once, and memory-mapped from then on.
 
-A cache is a folder: faces.u8 holds N faces of 112x96x3 bytes in the order of the list, failed.txt what could not be
-used. While it is built, journal.jsonl says which chunks of faces.u8 are done, so that a killed build goes on where it
-was; cache.json appears last and makes it whole. Its name carries a hash of the list and the template: another list
-is another cache.
+A cache is a folder. faces.u8 holds N faces of 112x96x3 bytes in the order of the list, and failed.txt lists the images
+that could not be used. During the build, journal.jsonl records which chunks of faces.u8 are done, so a killed build
+continues where it stopped. cache.json is written last and marks the cache as complete. The folder's name contains a
+hash of the list and the template, so a different list gets a different cache.
 """
 import hashlib
 import json
@@ -24,27 +24,27 @@ from faces.files import CACHE, InputError, atomic_write, locked, write_json
 from faces.images import UnreadableImage, one_opencv_thread, read_image
 from faces.landmarks import default_list
 
-SHAPE, FACE = (HEIGHT, WIDTH, 3), HEIGHT * WIDTH * 3    # of a face, and its bytes
+SHAPE, FACE = (HEIGHT, WIDTH, 3), HEIGHT * WIDTH * 3    # of a face, and its size in bytes
 NAME = "casia_landmark.txt"
-CHUNK = 1024                # faces between two lines of the journal: at most this many are aligned again after a kill
-BLOCK = 32                  # faces that a thread takes at a time
-MAX_FAILED = 0.01           # of the list; more is no accident but a wrong folder
+CHUNK = 1024                # faces per line of the journal; a killed build repeats unfinished chunks
+BLOCK = 32                  # faces that a thread aligns at a time
+MAX_FAILED = 0.01           # fraction of the list; more failures suggest a wrong folder or list
 
 
 class AlignedFaces:
     """Aligned faces with labels.
 
     Attributes:
-        images: uint8 (M, 112, 96, 3) memory map, RGB; only `rows` of it are used.
+        images: uint8 (M, 112, 96, 3) memory map, RGB, of which only `rows` are used.
         rows: int64 (N,), rows of `images`.
         labels: int64 (N,), 0..classes-1.
         classes: number of identities.
-        fingerprint: hash of the images' names, landmarks and labels: what training depends on.
+        fingerprint: hash of all that training depends on: names, landmarks and labels of the images.
     """
 
     def __init__(self, images, listing, rows, summary=""):
         self.images, self.rows, self.summary = images, rows, summary
-        # Renumbering closes the gaps that dropped people leave.
+        # Renumber the labels, because dropped people leave gaps.
         people, self.labels = np.unique(listing.labels[rows], return_inverse=True)
         self.classes = len(people)
         self.fingerprint = _hash_list([listing.paths[row] for row in rows], self.labels,
@@ -56,7 +56,7 @@ class AlignedFaces:
     def __str__(self):
         return self.summary
 
-    def __getstate__(self):  # a reader process opens the map itself; pickled, a memory map would be copied whole
+    def __getstate__(self):  # worker processes open the map themselves, because pickling would copy all of it
         return {**vars(self), "images": (self.images.filename, self.images.shape)}
 
     def __setstate__(self, state):
@@ -69,13 +69,13 @@ class AlignedFaces:
 
 
 def load_casia(root, landmarks=None, cache=CACHE, drop_lfw_overlap=False, labels=None):
-    """Aligned faces of a training set (see faces.data.casia.read_casia), through the cache.
+    """Return the aligned faces of a training set, from the cache; see faces.data.casia.read_casia().
 
-    An image that can't be used is counted, listed in the cache's failed.txt and left out; a person left without any
-    image is no class. str() of the result says what was found.
+    Images that can't be used are counted, listed in the cache's failed.txt and left out; people without any image left
+    get no class. str() of the result summarizes the set.
 
     Raises:
-        InputError: a bad data set, more than 1 % of it unusable, or no room for the cache.
+        InputError: the data set is malformed, more than 1 % of it is unusable, or the cache does not fit on the disk.
     """
     listing = read_casia(root, landmarks or (None if labels else _known_landmarks(root)), labels)
     images, failed = build(listing, cache)
@@ -84,7 +84,7 @@ def load_casia(root, landmarks=None, cache=CACHE, drop_lfw_overlap=False, labels
     overlap = ~without_lfw_overlap(listing) if drop_lfw_overlap else np.zeros_like(keep)
     rows = np.flatnonzero(keep & ~overlap)
     if not len(rows):
-        raise InputError(f"{listing.source} has no image left to train on.")
+        raise InputError(f"{listing.source} has no images left to train on; check the options that leave images out.")
     summary = f"{listing.source}: {len(rows):,} faces of {len(np.unique(listing.labels[rows])):,} people"
     if failed:
         summary += f"; {len(failed)} unusable images left out, see failed.txt in the cache"
@@ -94,10 +94,10 @@ def load_casia(root, landmarks=None, cache=CACHE, drop_lfw_overlap=False, labels
 
 
 def build(listing, cache=CACHE):
-    """Make or find the cache of a faces.data.casia.TrainingList.
+    """Build or find the cache of a faces.data.casia.TrainingList.
 
     Returns:
-        (uint8 (N, 112, 96, 3) read-only memory map, list of (row, reason) of the unusable images).
+        (uint8 (N, 112, 96, 3) read-only memory map, list of (row, reason) of unusable images).
     """
     name = Path(str(listing.source)).resolve()
     key = _hash_list([str(name), *listing.paths], None, listing.points)[:12]
@@ -109,12 +109,12 @@ def build(listing, cache=CACHE):
     failed = json.loads((folder / "cache.json").read_text())["failed"]
     shape = (len(listing.paths), *SHAPE)
     if (folder / "faces.u8").stat().st_size != np.prod(shape):
-        raise InputError(f"{folder} is damaged (faces.u8 has another size); delete the folder and start again.")
+        raise InputError(f"{folder} is damaged (faces.u8 has the wrong size); delete the folder and start again.")
     return np.memmap(folder / "faces.u8", np.uint8, "r", shape=shape), failed
 
 
 def _known_landmarks(root):
-    """The list in the folder, or the one casia_landmark.py wrote for it; None where there is neither."""
+    """Return the list in the folder, or else the one that casia_landmark.py wrote for it, or else None."""
     root = Path(root).expanduser()
     return next((p for p in (root / NAME, default_list(root, NAME)) if p.is_file()), None)
 
@@ -133,7 +133,7 @@ def _build(listing, folder):
     done, failed = _read_journal(folder), []
     chunks = (range(start, min(start + CHUNK, total)) for start in range(0, total, CHUNK))
     missing = [rows for rows in chunks if rows not in done]
-    print(f"aligning {total:,} faces of {listing.source} into {folder}, once")
+    print(f"aligning {total:,} faces of {listing.source} into the cache {folder}")
     try:
         with open(folder / "faces.u8", "r+b") as file, open(folder / "journal.jsonl", "a") as journal, \
                 one_opencv_thread(), ThreadPoolExecutor(count_cpus()) as pool, ThreadPoolExecutor(1) as writer, \
@@ -144,7 +144,7 @@ def _build(listing, folder):
                 failed += chunk_failed
                 if len(failed) > MAX_FAILED * total:
                     raise InputError(_too_many(listing, failed))
-                stored.result()  # the disk takes a chunk while the next ones are aligned, and no more than one waits
+                stored.result()  # a chunk is written while the next one is aligned, and no more than one waits
                 stored = writer.submit(_store, chunk, rows, file, None if chunk_failed else journal)
                 bar.update(len(rows))
             stored.result()
@@ -162,8 +162,8 @@ def _allocate(folder, size):
         folder.mkdir(parents=True, exist_ok=True)
         present = path.stat().st_size if path.exists() else 0
         if size - present > shutil.disk_usage(folder).free:
-            raise InputError(f"{folder} needs {size / 1e9:.1f} GB for the aligned faces and the disk has less; choose "
-                             "a larger disk with --cache.")
+            raise InputError(f"{folder} needs {size / 1e9:.1f} GB for the aligned faces, but the disk has less; "
+                             "choose a larger disk with --cache.")
         with open(path, "ab") as file:
             file.truncate(size)
     except OSError as error:
@@ -172,31 +172,30 @@ def _allocate(folder, size):
 
 def _unwritable(folder, error):
     return InputError(f"can't write the cache {folder}: {error.strerror}; choose another place with --cache, or free "
-                      "some space and start again, which goes on from here.")
+                      "some space and start again to continue from here.")
 
 
 def _align(listing, chunks, pool):
-    """Align chunks of rows: yield (rows, uint8 (len(rows), 112, 96, 3), list of (row, reason) of those that can't be).
+    """Align chunks of rows; yield (rows, uint8 (len(rows), 112, 96, 3), list of (row, reason) of unusable images).
 
-    A chunk is begun before the one ahead of it is waited for, so that no thread of the pool runs out of work. Every
-    processor has a thread of ours, in whose way OpenCV's own would get.
+    Each chunk is submitted before the previous one is complete, so that the threads of the pool never run out of work.
     """
-    begun = deque()
+    pending = deque()
     for rows in chunks:
         chunk = np.empty((len(rows), *SHAPE), np.uint8)
         blocks = [slice(first, first + BLOCK) for first in range(0, len(rows), BLOCK)]
-        begun.append((rows, chunk, [pool.submit(_fill_block, chunk[b], listing, rows[b]) for b in blocks]))
-        if len(begun) > 1:
-            yield _finished(*begun.popleft())
-    yield from (_finished(*chunk) for chunk in begun)
+        pending.append((rows, chunk, [pool.submit(_fill_block, chunk[b], listing, rows[b]) for b in blocks]))
+        if len(pending) > 1:
+            yield _collect(*pending.popleft())
+    yield from (_collect(*chunk) for chunk in pending)
 
 
-def _finished(rows, chunk, blocks):
+def _collect(rows, chunk, blocks):
     return rows, chunk, sum((block.result() for block in blocks), [])
 
 
 def _fill_block(faces, listing, rows):
-    """What a thread does at a time; decoding and warping free the interpreter, for which all the rest waits in turn."""
+    """Align a block of faces at a time, because only decoding and warping release the interpreter lock."""
     transforms = reasons = [None] * len(rows)
     if listing.points is not None:
         transforms, reasons = similarity_transforms(listing.points[rows.start:rows.stop])
@@ -205,7 +204,7 @@ def _fill_block(faces, listing, rows):
 
 
 def _fill(face, listing, row, transform, reason):
-    """Align the face of a row into `face`; return None, or why it can't be."""
+    """Align the image of a row into `face`; return None, or the reason why it can't be used."""
     try:
         if reason:
             raise ValueError(reason)
@@ -220,7 +219,7 @@ def _fill(face, listing, row, transform, reason):
 
 
 def _store(chunk, rows, file, journal):
-    """Write a chunk to the disk, then note it; one with failures is tried again by the next build."""
+    """Write a chunk to disk, then record it in the journal; a chunk with failures is tried again by the next build."""
     file.seek(rows.start * FACE)
     file.write(chunk)
     file.flush()
@@ -231,12 +230,12 @@ def _store(chunk, rows, file, journal):
 
 
 def _read_journal(folder):
-    """The set of chunks, as ranges of rows, that are on the disk."""
+    """Return the chunks that are on disk, as a set of ranges of rows."""
     try:
         lines = (folder / "journal.jsonl").read_text().splitlines()
     except FileNotFoundError:
         return set()
-    found = (re.fullmatch(r"\[(\d+), (\d+)\]", line) for line in lines)   # a line that was torn is none
+    found = (re.fullmatch(r"\[(\d+), (\d+)\]", line) for line in lines)   # skips an incomplete line
     return {range(int(match[1]), int(match[2])) for match in found if match}
 
 

@@ -1,15 +1,17 @@
-"""InsightFace's training sets, read without mxnet: a folder with train.rec, train.idx and property, faces of 112x112.
+"""Read InsightFace's training sets without mxnet: a folder of train.rec, train.idx and property, with 112x112 faces.
 
-train.rec is dmlc's RecordIO; its numbers are little-endian. A record is the magic number (uint32), kind << 29 | length
-(uint32), `length` bytes of data, and zeros up to a multiple of 4. Where the data itself has the magic number at a
-multiple of 4, those four bytes are left out and the data goes on in another part: kinds 1, 2 and 3 are the first, a
-middle and the last part; kind 0 is a record in one part.
+train.rec is in dmlc's RecordIO format, with little-endian numbers. A record consists of the magic number (uint32), kind
+<< 29 | length (uint32), `length` bytes of data, and zeros up to a multiple of 4. If the data contain the magic number
+at a multiple of 4, those four bytes are omitted and the data continue in another part: kinds 1, 2 and 3 are the first,
+a middle and the last part; kind 0 is a record in one part.
 
-The data are flag (uint32), label (float32), id and id2 (uint64), then `flag` float32 labels that replace `label`, and
-the image file. train.idx has a line `key offset`, tab separated, for each record. A record of key 0 that has two
-labels, (first, end), and no image is a table of contents: the images have the keys from 1 to below `first`; from there
-to below `end` are records about the identities, which repeat what the images' own labels say and are not read. In a
-set without it, every key is an image. property is one line, `classes,height,width`, and may be absent.
+The data consist of flag (uint32), label (float32), id and id2 (uint64), `flag` float32 labels that replace `label`, and
+the image file. train.idx has a tab-separated line `key offset` per record. If the record of key 0 has two labels,
+(first, end),
+and no image, it is a table of contents: images have the keys 1 to first - 1, and keys from `first` to end - 1 are
+    records
+about identities, which repeat the labels of the images and are not read. Otherwise every key is an image. property is
+one line, `classes,height,width`, and is optional.
 """
 import os
 import struct
@@ -28,22 +30,22 @@ WHOLE, FIRST, MIDDLE, LAST = range(4)
 PART = struct.Struct("<II")                                              # magic, kind << 29 | length
 PREFIX = struct.Struct("<IfQQ")                                          # flag, label, id, id2
 HEADER = np.dtype([("magic", "<u4"), ("word", "<u4"), ("flag", "<u4"), ("label", "<f4"), ("id", "<u8", 2),
-                   ("first", "<f4")])                                    # all that comes before a label is known
-CHUNK = 65536                                                            # headers in memory at a time
+                   ("first", "<f4")])                                    # everything before the label is known
+CHUNK = 65536                                                            # headers that are read at a time
 
 
 class Records:
-    """The images of a RecordIO folder, in the order in which they lie in the file.
+    """The images of a RecordIO folder, in the order of the file.
 
-    Every header, label and length is checked once, when the object is made: a record that lies can't be opened later.
+    All headers, labels and lengths are checked when the object is created.
 
     Attributes:
         path: train.rec.
-        keys, offsets: int64 (N,), of the images' records in train.idx.
-        labels: int64 (N,), at least 0; below the number of classes that property names.
+        keys, offsets: int64 (N,), of the images in train.idx.
+        labels: int64 (N,), from 0 to below the number of classes in property.
 
     Raises:
-        InputError: a file that is absent, damaged or hostile.
+        InputError: a file is missing, damaged or malicious.
     """
 
     def __init__(self, root):
@@ -61,14 +63,14 @@ class Records:
         return str(self.root)
 
     def names(self):
-        """What the images are called, as `key@offset`; the offsets tell apart two sets with the same keys."""
+        """Return names for the images, `key@offset`; the offsets distinguish two sets with the same keys."""
         return [f"{key}@{offset}" for key, offset in zip(self.keys.tolist(), self.offsets.tolist())]
 
     def open(self, name):
-        """The bytes of the image `name`. Threads may call this at the same time.
+        """Return the bytes of the image `name`; several threads may call this at once.
 
         Raises:
-            UnreadableImage: the disk fails, or the file was changed since it was checked.
+            UnreadableImage: the disk failed, or the file has changed since it was checked.
         """
         try:
             return _unpack(self._record(int(name.partition("@")[2])))[1]
@@ -76,7 +78,7 @@ class Records:
             raise UnreadableImage(f"record {error}") from None
 
     def _record(self, offset):
-        """The data of the record at a byte offset, its parts joined; a ValueError says what is wrong with it."""
+        """Return the data of the record at a byte offset, with its parts joined; raise ValueError if it is damaged."""
         data, kinds = bytearray(), (WHOLE, FIRST)
         while True:
             magic, word = PART.unpack(self._read(offset, PART.size))
@@ -100,7 +102,7 @@ class Records:
         return data
 
     def _images(self, keys, offsets):
-        """Of all records, those that are images: (keys, offsets)."""
+        """Return the keys and offsets of the records that are images."""
         try:
             contents = self._record(int(offsets[keys == 0][0])) if (keys == 0).any() else b""
         except ValueError as error:
@@ -110,8 +112,8 @@ class Records:
         first, end = struct.unpack_from("<ff", contents, PREFIX.size)
         images = (keys > 0) & (keys < first)
         if not 1 < first <= end < np.inf or images.sum() != first - 1:
-            raise InputError(self._complaint(0, f"says that the images have the keys from 1 to below {first:g}, of "
-                                                f"which train.idx lists {images.sum()}"))
+            raise InputError(self._complaint(0, f"says that the images have the keys 1 to {first - 1:g}, but "
+                                                f"train.idx lists {images.sum()} of these"))
         return keys[images], offsets[images]
 
     def _read_labels(self, classes):
@@ -124,7 +126,7 @@ class Records:
                 bar.update(len(labels[chunk]))
         if classes is not None and labels.max() >= classes:
             row = labels.argmax()
-            raise InputError(self._complaint(self.keys[row], f"has the label {labels[row]}, but property names "
+            raise InputError(self._complaint(self.keys[row], f"has the label {labels[row]}, but property gives "
                                                              f"{classes} classes"))
         return labels
 
@@ -139,12 +141,12 @@ class Records:
         self._refuse(keys, length > MAX_BYTES, f"is over {MAX_BYTES // 10**6} MB")
         self._refuse(keys, (kind == WHOLE) & (length < PREFIX.size + 4 * flag), "is too short for its labels")
         labels = np.where(flag > 0, header["first"], header["label"])
-        for row in np.flatnonzero(kind == FIRST):  # one image in millions: the magic number came up by chance
+        for row in np.flatnonzero(kind == FIRST):  # one image in millions contains the magic number by chance
             try:
                 labels[row] = _unpack(self._record(int(offsets[row])))[0]
             except ValueError as error:
                 raise InputError(self._complaint(keys[row], error)) from None
-        # From 2**24 on, float32 has no fractions, and so can't tell a whole number from a rounded one.
+        # From 2**24 on, float32 can't distinguish whole numbers from rounded ones.
         self._refuse(keys, ~((labels >= 0) & (labels == np.floor(labels)) & (labels < 2**24)),
                      "has a label that is no whole number from 0 to 16,777,215")
         return labels.astype(np.int64)
@@ -154,8 +156,8 @@ class Records:
             raise InputError(self._complaint(keys[bad.argmax()], what))
 
     def _complaint(self, key, what):
-        return (f"{self.path}: record {key} {what}; the file is damaged, or train.idx or property is another set's: "
-                "copy the set anew.")
+        return (f"{self.path}: record {key} {what}; the file is damaged, or train.idx or property belongs to another "
+                "set; copy the set again.")
 
 
 def _kind_and_length(word):
@@ -176,31 +178,32 @@ def _unpack(data):
 
 
 def _read_index(path, size):
-    """Read train.idx, for a train.rec of `size` bytes: (keys, offsets), int64 (N,) each, by rising offset."""
+    """Return the keys and offsets in train.idx, int64 (N,) each, by increasing offset; train.rec has `size` bytes."""
     try:
-        if path.stat().st_size > size:  # its lines are shorter than any record
+        if path.stat().st_size > size:  # a line is shorter than any record
             raise ValueError("larger than train.rec")
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # numpy only warns of an empty file, and of fractions
+            warnings.simplefilter("error")  # numpy only warns about an empty file and about fractions
             keys, offsets = np.loadtxt(path, np.int64, comments=None, delimiter="\t", ndmin=2, encoding="ascii").T
     except OSError as error:
-        raise InputError(f"can't read {path}: {error.strerror or error}; it belongs beside train.rec.") from None
+        raise InputError(f"can't read {path}: {error.strerror or error}; it must be beside train.rec.") from None
     except (ValueError, OverflowError, Warning) as error:
-        raise InputError(f"{path} is no index, lines `key offset` with a tab ({error}); copy the set anew.") from None
+        raise InputError(f"{path} is not an index of tab-separated lines `key offset` ({error}); copy the set "
+                         "again.") from None
     order = np.argsort(offsets, kind="stable")
     keys, offsets = keys[order], offsets[order]
     if keys.min() < 0 or len(np.unique(keys)) != len(keys) or (np.diff(offsets) == 0).any():
-        raise InputError(f"{path} lists a record twice, or one with a negative key; copy the set anew.")
+        raise InputError(f"{path} lists a record twice, or has a negative key; copy the set again.")
     wrong = (offsets < 0) | (offsets % 4 != 0) | (offsets > size - PART.size - PREFIX.size)
     if wrong.any():
         row = wrong.argmax()
         raise InputError(f"{path}: the offset {offsets[row]} of record {keys[row]} is not where a record of a "
-                         f"train.rec of {size} bytes can begin; copy the set anew.")
+                         f"train.rec of {size} bytes can start; copy the set again.")
     return keys, offsets
 
 
 def _read_classes(path):
-    """The number of classes in property, or None where there is no such file."""
+    """Return the number of classes in property, or None if there is no such file."""
     try:
         with open(path, "rb") as file:
             fields = file.read(100).split(b",")
@@ -209,5 +212,5 @@ def _read_classes(path):
     except OSError as error:
         raise InputError(f"can't read {path}: {error.strerror}; check its permissions.") from None
     if len(fields) != 3 or not all(field.strip().isdigit() for field in fields):
-        raise InputError(f"{path} should be one line such as 10572,112,112: classes, height, width; copy it anew.")
+        raise InputError(f"{path} must be one line such as 10572,112,112 (classes, height, width); copy it again.")
     return int(fields[0])

@@ -16,15 +16,16 @@ from faces.training.run import unwrap
 FORMAT = "faces-checkpoint-1"
 MAX_BYTES = 8 * 10**9   # twice a million identities with momentum; checked before any memory is taken
 # Settings in which a run and its continuation may differ, because they do not change what is computed.
-MAY_DIFFER = frozenset({"casia", "landmarks", "list", "cache", "output", "resume", "checkpoint_every", "device", "workers",
-                        "lfw", "lfw_landmarks", "shard_head", "keep_last"})
-# How checkpoints of earlier versions are read: options that did not exist yet, with what runs did then, and former names.
+MAY_DIFFER = frozenset({"casia", "landmarks", "list", "cache", "output", "resume", "checkpoint_every", "device",
+                        "workers", "lfw", "lfw_landmarks", "shard_head", "keep_last"})
+# How checkpoints of earlier versions are read: options that did not exist yet, with what runs did then, and former
+# names.
 ADDED = {"jitter": 0, "accumulate": 1, "compile": False}
 RENAMED = {"sample_centres": "sample_centers"}
 
 
 class Checkpoints:
-    """The checkpoint of a training run, checkpoint.pt in its folder: the model, and all that is needed to resume exactly.
+    """The checkpoint of a training run, checkpoint.pt in its folder: the model, and all it takes to resume exactly.
 
     With keep_last N, the N - 1 previous ones stay beside it, named by their steps: checkpoint-0001000.pt. Order,
     mirroring, learning rate and margin are functions of seed and step, so only the step has to be saved.
@@ -55,7 +56,8 @@ class Checkpoints:
         """
         if not resume:
             if self.path.exists():
-                raise InputError(f"{self.path} already holds a run; continue it with --resume or choose another --output.")
+                raise InputError(f"{self.path} already holds a run; continue it with --resume or choose another "
+                                 "--output.")
             return 0
         state = load(self.path, mmap=True)  # a process with a part of the head reads only that part
         self._check_same(state)

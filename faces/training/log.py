@@ -1,4 +1,4 @@
-"""What a training run reports: a progress bar, TensorBoard events, one JSON line per epoch, a picture, and its settings."""
+"""What a training run reports: progress bar, TensorBoard events, one JSON line per epoch, a picture, its settings."""
 import json
 import math
 import platform
@@ -160,9 +160,9 @@ def geometry(embedding, labels, weight, centers=ALL):
 
     Returns:
         dict of scalar tensors: target_cosine, the mean cosine between an embedding and the center of its identity;
-        nontarget_cosine, the mean over all other centers; embedding_norm, the mean |x|; and two histograms over -1 to 1,
-        float (BINS,): genuine, of the cosines with the identity's own center; impostor, of the cosines with the centers of
-        the other identities in the batch.
+        nontarget_cosine, the mean over all other centers; embedding_norm, the mean |x|; and two histograms over -1 to
+        1, float (BINS,): genuine, of the cosines with the identity's own center; impostor, of the cosines with the
+        centers of the other identities in the batch.
     """
     embedding, weight = embedding.float(), weight.float()
     x = torch.nn.functional.normalize(embedding)                       # (B, 512)

@@ -6,7 +6,8 @@ kept, and no copy of the (C, 512) class centers is made. A second backward pass,
 import torch
 from torch.autograd.function import once_differentiable
 
-CHUNKS = 16   # a gradient of all class centers is processed in this many chunks, because a copy would be a step's largest tensor
+# The gradient of all class centers is processed in chunks, because a copy of it would be the largest tensor of a step.
+CHUNKS = 16
 
 
 def float32(tensor):
@@ -17,12 +18,12 @@ def float32(tensor):
 class AllCenters:
     """Maps labels to columns of the logits in a head that holds all class centers: column j belongs to label j.
 
-    faces.training.sharded_head.SomeCenters is its counterpart for one process of several; there, the reductions below go
-    over all processes.
+    faces.training.sharded_head.SomeCenters is its counterpart for one process of several; there, the reductions below
+    go over all processes.
     """
 
     def targets(self, label):
-        """Return the rows of the logits whose target is among the columns, int64 (T,), and those columns, int64 (T,)."""
+        """Return the rows of the logits whose target is among the columns, and those columns; both int64 (T,)."""
         return torch.arange(len(label), device=label.device), label
 
     def labels(self, columns):
@@ -75,9 +76,9 @@ class _CosineLogits(torch.autograd.Function):
 def margin_softmax(logits, label, margin, *inputs, centers=ALL):
     """Return the cross entropy of logits whose target column is replaced by margin(target logit, *inputs).
 
-    The softmax overwrites `logits` and its gradient overwrites the softmax, so a margin adds O(N) time and memory to the
-    O(N C) of the softmax. If the class centers are spread over processes, each process passes its own columns for the
-    whole batch, and gets the exact loss over all columns and the gradient of its own.
+    The softmax overwrites `logits` and its gradient overwrites the softmax, so a margin adds O(N) time and memory to
+    the O(N C) of the softmax. If the class centers are spread over processes, each process passes its own columns for
+    the whole batch, and gets the exact loss over all columns and the gradient of its own.
 
     Args:
         logits: float32 (N, C), before the margin; overwritten. The operation that made them must not need them in its

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from faces.files import CACHE, InputError
 
-# The authors' recipe (SphereFace's Caffe release; CosFace, section 4.1): 28k iterations of 512 images, with a learning rate
-# of 0.1 that is divided by 10 after 16k and after 24k iterations.
+# The authors' recipe (SphereFace's Caffe release; CosFace, section 4.1): 28k iterations of 512 images, with a learning
+# rate of 0.1 that is divided by 10 after 16k and after 24k iterations.
 IMAGES, BATCH_SIZE, LEARNING_RATE, DROPS = 28_000 * 512, 512, 0.1, (16 / 28, 24 / 28)
 
 
@@ -28,11 +28,13 @@ def training_parser(description, output):
 
 def _add_data_options(group):
     group.add_argument("--casia", type=Path, required=True, metavar="DIR",
-                       help="CASIA-WebFace: person folders such as 0000045/001.jpg, a zip of them, InsightFace's RecordIO "
-                            "(train.rec, train.idx, property), or faces already aligned to 96x112 or 112x112 pixels")
+                       help="CASIA-WebFace: person folders such as 0000045/001.jpg, a zip of them, InsightFace's "
+                            "RecordIO (train.rec, train.idx, property), or faces already aligned to 96x112 or 112x112 "
+                            "pixels")
     group.add_argument("--landmarks", type=Path, metavar="FILE",
-                       help="landmark list, `path label x1 y1 ... x5 y5` (default: casia_landmark.txt in --casia, or the "
-                            "list that mtcnn/casia_landmark.py wrote for it; without either, faces must be aligned)")
+                       help="landmark list, `path label x1 y1 ... x5 y5` (default: casia_landmark.txt in --casia, or "
+                            "the list that mtcnn/casia_landmark.py wrote for it; without either, faces must be "
+                            "aligned)")
     group.add_argument("--list", type=Path, metavar="FILE",
                        help="list of aligned faces below --casia, `path label`, with labels 0, 1, 2, ... (default: all "
                             "images, one person per folder)")
@@ -58,18 +60,20 @@ def _add_recipe_options(group):
     group.add_argument("--lr", type=float, metavar="RATE",
                        help="peak learning rate (default: the authors' 0.1 for 512 images, scaled with the batch size)")
     group.add_argument("--schedule", choices=("step", "cosine"), default="step",
-                       help="step: divide by 10 at 57%% and 86%%, as the authors; cosine: down to zero, good for short runs")
+                       help="step: divide by 10 at 57%% and 86%%, as the authors; cosine: down to zero, good for "
+                            "short runs")
     group.add_argument("--warmup", type=int, default=0, metavar="STEPS",
                        help="steps over which the learning rate grows linearly; 200 to 1000 for high rates")
     group.add_argument("--weight-decay", type=float, default=5e-4, metavar="W",
                        help="L2 penalty of convolutions and matrices; biases, PReLU and batch normalization have none")
     group.add_argument("--mirror", action=argparse.BooleanOptionalAction, default=True, help="flip half of the faces")
     group.add_argument("--jitter", type=int, default=0, metavar="PIXELS",
-                       help="shift each face at random by up to this many pixels along x and y, 0 to 16; the 2017 PyTorch "
-                            "port uses 2")
+                       help="shift each face at random by up to this many pixels along x and y, 0 to 16; the 2017 "
+                            "PyTorch port uses 2")
     group.add_argument("--sample-centers", "--sample-centres", type=float, metavar="F",
-                       help="fraction of the class centers that a step's softmax sees, above 0 to 1, always including those "
-                            "of the batch; 0.1 for hundreds of thousands of identities; implies --shard-head (default: all)")
+                       help="fraction of the class centers that a step's softmax sees, above 0 to 1, always including "
+                            "those of the batch; 0.1 for hundreds of thousands of identities; implies --shard-head "
+                            "(default: all)")
     group.add_argument("--seed", type=int, default=0, help="of initial weights, order, mirroring and shifts")
 
 
@@ -82,16 +86,17 @@ def _add_run_options(group, output):
     group.add_argument("--keep-last", type=int, default=1, metavar="N",
                        help="checkpoints to keep: checkpoint.pt and the N - 1 before it, named by their steps")
     group.add_argument("--shard-head", action=argparse.BooleanOptionalAction, default=False,
-                       help="spread the class centers over the processes of torchrun, so that a million identities fit; "
-                            "does not change the result")
+                       help="spread the class centers over the processes of torchrun, so that a million identities "
+                            "fit; does not change the result")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     group.add_argument("--precision", choices=("auto", "bf16", "float32"), default="auto",
-                       help="of the network; auto picks bf16 where it is faster: GPUs from Ampere on, CPUs with AMX, AMD "
-                            "CPUs from Zen 4 on")
+                       help="of the network; auto picks bf16 where it is faster: GPUs from Ampere on, CPUs with AMX, "
+                            "AMD CPUs from Zen 4 on")
     group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
                        help="compile the network with torch.compile, which takes minutes and needs Triton or a C++ "
                             "compiler; on a CPU, training is faster without it")
-    group.add_argument("--workers", type=int, metavar="N", help="processes that read batches (default: 4 with CUDA, else 0)")
+    group.add_argument("--workers", type=int, metavar="N", help="processes that read batches (default: 4 with CUDA, "
+                                                                "else 0)")
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -150,11 +155,11 @@ def check_options(args):
     if args.batch_size % processes:
         raise InputError(f"--batch-size {args.batch_size} is not divisible by {processes} processes.")
     if args.accumulate < 1 or args.batch_size % (processes * args.accumulate):
-        raise InputError(f"--batch-size {args.batch_size} can't be split into {args.accumulate} micro-batches for each of "
-                         f"{processes} process(es); change --accumulate.")
+        raise InputError(f"--batch-size {args.batch_size} can't be split into {args.accumulate} micro-batches for "
+                         f"each of {processes} process(es); change --accumulate.")
     if args.accumulate > 1 and args.sample_centers is not None:
-        raise InputError("--accumulate and --sample-centers can't be combined, because each micro-batch would draw its own "
-                         "centers; use --shard-head alone.")
+        raise InputError("--accumulate and --sample-centers can't be combined, because each micro-batch would draw "
+                         "its own centers; use --shard-head alone.")
     if not 0 <= args.jitter <= 16:
         raise InputError("--jitter must be 0 to 16 pixels.")
     if args.sample_centers is not None and not 0 < args.sample_centers <= 1:
@@ -168,7 +173,8 @@ def make_recipe(args, images):
         InputError: no steps, a learning rate that is not positive, or a batch larger than the set.
     """
     if args.batch_size > images:
-        raise InputError(f"--batch-size {args.batch_size} is larger than the set of {images} faces; choose a smaller one.")
+        raise InputError(f"--batch-size {args.batch_size} is larger than the set of {images} faces; choose a smaller "
+                         "one.")
     base_lr = args.lr if args.lr is not None else LEARNING_RATE * args.batch_size / BATCH_SIZE
     steps_per_epoch = images // args.batch_size
     steps = round(args.epochs * steps_per_epoch) if args.epochs is not None else round(IMAGES / args.batch_size)

@@ -141,8 +141,9 @@ def micro_batches(images, labels, count, *modules):
 def data_parallel(net, x):
     """Return DistributedDataParallel around a network that has processed `x` once and is otherwise unchanged.
 
-    After its first backward pass, DistributedDataParallel rearranges the buckets in which it sums gradients, which changes
-    how three and more summands are rounded. With that pass done here, a resumed run equals an uninterrupted one bit for bit.
+    After its first backward pass, DistributedDataParallel rearranges the buckets in which it sums gradients, which
+    changes how three and more summands are rounded. With that pass done here, a resumed run equals an uninterrupted one
+    bit for bit.
     """
     before = copy.deepcopy(net.state_dict())
     parallel = DistributedDataParallel(net)

@@ -6,8 +6,8 @@ over the processes make the softmax exact. Loss and gradients equal those of a s
 is (N, 512) embeddings and a few (N,) vectors, never logits.
 
 With sampling (Partial FC, An et al., CVPR 2022, arXiv:2203.15565), the softmax of a step sees the identities of the
-batch and some of the others, drawn anew every step. A center that is not drawn does not change: neither gradient, weight
-decay nor momentum moves it, and its momentum is kept until it is drawn again.
+batch and some of the others, drawn anew every step. A center that is not drawn does not change: neither gradient,
+weight decay nor momentum moves it, and its momentum is kept until it is drawn again.
 
 Both heads are used alike: head(embedding, label, step=step, **margin) returns the loss and the predicted labels.
 """
@@ -53,7 +53,7 @@ class WholeHead(nn.Module):
         self.parallel = DistributedDataParallel(head) if world_size > 1 else head
 
     def forward(self, embedding, label, *, step, **margin):
-        """Return the loss of this process's faces and their predicted labels; see the method's head. `step` is not used."""
+        """Return loss and predicted labels of this process's faces; see the method's head. `step` is not used."""
         return self.parallel(embedding, label, **margin)
 
     def gather(self, embedding, label):
@@ -91,7 +91,8 @@ class ShardedHead(nn.Module):
     def __init__(self, method, classes, rank=0, world_size=1, sample=None, seed=0):
         super().__init__()
         if classes < world_size:
-            raise InputError(f"{classes} identities can't be spread over {world_size} processes; leave out --shard-head.")
+            raise InputError(f"{classes} identities can't be spread over {world_size} processes; leave out "
+                             "--shard-head.")
         self.classes, self.rank, self.world_size, self.sample, self.seed = classes, rank, world_size, sample, seed
         self.first, self.end = bounds(classes, rank, world_size)
         self.sampled = None
@@ -156,7 +157,7 @@ class ShardedHead(nn.Module):
         return SomeCenters(self.first, self.end, self.world_size, rows)
 
     def _draw(self, label, step):
-        """Draw the rows of the slice that take part in a step, sorted: the identities of the batch and random others."""
+        """Draw the rows of the slice that take part in a step, sorted: those of the batch and random others."""
         size = self.end - self.first
         random = np.random.default_rng((self.seed, step, self.rank, 2)).random(size, np.float32)
         priority = torch.from_numpy(random).to(label.device)       # 0 <= priority < 1
@@ -169,7 +170,7 @@ class ShardedHead(nn.Module):
         return next(i for i, p in enumerate(parameters) if p is self.module.weight)
 
     def _collect(self, tensor):
-        """Bring the slices of all processes to process 0, one at a time, so that its device holds only one more slice."""
+        """Bring the slices of all processes to process 0, one at a time, so that its device holds just one more."""
         if self.world_size == 1:
             return tensor
         if self.rank > 0:
@@ -186,7 +187,7 @@ class ShardedHead(nn.Module):
 
 
 class SomeCenters(AllCenters):
-    """Maps labels to columns where a process holds the centers of labels first to end - 1, or only `rows` of those."""
+    """Maps labels to columns if a process holds the centers of labels first to end - 1, or only `rows` of those."""
 
     def __init__(self, first, end, world_size, rows=None):
         self.first, self.end, self.world_size, self.rows = first, end, world_size, rows
@@ -269,8 +270,8 @@ def _skip(rows):
 
 def _map_tensors(optimizer_state, function):
     """Replace each tensor of an optimizer's state dict by function(index of its parameter, tensor)."""
-    state = {i: {name: function(i, value) if isinstance(value, torch.Tensor) else value for name, value in values.items()}
-             for i, values in optimizer_state["state"].items()}
+    state = {i: {name: function(i, value) if isinstance(value, torch.Tensor) else value for name, value in
+             values.items()} for i, values in optimizer_state["state"].items()}
     return {**optimizer_state, "state": state}
 
 

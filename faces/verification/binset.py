@@ -75,16 +75,14 @@ def unpickle(data):
 class _Unpickler(pickle._Unpickler):
     """Python's unpickler, reduced to plain data.
 
-    The version written in Python, because the C version allocates the memo for the largest index that a file names, which
-    can be 32 GB. A file can't reach anything but the methods that find_class() returns.
+    The version written in Python, because the C version allocates the memo for the largest index that a file names,
+    which can be 32 GB. A file can't reach anything but the methods that find_class() returns.
     """
 
-    KEPT = frozenset({
-        "MARK", "STOP", "PROTO", "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "NONE",
-        "NEWTRUE", "NEWFALSE", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "BINSTRING", "SHORT_BINSTRING",
-        "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "EMPTY_LIST", "EMPTY_TUPLE", "LIST", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3",
-        "APPEND", "APPENDS", "PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "GET", "BINGET", "LONG_BINGET", "GLOBAL",
-        "STACK_GLOBAL", "REDUCE", "BUILD"})
+    KEPT = """MARK STOP PROTO INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT NONE NEWTRUE NEWFALSE UNICODE
+        SHORT_BINUNICODE BINUNICODE BINUNICODE8 BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 EMPTY_LIST
+        EMPTY_TUPLE LIST TUPLE TUPLE1 TUPLE2 TUPLE3 APPEND APPENDS PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET
+        GLOBAL STACK_GLOBAL REDUCE BUILD""".split()
     dispatch = {getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]] for name in KEPT}
 
     def __init__(self, data):

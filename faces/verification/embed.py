@@ -48,7 +48,7 @@ def embed(net, faces, device, batch_size=None, mirror="concatenate", dtype=torch
 
 
 def default_batch_size(device):
-    """Return how many faces to embed at a time: on a CPU as many as fit its caches, elsewhere enough to fill the device."""
+    """Return how many faces to embed at a time: on a CPU as many as fit its caches, else enough to fill the device."""
     return 32 if torch.device(device).type == "cpu" else 256
 
 

@@ -78,7 +78,8 @@ def _measure(args, net, device, lfw):
     try:
         embeddings = embed(net, lfw.faces, device, args.batch_size, args.mirror, PRECISION[args.precision])
     except torch.OutOfMemoryError:
-        raise InputError(f"{device} has too little memory for --batch-size {args.batch_size}; try a smaller one.") from None
+        raise InputError(f"{device} has too little memory for --batch-size {args.batch_size}; try a smaller "
+                         "one.") from None
     pairs = lfw.pairs.judged()
     result = _verify(embeddings, lfw.pairs, args.subtract_mean)
     draws, = bootstrap(result.correct[None], pairs.identities[pairs.pairs], args.resamples, args.seed)
@@ -96,8 +97,8 @@ def _verify(embeddings, pairs, subtract_mean):
 
 def _check_names(args, pairs):
     if not pairs.named:
-        raise InputError(f"{args.lfw} does not name the people on its images, which --protocol identification needs; leave "
-                         "that out or pass a folder of people.")
+        raise InputError(f"{args.lfw} does not name the people on its images, which --protocol identification needs; "
+                         "leave that out or pass a folder of people.")
     if (np.bincount(pairs.identities) >= 2).sum() < 2:
         raise InputError(f"the pairs of {args.lfw} name fewer than two people with two images or more, so --protocol "
                          "identification can't be run; leave it out.")
@@ -105,9 +106,9 @@ def _check_names(args, pairs):
 
 def _parse(nets, method, argv):
     parser = argparse.ArgumentParser(
-        description=f"Evaluate a {method} model on LFW with the standard 10-fold protocol: each face and its mirror image "
-                    "are embedded, pairs are compared by cosine similarity, and each fold is classified with the threshold "
-                    "that is best on the other nine. The options below select other sets and protocols.")
+        description=f"Evaluate a {method} model on LFW with the standard 10-fold protocol: each face and its mirror "
+                    "image are embedded, pairs are compared by cosine similarity, and each fold is classified with "
+                    "the threshold that is best on the other nine. The options below select other sets and protocols.")
     _add_data_options(parser.add_argument_group("data"))
     _add_model_options(parser.add_argument_group("model"), tuple(nets))
     _add_protocol_options(parser.add_argument_group("protocol"))
@@ -117,7 +118,8 @@ def _parse(nets, method, argv):
     if len(args.net) == 1:
         args.net *= len(args.model)
     if len(args.net) != len(args.model):
-        parser.error(f"--net was given {len(args.net)} times for {len(args.model)} models; give it once, or once per model")
+        parser.error(f"--net was given {len(args.net)} times for {len(args.model)} models; give it once, or once per "
+                     "model")
     return args
 
 
@@ -129,8 +131,8 @@ def _add_data_options(group):
                        help="pairs in LFW's format (default: pairs.txt in --lfw or beside it)")
     group.add_argument("--view", type=int, choices=(1, 2),
                        help="2 for reporting: the folds of pairs.txt; 1 for development: the threshold from "
-                            "pairsDevTrain.txt, the accuracy on pairsDevTest.txt (default: by the files' names; 2 if there "
-                            "are both)")
+                            "pairsDevTrain.txt, the accuracy on pairsDevTest.txt (default: by the files' names; 2 if "
+                            "there are both)")
     group.add_argument("--landmarks", type=Path, metavar="FILE",
                        help="landmark list (default: the one that mtcnn/lfw_landmark.py wrote for this folder; without "
                             "one, MTCNN detects the landmarks now)")
@@ -140,27 +142,27 @@ def _add_data_options(group):
 
 def _add_model_options(group, nets):
     group.add_argument("--model", type=Path, required=True, action="append", metavar="FILE",
-                       help="checkpoint.pt of casia_train.py, or a public checkpoint of the same network; repeat --model to "
-                            "compare further models with the first")
+                       help="checkpoint.pt of casia_train.py, or a public checkpoint of the same network; repeat "
+                            "--model to compare further models with the first")
     group.add_argument("--net", choices=nets, action="append",
                        help="faceNet has batch normalization; sphere20a is the paper's network without it (default: "
                             "faceNet); once, or once per --model")
     group.add_argument("--channels", choices=CHANNELS,
-                       help="channel order that the model was trained with (default: rgb for checkpoints of this project, "
-                            "bgr for any other, as the released ones)")
+                       help="channel order that the model was trained with (default: rgb for checkpoints of this "
+                            "project, bgr for any other, as the released ones)")
 
 
 def _add_protocol_options(group):
     group.add_argument("--protocol", choices=PROTOCOLS, nargs="+", default=["folds"],
-                       help="one or several of: folds, the accuracy with AUC and EER; tar, the true acceptance rate at each "
-                            "--far; identification, rank 1, 5 and 10 with one gallery image of each person with two or more "
-                            "(default: folds)")
+                       help="one or several of: folds, the accuracy with AUC and EER; tar, the true acceptance rate "
+                            "at each --far; identification, rank 1, 5 and 10 with one gallery image of each person "
+                            "with two or more (default: folds)")
     group.add_argument("--far", type=_rate, nargs="+", default=[1e-3, 1e-2], metavar="RATE",
-                       help="false acceptance rates for the protocol tar, above 0 and below 1; the 3,000 impostor pairs of "
-                            "LFW resolve 4e-4 at best (default: 1e-3 1e-2)")
+                       help="false acceptance rates for the protocol tar, above 0 and below 1; the 3,000 impostor "
+                            "pairs of LFW resolve 4e-4 at best (default: 1e-3 1e-2)")
     group.add_argument("--mirror", choices=MIRROR, default="concatenate",
-                       help="how to use the embedding of the mirror image: append it, add it, or do not compute it, which "
-                            "takes half the time (default: concatenate)")
+                       help="how to use the embedding of the mirror image: append it, add it, or do not compute it, "
+                            "which takes half the time (default: concatenate)")
     group.add_argument("--subtract-mean", action=argparse.BooleanOptionalAction, default=False,
                        help="subtract the mean embedding of the training folds from every embedding, except for "
                             "identification (default: no)")
@@ -178,8 +180,9 @@ def _add_machine_options(group):
     group.add_argument("--precision", choices=tuple(PRECISION), default="float32",
                        help="bf16 is faster where the device supports it, but less exact (default: float32)")
     group.add_argument("--output", type=Path, metavar="DIR",
-                       help="folder for results.json, scores.tsv, roc.png, histogram.png, errors.png (the hardest pairs) and, "
-                            "for identification, cmc.png; with several models, each gets a folder of its own in it")
+                       help="folder for results.json, scores.tsv, roc.png, histogram.png, errors.png (the hardest "
+                            "pairs) and, for identification, cmc.png; with several models, each gets a folder of its "
+                            "own in it")
 
 
 def _positive(text):

@@ -1,4 +1,4 @@
-"""Load a verification set: Labeled Faces in the Wild, a folder with the same layout, or one of InsightFace's .bin files."""
+"""Load a verification set: Labeled Faces in the Wild, a folder like it, or one of InsightFace's .bin files."""
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +13,7 @@ from faces.files import InputError
 from faces.images import UnreadableImage
 from faces.landmarks import default_list, read_landmarks
 from faces.verification.binset import read_bin
-from faces.verification.pairs import Pairs, first, read_pairs
+from faces.verification.pairs import Pairs, read_pairs, shorten
 
 
 class Lfw(NamedTuple):
@@ -32,8 +32,8 @@ def load_lfw(root, file=None, landmarks=None, aligned=False, view=None, find_lan
     """Read the pairs of LFW, or of a similar set, and align the images that they name.
 
     Args:
-        root: folder of `Name/Name_0001.jpg`; or a file such as InsightFace's lfw.bin, which has aligned images and its own
-            pairs.
+        root: folder of `Name/Name_0001.jpg`; or a file such as InsightFace's lfw.bin, which has aligned images and its
+            own pairs.
         file, view: which pairs to read, see faces.verification.pairs.read_pairs.
         landmarks: landmark list; None uses the list that mtcnn/lfw_landmark.py wrote for this folder, or else
             `find_landmarks`.
@@ -90,8 +90,8 @@ def decode_faces(where, names, sources, points=None):
         results = pool.map(load, range(len(sources)))
         bad = [r for r in tqdm(results, "aligning", len(sources), unit="face", leave=False) if r]
     if bad:
-        raise InputError(f"{len(bad)} of {len(sources)} images in {where} can't be used ({first(bad, '; ')}); replace "
-                         "them, because a verification set must be complete.")
+        raise InputError(f"{len(bad)} of {len(sources)} images in {where} can't be used ({shorten(bad, '; ')}); "
+                         "replace them, because a verification set must be complete.")
     return faces
 
 
@@ -109,8 +109,8 @@ def landmarks_of(file, paths):
     row = {path: i for i, path in enumerate(listed.paths)}
     absent = [path for path in paths if path not in row]
     if absent:
-        raise InputError(f"{file} lacks {len(absent)} of the {len(paths)} images that are needed ({first(absent)}); write "
-                         "the list again with mtcnn/lfw_landmark.py.")
+        raise InputError(f"{file} lacks {len(absent)} of the {len(paths)} images that are needed ({shorten(absent)}); "
+                         "write the list again with mtcnn/lfw_landmark.py.")
     return listed.points[[row[path] for path in paths]]
 
 

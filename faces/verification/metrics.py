@@ -139,8 +139,9 @@ def training_means(embeddings, pairs, folds):
 def best_threshold(similarity, same):
     """Return the threshold that classifies most pairs correctly.
 
-    The candidates are the midpoints between neighboring distinct similarities, one just below the lowest (all accepted),
-    and the highest itself (none accepted). If several are equally good, the middle one is returned, or the lower of two.
+    The candidates are the midpoints between neighboring distinct similarities, one just below the lowest (all
+    accepted), and the highest itself (none accepted). If several are equally good, the middle one is returned, or the
+    lower of the two in the middle.
 
     Args:
         similarity: float (P,).
@@ -151,7 +152,8 @@ def best_threshold(similarity, same):
     middle = lower + (upper - lower) / 2
     middle = np.where(middle < upper, middle, lower)  # adjacent floats have no midpoint between them
     candidates = np.concatenate(([np.nextafter(values[0], -np.inf)], middle, values[-1:]))
-    gained = np.concatenate(([0], np.cumsum(impostor - genuine)))  # correct answers gained by rejecting the lowest i values
+    # Entry i is the number of correct answers gained by rejecting the i lowest values.
+    gained = np.concatenate(([0], np.cumsum(impostor - genuine)))
     best = np.flatnonzero(gained == gained.max())
     return float(candidates[best[(len(best) - 1) // 2]])
 
@@ -178,7 +180,7 @@ def roc(similarity, same):
 
 
 def auc(far, tar):
-    """Return the area under the ROC curve: how often a genuine pair is more similar than an impostor pair; ties count half."""
+    """Return the area under the ROC curve: the probability that a genuine pair beats an impostor pair (ties: half)."""
     return float(np.trapezoid(tar, far))
 
 
@@ -222,8 +224,8 @@ def operating_point(similarity, same, far):
 def identify(embeddings, identities, seed=0):
     """Find each probe's person in a gallery by cosine similarity.
 
-    The gallery holds one randomly drawn image of each identity with at least two images; the others are the probes. Ties
-    count against the probe.
+    The gallery holds one randomly drawn image of each identity with at least two images; the others are the probes.
+    Ties count against the probe.
 
     Args:
         embeddings: float (N, D), not zero.

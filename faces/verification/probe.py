@@ -1,4 +1,4 @@
-"""LFW accuracy while training, for logging only: the set is read once before the first step and evaluated after each epoch."""
+"""LFW accuracy during training, for logging only; the set is read once, before the first step."""
 import torch
 
 from faces.training.run import unwrap
@@ -22,8 +22,9 @@ class LfwEvaluator:
             self.lfw = load_lfw(lfw, landmarks=landmarks, find_landmarks=find_landmarks, device=run.device)
 
     def evaluate(self, net):
-        """Return {"lfw": accuracy, "lfw_std": its standard deviation over the folds}, or {} if there is nothing to do."""
+        """Return {"lfw": accuracy, "lfw_std": standard deviation over the folds}, or {} if no set was given."""
         if self.lfw is None:
             return {}
-        result = evaluate(unwrap(net), self.lfw, self.run.device, dtype=torch.bfloat16 if self.run.bf16 else torch.float32)
+        dtype = torch.bfloat16 if self.run.bf16 else torch.float32
+        result = evaluate(unwrap(net), self.lfw, self.run.device, dtype=dtype)
         return {"lfw": round(result.accuracy, 5), "lfw_std": round(result.std, 5)}

@@ -1,4 +1,4 @@
-"""What lfw_eval.py says of a measured model: the line people know, a table, and the files of --output."""
+"""The report of lfw_eval.py on a model: the summary line, a table, and the files of --output."""
 from typing import NamedTuple
 
 import numpy as np
@@ -10,21 +10,22 @@ from faces.verification.bootstrap import interval
 from faces.verification.contact_sheet import error_sheet
 from faces.verification.metrics import Identification, Verification, tar_at_far
 
-FAR = 1e-3       # the lowest that 3,000 impostor pairs can speak of: three false acceptances
+FAR = 1e-3       # the lowest rate that 3,000 impostor pairs can resolve: three false accepts
 RANKS = (1, 5, 10)
-CMC = 100        # ranks that results.json lists and cmc.png shows
+CMC = 100        # ranks in results.json and cmc.png
 
 
 class Measured(NamedTuple):
-    """A model and what was measured of it.
+    """A model and its measurements.
 
-    model, net, method: the file, the network's name, and whose paper it is, all in words.
-    weights: what faces.verification.weights.load_weights said of the file.
+    model, net, method: the path of the file, the name of the network, and the name of the method.
+    weights: the description that faces.verification.weights.load_weights() returned.
     result: faces.verification.metrics.Verification.
-    draws: float64 (R,), accuracies of the bootstrap; see faces.verification.bootstrap.
-    operating: list of faces.verification.protocols.OperatingPoint, one per --far, if that protocol was asked for.
-    identification: faces.verification.protocols.Identification, or None where it was not asked for.
-    seconds: what it took.
+    draws: float64 (R,), bootstrap accuracies; see faces.verification.bootstrap.
+    operating: list of faces.verification.metrics.OperatingPoint, one per --far; empty if that protocol was not
+        requested.
+    identification: faces.verification.metrics.Identification, or None if it was not requested.
+    seconds: time that it took.
     """
     model: str
     net: str
@@ -38,18 +39,18 @@ class Measured(NamedTuple):
 
 
 def summary_line(result):
-    """Return the line people know: mean accuracy, standard deviation over the folds (ddof=0), mean threshold."""
+    """Return the summary line: mean accuracy, standard deviation over the folds (ddof=0), mean threshold."""
     return f"LFWACC={result.accuracy:.4f} std={result.std:.4f} thd={result.threshold:.4f}"
 
 
 def table(measured, lfw, protocols, mirror):
-    """Return what is printed of one model.
+    """Return the table of one model.
 
     Args:
         measured: Measured.
         lfw: faces.verification.lfw.Lfw.
-        protocols: which of "folds", "tar" and "identification" are wanted.
-        mirror: what became of the mirror image.
+        protocols: which of "folds", "tar" and "identification" to report.
+        mirror: how the mirror image was used.
     """
     pairs = lfw.pairs.judged()
     genuine = int(pairs.same.sum())
@@ -68,7 +69,7 @@ def table(measured, lfw, protocols, mirror):
 
 
 def compare(models):
-    """Return the accuracy of each model but the first minus the first's, with its interval: a list of dicts."""
+    """Return the differences in accuracy of all further models to the first, with their intervals: a list of dicts."""
     first = models[0]
     return [{"model": other.model, "against": first.model,
              "difference": other.result.accuracy - first.result.accuracy,
@@ -76,7 +77,7 @@ def compare(models):
 
 
 def comparison_lines(comparisons):
-    """Return what is printed of compare()."""
+    """Return the text that describes the result of compare()."""
     return "\n".join(
         f"{row['model']} minus {row['against']}: accuracy {row['difference']:+.4f}, 95 % interval "
         f"{row['interval_95'][0]:+.4f} to {row['interval_95'][1]:+.4f} (paired, over identities), which "
@@ -85,12 +86,12 @@ def comparison_lines(comparisons):
 
 
 def write(folder, models, lfw, settings):
-    """Write results.json, scores and pictures: of one model into the folder, of several into model-1, model-2, ...
+    """Write results.json, scores and pictures: for one model into the folder, for several into model-1, model-2, ...
 
     Args:
         folder: pathlib.Path.
-        models: list of Measured. Of several, the folder itself gets a results.json of all, with the comparison, and
-            the ROC curves in one picture.
+        models: list of Measured. With several, the folder itself gets a results.json with all of them and the
+            comparison, and a picture with all ROC curves.
         lfw: faces.verification.lfw.Lfw.
         settings: dict of the command line's options.
     """
@@ -116,7 +117,7 @@ def _fold_rows(measured, impostors, with_tar):
             ("AUC", f"{result.auc:.4f}"),
             ("EER", f"{result.eer:.4f}")]
     if with_tar:
-        coarse = "" if impostors * FAR >= 1 else f" (of {impostors} impostor pairs, so none is accepted)"
+        coarse = "" if impostors * FAR >= 1 else f" (none of {impostors} impostor pairs accepted)"
         rows.append(("TAR@FAR=1e-3", f"{tar_at_far(result.far, result.tar, FAR):.4f}{coarse}"))
     return rows
 
@@ -124,7 +125,7 @@ def _fold_rows(measured, impostors, with_tar):
 def _tar_row(point):
     words = f"{point.tar:.4f} at threshold {point.threshold:.4f}, {point.accepted} of {point.impostors} impostor pairs"
     if not point.resolved:
-        words += f"; too few of them to resolve this rate, which takes {1 / point.far:,.0f}"
+        words += f"; too few to resolve this rate, which needs {1 / point.far:,.0f}"
     return f"TAR@FAR={_scientific(point.far)}", words
 
 
@@ -172,7 +173,7 @@ def _draw(folder, measured, lfw):
 def _draw_curves(folder, models):
     names = [f"{m.method} {m.net}" for m in models]
     if len(models) > 1:
-        names = [f"{i}: {name}" for i, name in enumerate(names, 1)]  # two models may have the same words
+        names = [f"{i}: {name}" for i, name in enumerate(names, 1)]  # two models may have the same name
     figures.roc_picture(folder / "roc.png", {f"{name}, AUC {m.result.auc:.4f}": (m.result.far, m.result.tar)
                                              for name, m in zip(names, models)})
     if models[0].identification:

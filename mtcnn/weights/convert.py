@@ -1,9 +1,9 @@
-"""Convert the weights of the PyPI package facenet-pytorch to mtcnn.safetensors; this is how that file was made.
+"""Convert the weights in the PyPI package facenet-pytorch to mtcnn.safetensors, the file in this folder.
 
     pip download --no-deps facenet-pytorch==2.6.0
-    python convert.py facenet_pytorch-2.6.0-py3-none-any.whl
+    python mtcnn/weights/convert.py facenet_pytorch-2.6.0-py3-none-any.whl
 
-The values stay as they are, bit for bit; only the names change, to those of nets.py.
+The values are unchanged, bit for bit; only the names become those of nets.py.
 """
 import argparse
 import hashlib
@@ -24,7 +24,7 @@ HEADS = {"1": "face", "2": "box", "3": "points"}
 
 
 def read_source(path, name):
-    """Return the bytes of facenet_pytorch/data/NAME from the package's wheel or its unpacked folder."""
+    """Return the bytes of facenet_pytorch/data/NAME from the wheel or the unpacked package."""
     member = f"facenet_pytorch/data/{name}"
     try:
         if path.is_dir():
@@ -32,11 +32,11 @@ def read_source(path, name):
         with zipfile.ZipFile(path) as wheel:
             return wheel.read(member)
     except (OSError, KeyError, zipfile.BadZipFile) as error:
-        raise InputError(f"can't read {member} in {path} ({error}); give the wheel of facenet-pytorch 2.6.0.") from None
+        raise InputError(f"can't read {member} in {path} ({error}); pass the wheel of facenet-pytorch 2.6.0.") from None
 
 
 def rename(key):
-    """Turn a parameter's name there, as `dense6_2.bias`, to ours, as `box.bias`."""
+    """Turn a parameter's name in the package, such as `dense6_2.bias`, into ours, such as `box.bias`."""
     layer, kind = key.split(".")
     if "_" in layer:
         return f"{HEADS[layer[-1]]}.{kind}"
@@ -44,7 +44,7 @@ def rename(key):
 
 
 def move_dense(state):
-    """The one dense layer of R- and O-Net and its PReLU sit in a part of their own here."""
+    """Rename the dense layer of R-Net and O-Net and its PReLU, which are a module of their own in nets.py."""
     number = next((match[1] for key in state if (match := re.match(r"body\.dense(\d)", key))), None)
     places = {f"body.dense{number}.": "dense.0.", f"body.prelu{number}.": "dense.1."}
     return {next((key.replace(old, new) for old, new in places.items() if key.startswith(old)), key): value
@@ -54,7 +54,7 @@ def move_dense(state):
 @command
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("package", type=Path, help="wheel of facenet-pytorch 2.6.0, or the folder it was unpacked to")
+    parser.add_argument("package", type=Path, help="wheel of facenet-pytorch 2.6.0, or the unpacked folder")
     parser.add_argument("--output", type=Path, default=WEIGHTS, help="file to write")
     args = parser.parse_args(argv)
     tensors = {}

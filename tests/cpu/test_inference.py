@@ -1,4 +1,4 @@
-"""The copy of a network that embeds: folded, Winograd on a CPU, equal to the network."""
+"""The optimized copy of a network for inference: folded batch normalization, Winograd convolutions, same embeddings."""
 import copy
 import platform
 
@@ -9,12 +9,12 @@ from torch import nn
 
 import cosFace.net
 from faces.cpu import kernels
-from faces.cpu.winograd import Winograd, winograd_matrices
+from faces.cpu.winograd import FusedWinogradConv2d, winograd_matrices
 from faces.verification.embed import fold_batch_norm, optimized_copy
 
 
-def trained(name):
-    """A network whose batch normalizations and PReLUs do something."""
+def random_net(name):
+    """Return a network whose batch normalizations are far from the identity."""
     torch.manual_seed(0)
     net = cosFace.net.NETS[name]()
     for module in net.modules():
@@ -27,9 +27,9 @@ def trained(name):
 
 
 @pytest.mark.parametrize("name", cosFace.net.NETS)
-def test_copy_embeds_as_the_network_does_and_leaves_it_alone(name):
-    net = trained(name)
-    net.conv3_2.bias = nn.Parameter(torch.randn(256))  # public checkpoints have some
+def test_optimized_copy_gives_the_same_embeddings_and_leaves_the_network_unchanged(name):
+    net = random_net(name)
+    net.conv3_2.bias = nn.Parameter(torch.randn(256))  # some public checkpoints have a bias in every convolution
     before, x = copy.deepcopy(net.state_dict()), torch.randn(3, 3, 112, 96)
     fast = optimized_copy(net, "cpu")
     assert net.training and isinstance(net.conv2_2, nn.Conv2d)
@@ -40,38 +40,41 @@ def test_copy_embeds_as_the_network_does_and_leaves_it_alone(name):
         assert (fast(x) - exact).norm() < 5e-6 * exact.norm()
 
 
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="Winograd is for x86")
-def test_winograd_where_it_pays(monkeypatch):
-    net = trained("faceNet")
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="Winograd is used on x86 only")
+def test_winograd_replaces_only_the_convolutions_it_speeds_up(monkeypatch):
+    net = random_net("faceNet")
 
-    def kinds():
-        return [sum(isinstance(module, Winograd) for module in optimized_copy(net, "cpu", *options).children())
+    def winograd_layers():  # in float32, in bfloat16, and in float32 for two images
+        return [sum(isinstance(module, FusedWinogradConv2d)
+                    for module in optimized_copy(net, "cpu", *options).children())
                 for options in ((), (torch.bfloat16,), (torch.float32, 2))]
     if kernels.available():
-        assert kinds() == [16, 0, 0]    # all but the strides
+        assert winograd_layers() == [16, 0, 0]    # strided convolutions stay
     monkeypatch.setattr(kernels, "available", lambda: False)
-    assert kinds() == [14, 0, 0]        # nor the first stage
+    assert winograd_layers() == [14, 0, 0]        # convolutions of the first stage stay, too
 
 
 @pytest.mark.parametrize("size", [(28, 24), (7, 6), (14, 12), (1, 1), (5, 9)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_winograd_rounds_like_the_direct_sum(size, bias):
+def test_winograd_rounds_about_as_well_as_direct_convolution(size, bias):
     torch.manual_seed(0)
     conv, x = nn.Conv2d(128, 136, 3, padding=1, bias=bias), torch.randn(3, 128, *size)
     with torch.inference_mode():
         exact = copy.deepcopy(conv).double()(x.double())
-        errors = [(layer(x) - exact).norm() / exact.norm() for layer in (Winograd(conv), conv)]
-    assert errors[0] < 2e-6 and errors[0] < 10 * errors[1]
+        errors = [(layer(x) - exact).norm() / exact.norm() for layer in (FusedWinogradConv2d(conv), conv)]
+    winograd_error, direct_error = errors
+    assert winograd_error < 2e-6 and winograd_error < 10 * direct_error
 
 
-def test_winograd_matrices_correlate():
+def test_winograd_matrices_give_the_correlation():
     random = np.random.default_rng(0)
     pixels, kernel = random.normal(size=5), random.normal(size=3)
-    to_products, to_kernel, to_outputs = winograd_matrices((0, 1, -2, 0.5))
-    np.testing.assert_allclose(to_outputs @ (to_kernel @ kernel * (to_products @ pixels)), np.correlate(pixels, kernel))
+    input_transform, kernel_transform, output_transform = winograd_matrices((0, 1, -2, 0.5))
+    np.testing.assert_allclose(output_transform @ (kernel_transform @ kernel * (input_transform @ pixels)),
+                               np.correlate(pixels, kernel))
 
 
-def test_other_networks_are_not_folded():
+def test_networks_with_other_layer_names_are_not_folded():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.BatchNorm1d(4)).eval()
     fold_batch_norm(net)
     assert [type(module) for module in net] == [nn.Conv2d, nn.BatchNorm2d, nn.Flatten, nn.BatchNorm1d]

@@ -9,7 +9,7 @@ from faces.device import to_input
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_every_epoch_is_a_new_permutation_shared_by_the_processes(world_size):
+def test_every_epoch_is_a_new_permutation_over_all_processes(world_size):
     steps = list(zip(*(Order(50, 8, 12, rank=rank, world_size=world_size) for rank in range(world_size))))
     epochs = [np.concatenate([np.concatenate(step) for step in steps[e:e + 6]]) for e in (0, 6)]
     assert all(len(set(epoch)) == 48 for epoch in epochs)                  # no image twice; two do not fill a batch
@@ -27,7 +27,7 @@ def test_network_input():
     assert torch.equal(x[1], to_input(faces)[1].flip(2)) and torch.equal(x[0], to_input(faces)[0])
 
 
-def test_jitter_moves_faces_and_repeats_their_border():
+def test_jitter_shifts_faces_and_repeats_their_border():
     """Against one face and one pixel at a time."""
     faces = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (7, 112, 96, 3), np.uint8))
     shift = torch.tensor([[0, 0], [2, 0], [0, 2], [-2, 0], [0, -2], [1, -2], [-16, 16]])
@@ -38,7 +38,7 @@ def test_jitter_moves_faces_and_repeats_their_border():
         assert np.array_equal(got, expected)
 
 
-def test_augmentation_depends_on_seed_step_and_process_alone(casia, tmp_path):
+def test_augmentation_depends_only_on_seed_step_and_rank(casia, tmp_path):
     faces = load_casia(casia, cache=tmp_path)
 
     def inputs(start, **options):

@@ -1,4 +1,4 @@
-"""Training data: what people have becomes an aligned cache; what is wrong with it is said in one sentence."""
+"""Training sets in all formats become an aligned cache; mistakes in them are reported in one sentence."""
 import json
 import pickle
 import shutil
@@ -40,7 +40,7 @@ def test_every_row_is_the_aligned_face_of_its_line(casia, tmp_path):
         assert label == listed.labels[i]
 
 
-def test_zip_with_a_folder_around_it_gives_the_same_faces(casia, tmp_path):
+def test_a_zip_with_a_wrapper_folder_gives_the_same_faces(casia, tmp_path):
     with zipfile.ZipFile(tmp_path / "casia.zip", "w") as archive:
         for path in casia.rglob("*.jpg"):
             archive.write(path, f"CASIA-WebFace/{path.relative_to(casia)}")
@@ -50,7 +50,7 @@ def test_zip_with_a_folder_around_it_gives_the_same_faces(casia, tmp_path):
     assert folder.fingerprint == zipped.fingerprint                        # the place of the data doesn't matter
 
 
-def test_faces_aligned_already_need_no_list(tmp_path):
+def test_aligned_faces_need_no_list(tmp_path):
     for person in range(3):
         for photo in range(2):
             face = align(*draw_face(person, photo))
@@ -61,7 +61,7 @@ def test_faces_aligned_already_need_no_list(tmp_path):
     assert np.array_equal(faces.images[0], align(*draw_face(0, 0)))
 
 
-def test_a_killed_build_goes_on_where_it_was(casia, tmp_path, monkeypatch):
+def test_a_killed_build_continues_where_it_stopped(casia, tmp_path, monkeypatch):
     monkeypatch.setattr(cache_module, "CHUNK", 10)
     aligned, original = [], cache_module._fill
 
@@ -97,7 +97,7 @@ print(cache.load_casia({str(casia)!r}, cache={str(tmp_path)!r}))"""
     assert np.array_equal(images, load_casia(casia, cache=tmp_path / "another").images.ravel())
 
 
-def test_a_full_disk_is_one_sentence_and_the_build_goes_on_afterwards(casia, tmp_path, monkeypatch):
+def test_a_full_disk_is_one_sentence_and_the_build_continues_later(casia, tmp_path, monkeypatch):
     """A limit on the size of files: writing beyond it fails as on a full disk, in the middle of the build."""
     monkeypatch.setattr(cache_module, "CHUNK", 10)
     allocate = cache_module._allocate
@@ -111,14 +111,14 @@ def test_a_full_disk_is_one_sentence_and_the_build_goes_on_afterwards(casia, tmp
     assert np.array_equal(faces.images, load_casia(casia, cache=tmp_path / "another").images)
 
 
-def test_a_changed_list_is_another_cache(copy, tmp_path):
+def test_a_changed_list_gets_another_cache(copy, tmp_path):
     before = load_casia(copy, cache=tmp_path / "cache")
     edit_list(copy, lambda lines: lines[:-1])
     after = load_casia(copy, cache=tmp_path / "cache")
     assert len(after) == len(before) - 1 and after.fingerprint != before.fingerprint
 
 
-def test_unusable_images_are_listed_and_change_no_label(casia, tmp_path, monkeypatch):
+def test_unusable_images_are_listed_and_do_not_change_labels(casia, tmp_path, monkeypatch):
     monkeypatch.setattr(cache_module, "MAX_FAILED", 0.1)
     root = shutil.copytree(casia, tmp_path / "set")
     (root / "0000045/001.jpg").write_bytes(b"")                            # empty
@@ -140,7 +140,7 @@ def swap_eyes(line):
     return "\t".join((name, label, *values))
 
 
-def test_more_than_one_percent_unusable_stops(copy, tmp_path):
+def test_more_than_one_percent_unusable_images_stop_the_build(copy, tmp_path):
     (copy / "0000045/001.jpg").write_bytes(b"no image")
     with pytest.raises(InputError, match=r"more than 1% of the 48 images .*0000045/001.jpg: not an image"):
         load_casia(copy, cache=tmp_path / "cache")
@@ -159,7 +159,7 @@ def test_people_in_lfw_can_be_dropped(copy, tmp_path):
 
 @pytest.mark.parametrize("change, message", [
     (lambda lines: [lines[0].rsplit("\t", 1)[0], *lines[1:]], "line 1: expected 12 tab-separated fields .* found 11"),
-    (lambda lines: [line for line in lines if line.split("\t")[1] != "2"], "without a gap, but none is 2"),
+    (lambda lines: [line for line in lines if line.split("\t")[1] != "2"], "without gaps, but 2 is missing"),
     (lambda lines: [*lines, "../../etc/passwd\t5\t" + "1\t" * 10], "leaves"),
     (lambda lines: [*lines, lines[0]], "0000045/001.jpg twice"),
     (lambda lines: [lines[0].replace("\t0\t", "\tzero\t"), *lines[1:]], "line 1: a value is not a number"),
@@ -173,7 +173,7 @@ def test_bad_lists(copy, tmp_path, change, message):
         load_casia(copy, cache=tmp_path / "cache")
 
 
-def test_lists_are_written_whole_and_read_back(tmp_path):
+def test_lists_are_read_as_they_were_written(tmp_path):
     points = np.random.default_rng(0).uniform(-5, 300, (3, 5, 2)).astype(np.float32)
     write_landmarks(tmp_path / "list.txt", zip(("a/1.jpg", "a/2.jpg", "b/1.jpg"), (0, 0, 1), points))
     read = read_landmarks(tmp_path / "list.txt", labelled=True)
@@ -193,7 +193,7 @@ def aligned(tmp_path):
     return tmp_path / "aligned", names
 
 
-def test_aligned_faces_named_by_a_list(aligned, tmp_path):
+def test_a_list_of_aligned_faces(aligned, tmp_path):
     root, names = aligned
     (tmp_path / "list.txt").write_text("a.png\t0\nb 1.png 0\n\ndeep/c.png   1 \ne.png\t2\t\nd.png 1\n")   # no f
     faces = load_casia(root, cache=tmp_path / "cache", labels=tmp_path / "list.txt")
@@ -213,12 +213,12 @@ def test_aligned_faces_named_by_a_list(aligned, tmp_path):
     ("a.png 0\nd.png 1.0\n", "line 2: expected a path and a whole number"),
     ("a.png 0\nd.png -1\n", "line 2: expected a path and a whole number"),
     (f"a.png 0\nd.png {10**30}\n", "line 2: expected a path and a whole number"),
-    ("a.png 0\nd.png 2\n", "without a gap, but none is 1 and the largest is 2"),
-    (f"a.png 0\nd.png {2**31 - 1}\n", "without a gap, but none is 1"),
-    ("a.png 0\nd.png 0\n", "lists one person"),
+    ("a.png 0\nd.png 2\n", "without gaps, but 1 is missing and the largest is 2"),
+    (f"a.png 0\nd.png {2**31 - 1}\n", "without gaps, but 1 is missing"),
+    ("a.png 0\nd.png 0\n", "lists only one person"),
     ("a.png 0\na.png 1\n", "lists a.png twice"),
     ("a.png 0\n/etc/passwd 1\n", "leaves"),
-    ("\n", "is empty; give a text of lines `path label`"),
+    ("\n", "is empty; pass a text file with lines of `path label`"),
     (b"\xff\xfe", "can't read the list .*: not a text file"),
     ("a.png 0\nno.png 1\n", r"more than 1% of the 2 images .*no.png: No such file"),
 ])
@@ -228,12 +228,12 @@ def test_bad_lists_of_aligned_faces(aligned, tmp_path, text, message):
         load_casia(aligned[0], cache=tmp_path / "cache", labels=tmp_path / "list.txt")
 
 
-def test_one_list_is_enough(casia, tmp_path):
-    with pytest.raises(InputError, match="give one of --landmarks and --list"):
+def test_two_lists_are_refused(casia, tmp_path):
+    with pytest.raises(InputError, match="pass only one of --landmarks and --list"):
         load_casia(casia, casia / "casia_landmark.txt", tmp_path / "cache", labels=tmp_path / "list.txt")
 
 
-def test_reader_processes_share_the_memory_map(casia, tmp_path):
+def test_pickled_faces_share_the_memory_map(casia, tmp_path):
     faces = load_casia(casia, cache=tmp_path)
     pickled = pickle.dumps(faces)
     assert len(pickled) < 10_000                                           # not the 1.5 MB of its faces

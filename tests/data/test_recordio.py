@@ -1,4 +1,4 @@
-"""RecordIO: sets written here from the format's description are read back; every lie in a file is one sentence."""
+"""RecordIO: sets that are written here from the format's description are read; damaged files are one sentence."""
 import struct
 from concurrent.futures import ThreadPoolExecutor
 
@@ -81,7 +81,7 @@ def root(tmp_path, images):
     return tmp_path / "faces_webface_112x112"
 
 
-def test_the_cache_is_that_of_the_same_faces_in_folders(root, images, tmp_path):
+def test_recordio_gives_the_same_faces_as_folders(root, images, tmp_path):
     for i, (person, _) in enumerate(images):
         write_image(tmp_path / f"aligned/{person:07d}/{i % PHOTOS}.png", face(person, i % PHOTOS))
     records, folders = (load_casia(r, cache=tmp_path / "cache") for r in (root, tmp_path / "aligned"))
@@ -94,7 +94,7 @@ def test_the_cache_is_that_of_the_same_faces_in_folders(root, images, tmp_path):
     b"", b"x", b"abcd", MAGIC, MAGIC * 3, b"abcd" + MAGIC, MAGIC + b"abc", b"abcd" + MAGIC + b"efgh" + MAGIC + b"i",
     b"a" + MAGIC + b"bcd" + MAGIC])                        # the last: not at a multiple of 4, so it stays where it is
 @pytest.mark.parametrize("label", [1.0, (1.0, 7.0)])
-def test_data_with_the_magic_number_in_them(tmp_path, image, label):
+def test_data_that_contain_the_magic_number(tmp_path, image, label):
     write_set(tmp_path / "set", [(0, pack(0.0, b"first")), (1, pack(label, image)), (2, pack(2.0, b"last"))])
     records = Records(tmp_path / "set")
     assert [records.open(name) for name in records.names()] == [b"first", image, b"last"]
@@ -116,7 +116,7 @@ def test_threads_read_at_the_same_time(root, images):
     assert read == [image for _, image in images] * 20
 
 
-def test_another_set_in_the_same_place_is_another_cache(root, images, tmp_path):
+def test_another_set_in_the_same_folder_gets_another_cache(root, images, tmp_path):
     before = load_casia(root, cache=tmp_path / "cache")
     write_set(root, insightface([*images[1:PHOTOS], (0, png(face(7, 7))), *images[PHOTOS:]]))
     after = load_casia(root, cache=tmp_path / "cache")
@@ -141,9 +141,9 @@ def test_a_record_changed_after_it_was_checked(root):
         records.open(records.names()[0])
 
 
-def test_what_records_have_no_use_for(root, casia, tmp_path):
-    for options, message in (({"landmarks": casia / "casia_landmark.txt"}, "leave .*casia_landmark.txt out"),
-                             ({"labels": tmp_path / "list.txt"}, "leave .*list.txt out"),
+def test_lists_and_options_that_do_not_apply_to_records(root, casia, tmp_path):
+    for options, message in (({"landmarks": casia / "casia_landmark.txt"}, "leave out .*casia_landmark.txt"),
+                             ({"labels": tmp_path / "list.txt"}, "leave out .*list.txt"),
                              ({"drop_lfw_overlap": True}, "leave --drop-lfw-overlap out")):
         with pytest.raises(InputError, match=message):
             load_casia(root, cache=tmp_path / "cache", **options)
@@ -201,17 +201,17 @@ HOSTILE = {
     "label not a number": (replace(3, pack((float("nan"), 0.0), b"image")), "record 3 has a label that is no"),
     "label infinite": (replace(3, pack(float("inf"), b"image")), "record 3 has a label that is no whole number"),
     "label too large to be exact": (replace(3, pack(2.0**24, b"image")), "record 3 has a label that is no whole"),
-    "label beyond property": (replace(3, pack(3.0, b"image")), "record 3 has the label 3, but property names 3"),
-    "a gap in the labels": (replace(3, pack(4.0, b"image"), 5), "without a gap, but none is 3"),
+    "label beyond property": (replace(3, pack(3.0, b"image")), "record 3 has the label 3, but property gives 3"),
+    "a gap in the labels": (replace(3, pack(4.0, b"image"), 5), "without gaps, but 3 is missing"),
     "truncated file": (lambda root, _: (root / "train.rec").write_bytes((root / "train.rec").read_bytes()[:-200]),
-                       "reaches beyond the end|can begin"),
+                       "reaches beyond the end|can start"),
     "empty file": (lambda root, _: (root / "train.rec").write_bytes(b""), "larger than train.rec"),
     "no index": (lambda root, _: (root / "train.idx").unlink(), "can't read .*train.idx"),
-    "empty index": (index(lambda _: [""]), "train.idx is no index"),
-    "index of words": (index(lambda lines: [*lines, "x\ty"]), "train.idx is no index"),
-    "index with fractions": (index(lambda lines: [*lines, "99\t4.5"]), "train.idx is no index"),
-    "index of three columns": (index(lambda lines: [f"{line}\t0" for line in lines]), "train.idx is no index"),
-    "index beyond 64 bits": (index(lambda lines: [*lines, f"99\t{10**20}"]), "train.idx is no index"),
+    "empty index": (index(lambda _: [""]), "train.idx is not an index"),
+    "index of words": (index(lambda lines: [*lines, "x\ty"]), "train.idx is not an index"),
+    "index with fractions": (index(lambda lines: [*lines, "99\t4.5"]), "train.idx is not an index"),
+    "index of three columns": (index(lambda lines: [f"{line}\t0" for line in lines]), "train.idx is not an index"),
+    "index beyond 64 bits": (index(lambda lines: [*lines, f"99\t{10**20}"]), "train.idx is not an index"),
     "offset outside": (index(lambda lines: [*lines, f"99\t{10**12}"]), "offset 1000000000000 of record 99"),
     "offset negative": (index(lambda lines: [*lines, "99\t-4"]), "offset -4 of record 99"),
     "offset askew": (index(lambda lines: [*lines, "99\t2"]), "offset 2 of record 99"),
@@ -220,12 +220,12 @@ HOSTILE = {
     "key twice": (index(lambda lines: [*lines[:-1], "3\t" + lines[-1].split("\t")[1]]), "lists a record twice"),
     "offset twice": (index(lambda lines: [*lines, "99\t" + lines[3].split("\t")[1]]), "lists a record twice"),
     "images missing": (index(lambda lines: [line for line in lines if not line.startswith("3\t")]),
-                       "keys from 1 to below 13, of which train.idx lists 11"),
+                       "keys 1 to 12, but train.idx lists 11 of these"),
     "contents that end early": (replace(0, pack((13.0, 5.0))), "record 0 says"),
     "contents not whole": (replace(0, pack((12.5, 16.0))), "record 0 says"),
     "contents not numbers": (replace(0, pack((float("nan"), float("inf")))), "record 0 says"),
-    "property of words": (property_is("many,112,112"), "property should be one line"),
-    "property without size": (property_is("3"), "property should be one line"),
+    "property of words": (property_is("many,112,112"), "property must be one line"),
+    "property without size": (property_is("3"), "property must be one line"),
     "parts that never end": (parts((1, pack(0.0)), (2, b"abcd")), "record 3 reaches beyond the end"),
     "first part after first": (parts((1, pack(0.0)), (1, b"abcd"), (3, b"")), "record 3 is not framed"),
     "part cut askew": (parts((1, pack(0.0)), (2, b"abcde"), (3, b"")), "record 3 is not framed"),

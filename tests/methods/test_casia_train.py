@@ -1,4 +1,4 @@
-"""casia_train.py as it is typed: it learns, resumes exactly after any kill, and says what is wrong with its input."""
+"""casia_train.py learns, resumes exactly after a kill, and explains what is wrong with its input."""
 import json
 import os
 import pickle
@@ -35,7 +35,7 @@ def interrupt(method, args, number, checkpoint, step):
 
 
 @pytest.mark.parametrize("method", ["cosFace", "sphereFace"])
-def test_killed_and_resumed_is_bit_for_bit_as_never_interrupted(method, casia, tmp_path):
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(method, casia, tmp_path):
     calm = script(f"{method}/casia_train.py", *options(casia, tmp_path, "calm"))
     assert calm.returncode == 0, calm.stderr
     expected = torch.load(tmp_path / "calm/checkpoint.pt", weights_only=True)
@@ -89,7 +89,7 @@ class Malice:
         return os.system, (f"touch '{self.path}'",)
 
 
-def test_a_run_is_never_overwritten_nor_continued_by_mistake(main, casia, tmp_path):
+def test_a_run_is_never_overwritten_or_resumed_by_mistake(main, casia, tmp_path):
     args = [*options(casia, tmp_path)[:-1], "bf16", "--epochs", "0.4"]
     assert "can't read" in fails(main, *args, "--resume")                                   # nothing there yet
     assert main("cosFace", *args)[0] == 0
@@ -103,7 +103,7 @@ def test_a_run_is_never_overwritten_nor_continued_by_mistake(main, casia, tmp_pa
     assert not (tmp_path / "malice").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_before_it_is_saved(main, casia, tmp_path):
+def test_training_stops_before_saving_a_loss_that_is_not_finite(main, casia, tmp_path):
     message = fails(main, *options(casia, tmp_path), "--net", "sphere20a", "--lr", "1e30", method="sphereFace")
     assert "the loss is not finite" in message
     path = tmp_path / "run/checkpoint.pt"
@@ -111,7 +111,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(main, casia, tmp_pat
     assert all(torch.isfinite(tensor).all() for tensor in saved.values())
 
 
-def test_lfw_is_measured_after_an_epoch_as_lfw_eval_would(main, casia, tmp_path):
+def test_lfw_accuracy_after_an_epoch_equals_lfw_eval(main, casia, tmp_path):
     rows = []
     for person in "ABCD":
         for photo in (1, 2):
@@ -130,7 +130,7 @@ def test_lfw_is_measured_after_an_epoch_as_lfw_eval_would(main, casia, tmp_path)
     assert status == 0 and line["lfw"] == round(evaluate(net, lfw, "cpu", progress=False).accuracy, 5)
 
 
-def test_a_batch_in_parts_is_the_batch(main, casia, tmp_path):
+def test_gradient_accumulation_equals_the_whole_batch(main, casia, tmp_path):
     """Without batch normalization, which sees each part by itself."""
     args = ["--net", "sphere20a", "--epochs", "0.34"]
     assert main("sphereFace", *options(casia, tmp_path, "one"), *args)[0] == 0
@@ -145,7 +145,7 @@ def test_a_batch_in_parts_is_the_batch(main, casia, tmp_path):
                                              "--sample-centers", "0.5")
 
 
-def test_sphereface_r_by_its_options(main, casia, tmp_path):
+def test_sphereface_r_is_selected_with_scale(main, casia, tmp_path):
     args = [*options(casia, tmp_path), "--epochs", "0.34", "--margin", "1.5"]
     status, output = main("sphereFace", *args)
     assert status == 2 and "--margin must be 1, 2, 3, 4 or 5; with --scale" in output.err
@@ -155,7 +155,7 @@ def test_sphereface_r_by_its_options(main, casia, tmp_path):
 
 
 @pytest.mark.parametrize("minimum, reached", [([], 5), (["--lambda-min", "1"], 1)])
-def test_lambda_falls_to_its_minimum_in_the_head(main, casia, tmp_path, monkeypatch, minimum, reached):
+def test_the_head_gets_lambda_min(main, casia, tmp_path, monkeypatch, minimum, reached):
     annealing, forward, seen = SphereFace.annealing, SphereFace.forward, []
 
     def late(step, *minimum):
@@ -170,7 +170,7 @@ def test_lambda_falls_to_its_minimum_in_the_head(main, casia, tmp_path, monkeypa
     assert main("sphereFace", *args)[0] == 0 and seen == [reached]
 
 
-def test_processes_of_torchrun_train_one_model(casia, tmp_path):
+def test_two_processes_train_the_same_model_as_one(casia, tmp_path):
     """Two processes see the batch of one, halved and each half in two parts, and end with one model between them."""
     args = [*options(casia, tmp_path), "--net", "sphere20a", "--epochs", "0.5", "--no-mirror"]
     single = script("cosFace/casia_train.py", *args[:5], tmp_path / "one", *args[6:])

@@ -1,4 +1,4 @@
-"""The two heads against the papers' equations, recomputed naively in float64: values, gradients, limits."""
+"""The heads compared with the papers' equations, recomputed naively in float64: values, gradients, limits."""
 import math
 
 import numpy as np
@@ -56,7 +56,7 @@ def naive_cosface(s, m):
 
 
 @pytest.mark.parametrize("m", [1, 2, 3, 4, 5])
-def test_psi_is_the_papers_on_every_interval_and_its_bounds(m):
+def test_psi_equals_equation_7_on_every_interval_and_its_bounds(m):
     angles = np.union1d(np.linspace(0, math.pi, 1001), np.arange(m + 1) * math.pi / m)
     expected = [psi_by_angle(t, m) for t in angles]
     got = psi(torch.tensor(np.cos(angles)), m).numpy()
@@ -66,7 +66,7 @@ def test_psi_is_the_papers_on_every_interval_and_its_bounds(m):
 
 
 @pytest.mark.parametrize("m", [1, 2, 3, 4, 5])
-def test_psi_stays_right_where_rounding_leaves_the_range_of_cosines(m):
+def test_psi_is_correct_for_cosines_slightly_out_of_range(m):
     got = psi(torch.tensor([1 + 1e-7, -1 - 1e-7], dtype=torch.float32), m)
     torch.testing.assert_close(got, torch.tensor([1.0, 1.0 - 2 * m]), atol=1e-4, rtol=0)
 
@@ -115,7 +115,7 @@ HEADS = [(lambda: SphereFace(4), 5.0), (lambda: SphereFace(4), 0.0), (lambda: Sp
 
 @pytest.mark.parametrize("make, extra", HEADS)
 @pytest.mark.parametrize("sign", [1.0, -1.0, 0.0], ids=["t=0", "t=pi", "zero embedding"])
-def test_heads_are_finite_at_the_ends(make, extra, sign):
+def test_heads_are_finite_at_extreme_angles(make, extra, sign):
     head = make()
     x = (sign * 3 * head.weight[:1].detach()).requires_grad_()
     loss, _ = head(x, torch.tensor([0]), extra)
@@ -150,7 +150,7 @@ def test_a_second_backward_pass_is_refused(make, extra):
         gradient.sum().backward()
 
 
-def test_lambda_schedule_is_the_release():
+def test_lambda_schedule_is_that_of_the_release():
     assert SphereFace.annealing(0) == 1000
     assert SphereFace.annealing(100) == pytest.approx(1000 / 13)
     assert SphereFace.annealing(10**6) == 5

@@ -1,4 +1,4 @@
-"""The 20-layer CNN: layers, shapes, initialization, and that both methods have the same text of it."""
+"""The 20-layer CNN: layers, shapes and initialization, and the same code in both methods."""
 import inspect
 from pathlib import Path
 
@@ -52,7 +52,7 @@ def test_residual_units_start_near_the_identity():
     assert all((net.get_submodule(f"conv{name}bn").weight == 1).all() for name in ("1_1", "1_2", "3_8", "4_1"))
 
 
-def test_forward_is_the_papers_chain():
+def test_forward_equals_a_literal_computation():
     """Recompute the network with functional calls, in the order of table 2, from its own state dict."""
     net = sphereFace.net.sphere20a().eval()
     for p in net.parameters():
@@ -80,8 +80,9 @@ def test_both_methods_have_the_same_cnn():
 
 def test_the_methods_share_all_but_the_margin():
     """`diff -ru sphereFace cosFace` is for reading what the papers differ in."""
-    for name, most in (("casia_train.py", 17), ("lfw_eval.py", 0)):
-        text = (ROOT / "sphereFace" / name).read_text().replace("SphereFace", "CosFace").replace("sphereFace", "cosFace")
+    for name, most in (("casia_train.py", 18), ("lfw_eval.py", 0)):
+        text = (ROOT / "sphereFace" / name).read_text()
+        text = text.replace("SphereFace", "CosFace").replace("sphereFace", "cosFace")
         mine, other = ({" ".join(line.split()) for line in lines.splitlines()}
                        for lines in (text, (ROOT / "cosFace" / name).read_text()))
         assert len(mine - other) <= most, f"{name} differs in more than the margin: {mine - other}"

@@ -1,4 +1,4 @@
-"""The demo's protocol: the pairs it writes are ones that the LFW reader takes, and folds share no person."""
+"""The protocol of the demo: LFW's reader accepts its pairs, and folds share no people."""
 import numpy as np
 import pytest
 
@@ -24,7 +24,7 @@ def test_folds_are_of_different_people(pairs):
     assert len(set.union(*of_fold)) == sum(map(len, of_fold)) == demo.PEOPLE - demo.TRAINING
 
 
-def test_a_fold_holds_every_genuine_pair_and_as_many_impostors(pairs):
+def test_a_fold_has_every_genuine_pair_and_as_many_impostor_pairs(pairs):
     assert len({tuple(sorted(pair)) for pair in pairs.pairs.tolist()}) == len(pairs.pairs)   # none comes twice
     size = (demo.PEOPLE - demo.TRAINING) // demo.FOLDS * demo.PHOTOS * (demo.PHOTOS - 1) // 2
     for kind in (pairs.same, ~pairs.same):

@@ -1,4 +1,4 @@
-"""The tools beside the method's commands: compare two photos, export a network, draw t-SNE."""
+"""The tools: compare two photos, export a network, draw a t-SNE."""
 import json
 import sys
 
@@ -89,7 +89,7 @@ def scores(tmp_path):
 
 # ---- compare.py
 
-def test_similarity_is_the_cosine_of_what_the_crops_give(model, photos):
+def test_similarity_is_the_cosine_of_the_embeddings_of_both_crops(model, photos):
     net = NETS["faceNet"]()
     load_weights(net, model)
     detector = Detector(device="cpu")
@@ -107,7 +107,7 @@ def test_similarity_is_the_cosine_of_what_the_crops_give(model, photos):
     assert same.similarity == pytest.approx(1, abs=1e-6)
 
 
-def test_largest_face_is_taken_and_several_are_said(model, photos):
+def test_the_largest_face_is_used_and_several_are_reported(model, photos):
     detector = Detector(device="cpu")
     alone, count = compare.find_face(detector, photos / "face.png")
     largest, several = compare.find_face(detector, photos / "two.png")
@@ -127,7 +127,7 @@ def test_error_rates_are_counts(scores):
     assert errors[0] == min(errors)
 
 
-def test_verdict_rates_and_picture(model, photos, scores, tmp_path, capsys):
+def test_verdict_error_rates_and_picture(model, photos, scores, tmp_path, capsys):
     path, similarity, same = scores
     pair = photos / "face.png", photos / "two.png"
     assert call(compare, *pair, "--model", model, "--scores", path, "--output", tmp_path / "out",
@@ -136,16 +136,17 @@ def test_verdict_rates_and_picture(model, photos, scores, tmp_path, capsys):
     threshold = best_threshold(similarity, same)
     accepted = int((similarity[~same] > threshold).sum())
     assert "the same person: " in out and f"> threshold {threshold:.4f}" in out
-    assert f"by {path}, of a/checkpoint.pt:" in out
+    assert f"from {path}, of a/checkpoint.pt:" in out
     assert f"{accepted / 200:8.3%}  {accepted} of 200 impostor pairs" in out
     assert "two.png: 2 faces" in out and "face.png: 2 faces" not in out
     assert read_image(tmp_path / "out" / "comparison.png").std() > 20
 
 
-def test_threshold_given_and_none_at_all(model, photos, capsys):
+def test_with_a_threshold_and_without(model, photos, capsys):
     pair = photos / "face.png", photos / "face.png", "--model", model, "--device", "cpu"
     assert call(compare, *pair, "--threshold", "1") == 0
-    assert "two people: 1.0000 <= threshold 1.0000\nhow often that threshold errs is unknown" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "two people: 1.0000 <= threshold 1.0000\nthe error rates of this threshold are unknown" in out
     assert call(compare, *pair) == 0
     assert "run lfw_eval.py with this model" in capsys.readouterr().out
     assert call(compare, *pair, "--threshold", "60") == 2
@@ -159,13 +160,13 @@ def test_photo_without_a_face(model, photos, capsys):
 
 
 @pytest.mark.parametrize("text, settings, said", [
-    ("left\tright\na.jpg\tb.jpg\n", {}, "is not the scores.tsv"),
-    ("same\tsimilarity\n1\tx\n0\t0.1\n", {}, "is not the scores.tsv"),
+    ("left\tright\na.jpg\tb.jpg\n", {}, "is not a scores.tsv"),
+    ("same\tsimilarity\n1\tx\n0\t0.1\n", {}, "is not a scores.tsv"),
     ("same\tsimilarity\n1\t0.3\n", {}, "genuine and impostor pairs"),
     ("same\tsimilarity\n1\t0.3\n0\t0.1\n", {"mirror": "none"}, "--mirror"),
     ("same\tsimilarity\n1\t0.3\n0\t0.1\n", {"subtract_mean": True}, "--subtract-mean"),
 ])
-def test_scores_that_are_no_measure(tmp_path, text, settings, said):
+def test_unsuitable_scores_are_refused(tmp_path, text, settings, said):
     path = write_scores(tmp_path / "scores.tsv", [], [], **settings)
     path.write_text(text)
     with pytest.raises(InputError, match=said):
@@ -233,7 +234,7 @@ def test_nothing_is_written_unless_the_check_passes(model, tmp_path, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
-def test_onnx_that_is_not_installed(model, tmp_path, monkeypatch, capsys):
+def test_onnx_is_not_installed(model, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "onnx", None)
     assert call(export, "--model", model, "--format", "onnx", "--output", tmp_path / "x") == 2
     assert "pip install onnx onnxruntime" in capsys.readouterr().err
@@ -250,7 +251,7 @@ def test_faces_to_check_on(tmp_path):
 
 # ---- tsne.py
 
-def test_pick_follows_the_seed_and_takes_only_whole_identities():
+def test_pick_depends_on_the_seed_and_skips_small_identities():
     labels = np.array([0] * 9 + [1] * 4 + [2] * 5 + [3] * 7)[np.random.default_rng(0).permutation(25)]
     rows = tsne.pick(labels, 2, 5, seed=1)
     assert rows.shape == (2, 5) and len(np.unique(rows)) == 10
@@ -262,7 +263,7 @@ def test_pick_follows_the_seed_and_takes_only_whole_identities():
         tsne.pick(labels, 4, 5, seed=0)
 
 
-def test_silhouette_is_that_of_the_embeddings_by_cosine():
+def test_silhouette_is_computed_from_the_embeddings_by_cosine():
     random = np.random.default_rng(0)
     labels = np.repeat(np.arange(3), 4)
     embeddings = random.normal(size=(3, 8))[labels] + 0.4 * random.normal(size=(12, 8))
@@ -295,7 +296,7 @@ def test_tsne_of_two_models(casia, model, tmp_path, capsys):
     assert labels.tolist() == [0, 0, 0, 1, 1, 1] and len(set(names)) == 2
 
 
-def test_points_of_tsne_are_read_as_they_were_written(tmp_path):
+def test_tsne_points_are_read_as_they_were_written(tmp_path):
     panels = [("a: b", np.array([[1.25, -2], [3, 4]])), ('"c"', np.array([[0, 0.5], [7, 1e3]]))]
     tsne.write_points(tmp_path / "points.tsv", panels, [1, 0], ["one", "two words"])
     read, labels, names = tsne.read_points(tmp_path / "points.tsv")
@@ -320,8 +321,8 @@ def test_tsne_of_lfw_and_of_aligned_faces(casia, tmp_path):
     (("--per-identity", 9), "only 0 of 6 people"),
     (("--identities", 1), "--identities 1"),
     (("--title", "a", "--title", "b"), "2 --title for 1 --model"),
-    (("--output", "tsne.gif"), "tsne.gif is no picture"),
+    (("--output", "tsne.gif"), "tsne.gif is not a picture"),
 ])
-def test_tsne_refuses(casia, model, capsys, options, said):
+def test_tsne_refuses_invalid_options(casia, model, capsys, options, said):
     assert call(tsne, "--model", model, "--faces", casia, "--device", "cpu", *options) == 2
     assert said in capsys.readouterr().err

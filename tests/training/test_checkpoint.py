@@ -1,7 +1,8 @@
-"""Checkpoints where things go wrong: processes killed at any moment, disks that fill up, older ones kept.
+"""Checkpoints when things go wrong: killed processes, full disks, and older checkpoints.
 
 The net is a tiny one, so that what is tested is everything around it; test_training.py kills and resumes the real one.
 """
+import json
 import multiprocessing
 import os
 import random
@@ -16,6 +17,7 @@ from torch import nn
 
 import cosFace.net
 from cosFace import casia_train
+from faces.device import has_bf16
 
 
 class TinyNet(nn.Sequential):
@@ -51,7 +53,7 @@ def start(monkeypatch):
     return start
 
 
-def test_killed_twenty_times_is_bit_for_bit_as_never_interrupted(start, casia, tmp_path):
+def test_a_run_killed_twenty_times_equals_an_uninterrupted_one(start, casia, tmp_path):
     """Each kill comes at random after a step drawn from the whole run, so that a slow machine's land in it as well."""
     more = ["--batch-size", "2", "--epochs", "6", "--checkpoint-every", "1", "--jitter", "2", "--keep-last", "2"]
     calm = start([*options(casia, tmp_path, "calm"), *more])
@@ -81,7 +83,7 @@ def saved_step(checkpoint):
     return torch.load(checkpoint, weights_only=True)["step"] if checkpoint.exists() else 0
 
 
-def test_a_full_disk_keeps_the_last_good_checkpoint_and_training_goes_on(tiny, main, casia, tmp_path, monkeypatch):
+def test_a_full_disk_keeps_the_last_checkpoint_and_training_continues(tiny, main, casia, tmp_path, monkeypatch):
     """From step 5 to 8 no file may grow beyond a limit, as on a disk that someone then clears."""
     write, found = casia_train.Checkpoints.save, {}
 
@@ -116,10 +118,16 @@ def test_older_checkpoints_are_kept_and_pruned(tiny, main, casia, tmp_path):
     assert kept == {"checkpoint.pt": 12, "checkpoint-0000010.pt": 10}
 
 
-def test_compiling_where_nothing_can_be_compiled_is_one_sentence(tiny, main, casia, tmp_path, monkeypatch):
+def test_without_a_compiler_compile_is_one_sentence(tiny, main, casia, tmp_path, monkeypatch):
     def no_compiler(net):
         raise RuntimeError("no C++ compiler\nand a long story")
     monkeypatch.setattr(nn.Module, "compile", no_compiler)
     status, output = main("cosFace", *options(casia, tmp_path), "--compile")
     assert status == 0
     assert "--compile does not work here (no C++ compiler); training continues without it.\n" in output.out
+
+
+def test_automatic_precision_is_the_one_of_the_device(tiny, main, casia, tmp_path):
+    assert main("cosFace", *options(casia, tmp_path), "--precision", "auto", "--epochs", "0.17")[0] == 0
+    precision = json.loads((tmp_path / "run/settings.json").read_text())["precision"]
+    assert precision == ("bf16" if has_bf16(torch.device("cpu")) else "float32")

@@ -1,4 +1,4 @@
-"""What a training run leaves behind beside its model: scalars, a picture, its settings; without training one."""
+"""The log of a training run: scalars, picture and settings, tested without a network."""
 import json
 import re
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ from sphereFace.net import SphereFace
 RECIPE = Recipe(batch_size=4, steps_per_epoch=30, steps=60, base_lr=0.1, warmup=0, schedule="step")
 
 
-def test_geometry_is_that_of_the_matrix_of_cosines():
+def test_geometry_equals_the_matrix_of_all_cosines():
     torch.manual_seed(0)
     embedding, weight, labels = 5 * torch.randn(7, 512), torch.randn(50, 512), torch.randint(50, (7,))
     cosines = torch.nn.functional.cosine_similarity(embedding.double()[:, None], weight.double(), dim=2)   # (7, 50)
@@ -58,7 +58,7 @@ def scalars(folder):
     return {name: [(e.step, e.value) for e in events.Scalars(name)] for name in events.Tags()["scalars"]}
 
 
-def test_a_run_that_was_resumed_leaves_one_record_of_it(tmp_path):
+def test_a_resumed_run_leaves_a_single_record(tmp_path):
     train(tmp_path, 0, 45, lfw=0.9)
     assert json.loads((tmp_path / "settings.json").read_text())["from_step"] == 0
     train(tmp_path, 30, 30, lfw=0.95)
@@ -80,11 +80,11 @@ def test_a_run_that_was_resumed_leaves_one_record_of_it(tmp_path):
     assert not list(tmp_path.glob(".*"))                                       # nothing half written
 
 
-def test_only_the_first_process_writes(tmp_path):
-    run = SimpleNamespace(is_main_process=False, device=torch.device("cpu"))
+def test_only_the_main_process_writes(tmp_path):
+    run, head = SimpleNamespace(is_main_process=False, device=torch.device("cpu")), WholeHead(SphereFace(3))
     with TrainingLog(run, tmp_path, RECIPE, 0, {}) as log:
         for _ in range(30):
-            log.record(torch.tensor(1.0), torch.zeros(4), torch.ones(4, 512), torch.zeros(4).long(), WholeHead(SphereFace(3)))
+            log.record(torch.tensor(1.0), torch.zeros(4), torch.ones(4, 512), torch.zeros(4).long(), head)
             log.end_step()
         log.end_epoch()
     assert not list(tmp_path.iterdir())

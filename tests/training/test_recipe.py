@@ -1,4 +1,4 @@
-"""The schedule is the authors', or a cosine."""
+"""The learning rate schedule."""
 import pytest
 
 from faces.training.recipe import Recipe

@@ -1,4 +1,4 @@
-"""Centers spread over 2 and 3 processes: loss, gradients, labels and checkpoints are those of one process."""
+"""Class centers over 2 and 3 processes: loss, gradients, labels and checkpoints equal those of one process."""
 import math
 from functools import partial
 from types import SimpleNamespace
@@ -136,7 +136,7 @@ def found(folder, world):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("world", [2, 3])
-def test_loss_and_gradients_are_those_of_one_process(folder, method, world):
+def test_loss_and_gradients_equal_those_of_one_process(folder, method, world):
     head, margin = METHODS[method]
     torch.manual_seed(0)
     expected = one_step(WholeHead(head(CLASSES)), make_run(), margin)
@@ -153,7 +153,7 @@ def test_loss_and_gradients_are_those_of_one_process(folder, method, world):
 
 
 @pytest.mark.parametrize("shard", [False, True], ids=["whole head", "sharded head"])
-def test_a_checkpoint_of_two_processes_goes_on_in_one_and_in_three(folder, shard):
+def test_a_checkpoint_of_two_processes_resumes_on_one_and_on_three(folder, shard):
     never_saved = Training(make_run(), folder / "never", CLASSES, shard=False)
     expected_loss, _ = never_saved.steps(0, 1, 2)
     expected = never_saved.state()
@@ -172,7 +172,7 @@ def test_a_checkpoint_of_two_processes_goes_on_in_one_and_in_three(folder, shard
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_sampled_softmax(folder, world):
+def test_sampled_softmax_equals_a_head_of_the_sampled_centers(folder, world):
     """Against a head of the drawn centers alone, whose others stand still."""
     parts = [part["sampled"] for part in found(folder, world)]
     reference = Training(make_run(), folder / "never", 40, shard=False)
@@ -201,12 +201,12 @@ def test_sampled_softmax(folder, world):
     assert all(part["resumed exactly"] for part in found(folder, world))
 
 
-def test_more_processes_than_identities():
+def test_more_processes_than_identities_is_an_error():
     with pytest.raises(InputError, match="2 identities can't be spread over 3 processes"):
         ShardedHead(CosFace, 2, rank=0, world_size=3)
 
 
-def test_training_with_a_sharded_head_is_that_of_one_process(main, casia, tmp_path):
+def test_training_with_a_sharded_head_equals_one_process(main, casia, tmp_path):
     args = [*options(casia, tmp_path), "--net", "sphere20a", "--epochs", "0.34", "--no-mirror"]
     assert main("sphereFace", *args[:5], tmp_path / "one", *args[6:])[0] == 0
     double = torchrun("sphereFace", *args, "--shard-head", "--accumulate", "2")
@@ -215,7 +215,7 @@ def test_training_with_a_sharded_head_is_that_of_one_process(main, casia, tmp_pa
     assert one["step"] == two["step"] == 2 and two["head"]["weight"].shape == (6, 512)
 
 
-def test_each_step_of_training_draws_centers_of_its_own(main, casia, tmp_path, monkeypatch):
+def test_each_training_step_samples_its_own_centers(main, casia, tmp_path, monkeypatch):
     steps, draw = [], ShardedHead._draw
     monkeypatch.setattr(ShardedHead, "_draw", lambda head, label, step: steps.append(step) or draw(head, label, step))
     args = [*options(casia, tmp_path), "--net", "sphere20a", "--epochs", "0.34", "--sample-centers"]

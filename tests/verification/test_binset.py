@@ -1,4 +1,4 @@
-"""InsightFace's .bin sets: what real ones look like is read, whatever wrote them; anything else is refused unrun."""
+"""InsightFace's .bin sets are read, whatever wrote them; anything else is refused without running it."""
 import os
 import pickle
 import struct
@@ -69,7 +69,7 @@ def test_every_protocol_and_kind_of_list(images, protocol):
     np.testing.assert_array_equal(unpickle(pickle.dumps(big_endian, protocol)), big_endian)
 
 
-def test_files_of_python_2(images):
+def test_files_written_by_python_2(images):
     assert unpickle(python2(images, SAME)) == (images, SAME)
     found, flags = unpickle(python2_arrays(images, SAME))
     assert [image.tobytes() for image in found] == images and flags == SAME
@@ -106,7 +106,7 @@ class Calls:
 
 @pytest.mark.parametrize("protocol", (0, 2, 4, 5))
 @pytest.mark.parametrize("name", ("os.system", "eval", "numpy.load", "object array"))
-def test_nothing_is_run(tmp_path, name, protocol):
+def test_no_code_is_run(tmp_path, name, protocol):
     marker = tmp_path / "run"
     evil = {"os.system": Calls(os.system, f"touch {marker}"), "eval": Calls(eval, f"open({str(marker)!r}, 'w')"),
             "numpy.load": Calls(np.load, str(marker))}
@@ -132,12 +132,12 @@ RECONSTRUCT = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85
     b"B\xff\xff\xff\xff.", b"\x8e\xff\xff\xff\xff\xff\xff\xff\x7f.",             # bytes that are claimed and not there
     RECONSTRUCT + b"(K\x01J\xff\xff\xff\x7f\x85cnumpy\ndtype\nX\x02\x00\x00\x00u1\x85R\x89C\x01xtb.",  # so are elements
     b"X\x40\x42\x0f\x00" + b"a" * 1_000_000 + b"q\x000" + b"h\x00." * 3])       # POP, which no data needs
-def test_damage_and_foreign_instructions_are_refused(data):
+def test_damaged_files_and_other_instructions_are_refused(data):
     with pytest.raises(Refused):
         unpickle(data)
 
 
-def test_bombs_are_refused(monkeypatch):
+def test_decompression_bombs_are_refused(monkeypatch):
     text = b"X" + struct.pack("<i", 100_000) + b"a" * 100_000 + b"q\x00"
     encode = b"c_codecs\nencode\nh\x00X\x06\x00\x00\x00latin1\x86R"
     with pytest.raises(Refused, match="many times its size"):
@@ -145,10 +145,10 @@ def test_bombs_are_refused(monkeypatch):
     laughs = b"]q\x00" + b"".join(b"]q" + bytes([i]) + b"h" + bytes([i - 1]) + b"ah" + bytes([i - 1]) + b"a"
                                   for i in range(1, 60))
     with pytest.raises(Refused):
-        unpickle(laughs + b"cnumpy\ndtype\nh\x3b\x85R.")                            # 2 ** 59 items, if anybody walked them
+        unpickle(laughs + b"cnumpy\ndtype\nh\x3b\x85R.")                   # 2 ** 59 items, if they were visited
     nested = b"\x80\x04" + b"]" * 50_000 + b"a" * 49_999 + b"."
     assert len(unpickle(nested)) == 1
-    assert unpickle(b"\x80\x02]r\xff\xff\xff\x7f.") == []                            # a memo of two thousand million places
+    assert unpickle(b"\x80\x02]r\xff\xff\xff\x7f.") == []                   # a memo with 2 ** 31 places
     monkeypatch.setattr(binset, "MAX_READS", 1000)
     with pytest.raises(Refused, match="too many instructions"):
         unpickle(nested)

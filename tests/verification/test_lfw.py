@@ -1,4 +1,4 @@
-"""LFW: reading the pairs, and lfw_eval.py from its own folder on a tiny made set."""
+"""LFW: reading pairs, and lfw_eval.py on a tiny synthetic set."""
 import json
 import os
 import re
@@ -128,7 +128,7 @@ def test_faces_are_aligned_by_their_own_landmarks(lfw):
     np.testing.assert_array_equal(loaded.faces[3], align(read_image(lfw / fields[0]), points))
 
 
-def test_the_list_of_lfw_landmark_is_found(lfw, tmp_path, monkeypatch):
+def test_the_list_of_lfw_landmark_is_used_by_default(lfw, tmp_path, monkeypatch):
     monkeypatch.setattr(landmarks, "CACHE", tmp_path / "cache")
     listed = landmarks.default_list(lfw, "lfw_landmark.txt")
     listed.parent.mkdir(parents=True)
@@ -136,7 +136,7 @@ def test_the_list_of_lfw_landmark_is_found(lfw, tmp_path, monkeypatch):
     assert load_lfw(lfw).landmarks == str(listed)
 
 
-def test_landmarks_are_found_now_where_there_is_no_list(tmp_path, monkeypatch, capsys):
+def test_landmarks_are_detected_if_there_is_no_list(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(landmarks, "CACHE", tmp_path / "cache")
     photo = skimage.data.astronaut()[:250, 100:350]  # read off by eye: her pupils are at (104, 101), (147, 103)
     for name, shift in (("Ann", 0), ("Bob", 10)):
@@ -188,7 +188,7 @@ def test_command_from_its_own_folder(lfw, model, folder, mirror, mean):
         assert row in done.stdout
 
 
-def test_options_change_what_they_say(lfw, model):
+def test_options_change_the_similarities(lfw, model):
     data = load_lfw(lfw, landmarks=lfw.parent / "landmarks.txt")
     net = cosFace.net.faceNet()
     load_weights(net, model)
@@ -237,13 +237,13 @@ def spoil(lfw, model, what):
     ("absent image", r"names 7 images of which 1 are not in .* \(Ann/Ann_0002\)"),
     ("unreadable image", r"1 of 7 images in .* can't be used \(Ann/Ann_0002.jpg: not an image\)"),
     ("mirrored landmarks", "7 of 7 images in .*mirrored"),
-    ("not aligned", "150x160 pixels is no aligned face"),
+    ("not aligned", "150x160 pixels is not the size of an aligned face"),
     ("no landmarks", "absent.txt: No such file"),
     ("list lacks an image", r"lacks 1 of the 7 images that are needed \(Ann/Ann_0001.jpg\)"),
     ("nine numbers", "line 1: expected 11"),
     ("no model", "absent.pt: No such file"),
     ("no checkpoint", "landmarks.txt is not a checkpoint"),
-    ("other network", "give --net faceNet"),
+    ("other network", "pass --net faceNet"),
     ("other device", "--device cuda:99"),
     ("failed training", "embeddings are not finite"),
     ("output is a file", "can't write"),

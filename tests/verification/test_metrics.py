@@ -1,4 +1,4 @@
-"""Verification figures against scikit-learn, and against brute force over every possible threshold."""
+"""Verification metrics compared with scikit-learn, and with brute force over every possible threshold."""
 import numpy as np
 import pytest
 import torch
@@ -42,7 +42,7 @@ def embedded_pairs(seed=0, images=60, folds=5, size=20):
 
 @pytest.mark.parametrize("decimals", [None, 2, 1])
 @pytest.mark.parametrize("seed", range(3))
-def test_best_threshold_beats_every_other(seed, decimals):
+def test_no_threshold_is_better_than_best_threshold(seed, decimals):
     similarity, same = scores(seed, decimals=decimals)
     threshold = best_threshold(similarity, same)
     values = np.unique(similarity)
@@ -94,7 +94,7 @@ def test_equal_error_rate_and_tar_of_known_cases():
     assert tar_at_far(*roc(similarity, same), 1e-3) == 0
 
 
-def test_folds_take_their_threshold_from_the_others():
+def test_each_fold_uses_the_threshold_of_the_others():
     embeddings, pairs, same, folds = embedded_pairs()
     result = verify(embeddings, pairs, same, folds)
     unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
@@ -110,7 +110,7 @@ def test_folds_take_their_threshold_from_the_others():
     assert verify(embeddings, pairs, changed, folds).thresholds[2] == result.thresholds[2]
 
 
-def test_subtracted_mean_is_of_the_training_folds():
+def test_the_subtracted_mean_is_that_of_the_training_folds():
     embeddings, pairs, same, folds = embedded_pairs(1)
     result = verify(embeddings, pairs, same, folds, subtract_mean=True)
     for k in range(5):
@@ -125,7 +125,7 @@ def test_subtracted_mean_is_of_the_training_folds():
     np.testing.assert_allclose(training_means(embeddings, pairs, folds)[4], mean)
 
 
-def test_what_cannot_be_verified_is_an_error():
+def test_invalid_input_raises_value_error():
     embeddings, pairs, same, folds = embedded_pairs()
     for spoiled in (np.nan, np.inf, 0):
         broken = embeddings.copy()

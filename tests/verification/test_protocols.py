@@ -1,4 +1,4 @@
-"""LFW's view 1, TAR at stated FARs, identification, the bootstrap over identities, the contact sheet, two models."""
+"""View 1 of LFW, TAR at given FARs, identification, bootstrap over identities, contact sheet, several models."""
 import itertools
 import json
 import pickle
@@ -88,12 +88,12 @@ def test_view_1_without_pairs_txt_and_its_mistakes(lfw, tmp_path):
     assert read_pairs(tmp_path).folds[0] == -1
     with pytest.raises(InputError, match="no pairs.txt"):
         read_pairs(tmp_path, view=2)
-    with pytest.raises(InputError, match="is not of view 1"):
+    with pytest.raises(InputError, match="does not belong to view 1"):
         read_pairs(lfw, lfw / "pairs.txt", view=1)
     (tmp_path / "pairsDevTest.txt").unlink()
     with pytest.raises(InputError, match="no pairsDevTest.txt"):
         read_pairs(tmp_path)
-    for text, sentence in (("", "does not begin with"), ("3\t4", "does not begin with"),
+    for text, sentence in (("", "does not start with"), ("3\t4", "does not start with"),
                            ("4\nP0\t1\t2", "but has 1 and 0"),
                            ("1\nP0\t1\tP1\t1\nP1\t1\tP2\t1", "1 genuine and 1 impostor pairs but has 0 and 2")):
         (tmp_path / "pairsDevTest.txt").write_text(text)
@@ -102,7 +102,7 @@ def test_view_1_without_pairs_txt_and_its_mistakes(lfw, tmp_path):
 
 
 @pytest.mark.parametrize("subtract_mean", (False, True))
-def test_view_1_judges_by_the_threshold_of_its_training_pairs(subtract_mean):
+def test_view_1_uses_the_threshold_of_its_training_pairs(subtract_mean):
     embeddings, pairs = random_pairs()
     pairs = pairs._replace(folds=np.where(pairs.folds < 3, -1, 0))
     train, test = pairs.folds < 0, pairs.folds == 0
@@ -118,7 +118,7 @@ def test_view_1_judges_by_the_threshold_of_its_training_pairs(subtract_mean):
 
 
 @pytest.mark.parametrize("decimals", (None, 1))
-def test_operating_point_is_the_best_that_keeps_to_its_rate(decimals):
+def test_operating_point_is_the_best_within_its_far(decimals):
     rng = np.random.default_rng(3)
     same = np.arange(600) < 300
     similarity = rng.normal(0.4 * same, 0.2)
@@ -128,7 +128,8 @@ def test_operating_point_is_the_best_that_keeps_to_its_rate(decimals):
         assert point.tar == tar_at_far(*roc(similarity, same), far) == np.mean(similarity[same] > point.threshold)
         assert point.accepted == (similarity[~same] > point.threshold).sum() <= far * 300
         assert point.resolved == (far >= 1 / 300)
-    assert operating_point(np.arange(6000) / 6000, np.arange(6000) < 3000, 1e-3).accepted == 3  # 1e-3 * 3000 is exactly three
+    # 1e-3 * 3000 is exactly three
+    assert operating_point(np.arange(6000) / 6000, np.arange(6000) < 3000, 1e-3).accepted == 3
     assert operating_point(similarity, same, 1 / 300).resolved
 
 
@@ -152,7 +153,7 @@ def test_identification_by_hand():
         identify(embeddings[:3], np.array([0, 0, 1]))
 
 
-def test_a_pair_counts_as_often_as_its_people_were_drawn():
+def test_bootstrap_weights_are_the_counts_of_the_people():
     _, pairs = random_pairs(images=12, people=5, pairs=60)
     who = pairs.identities[pairs.pairs]
     drawn = draw(np.random.default_rng(1), 20, 5)
@@ -169,7 +170,7 @@ def test_a_pair_counts_as_often_as_its_people_were_drawn():
     np.testing.assert_allclose(bootstrap(correct, who, 30, 7), by_hand, atol=1e-6)
 
 
-def test_interval_knows_that_pairs_of_one_person_go_together():
+def test_interval_accounts_for_pairs_that_share_a_person():
     people = np.repeat(np.arange(200), 10)
     who = np.stack((people, people), 1)
     rng = np.random.default_rng(0)
@@ -222,7 +223,7 @@ def test_two_models_and_every_protocol(lfw, models, tmp_path, capsys):
         assert found["gallery"] == PEOPLE and found["rank_1"] == pytest.approx(found["cmc"][0], abs=1e-6)
         for picture in ("roc.png", "cmc.png", "histogram.png", "errors.png"):
             assert read_image(place / picture).std() > 5
-    assert out.count("too few of them to resolve this rate, which takes 1,000") == 2
+    assert out.count("too few to resolve this rate, which needs 1,000") == 2
     assert len(re.findall(r"^(TAR@FAR=1e-3|TAR@FAR=2.5e-1|rank 1 |rank 5 |gallery) ", out, re.M)) == 10
     compared, = results["comparison"]
     assert compared["difference"] == pytest.approx(results["models"][1]["accuracy"] - results["models"][0]["accuracy"])
@@ -249,7 +250,7 @@ def test_one_protocol_alone_and_a_bin_set(lfw, models, tmp_path, capsys):
 
 @pytest.mark.parametrize("options, sentence", [
     (("--net", "faceNet", "--net", "sphere20a"), "--net was given 2 times for 1 models"), (("--far", "0"), "above 0"),
-    (("--protocol", "roc"), "invalid choice"), (("--view", "1", "--pairs", "pairs.txt"), "is not of view 1")])
-def test_options_that_do_not_fit(lfw, models, capsys, options, sentence):
+    (("--protocol", "roc"), "invalid choice"), (("--view", "1", "--pairs", "pairs.txt"), "does not belong to view 1")])
+def test_invalid_options_are_one_sentence(lfw, models, capsys, options, sentence):
     status, _, err = run_lfw_eval(capsys, "--model", models[0], "--lfw", lfw, "--aligned", *options)
     assert status == 2 and sentence in err and "Traceback" not in err

@@ -1,4 +1,4 @@
-"""Checkpoints, ours and public ones: the same embedding as the network they came from, or one clear sentence."""
+"""Our checkpoints and public ones give the embeddings of the network they came from, or one clear sentence."""
 import os
 import pickle
 
@@ -44,7 +44,7 @@ def same_embedding(net, image, expected):
     lambda state: {"state_dict": {f"module.{name}": value for name, value in state.items()}},
     lambda state: {"model": state, "epoch": 3},
 ], ids=["with its head", "nested, DataParallel", "nested"])
-def test_released_weights_give_the_embedding_they_gave_on_bgr(released, image, tmp_path, wrap):
+def test_released_weights_give_the_same_embedding_as_with_bgr(released, image, tmp_path, wrap):
     torch.save(wrap(released.state_dict()), tmp_path / "net.pth")
     net = sphere20a()
     assert load_weights(net, tmp_path / "net.pth")["channels"] == "bgr"
@@ -109,14 +109,14 @@ def blank():
 
 
 @pytest.mark.parametrize("content, sentence", [
-    (lambda: hollow(faceNet), "holds the weights of faceNet, not of sphere20a; give --net faceNet"),
+    (lambda: hollow(faceNet), "contains the weights of faceNet, not of sphere20a; pass --net faceNet"),
     (lambda: hollow(sphere20a, **{"fc5.weight": torch.zeros(256, 4)}), "fc5.weight is 256x4, not 512x21504"),
     (lambda: hollow(sphere20a, **{"conv3_4.weight": None}), "conv3_4.weight is missing"),
     (lambda: hollow(sphere20a, **{"conv5_1.weight": torch.zeros(1)}), "conv5_1.weight is unknown"),
     (lambda: hollow(sphere20a, **{"conv1_2.bias": torch.zeros(3)}), "conv1_2.bias is 3, not 64"),
     (lambda: {"layer1.0.conv1.weight": torch.zeros(64, 64, 3, 3)}, "another network than sphere20a"),
-    (lambda: {"epoch": 3}, "holds no weights"),
-    (lambda: torch.zeros(3), "holds no weights"),
+    (lambda: {"epoch": 3}, "contains no weights"),
+    (lambda: torch.zeros(3), "contains no weights"),
     (lambda: nn.Linear(2, 2), "loaded safely"),
 ])
 def test_other_files_are_refused_in_one_sentence(blank, tmp_path, content, sentence):
@@ -139,7 +139,7 @@ def test_a_malicious_pickle_is_refused_and_does_nothing(blank, tmp_path, zipped,
     assert not (tmp_path / "owned").exists()
 
 
-def test_no_checkpoint_at_all(blank, tmp_path):
+def test_a_missing_file_is_one_sentence(blank, tmp_path):
     (tmp_path / "empty.pt").touch()
     (tmp_path / "text.pt").write_text("not weights\n")
     torch.save(torch.zeros(100_000), tmp_path / "whole.pt")

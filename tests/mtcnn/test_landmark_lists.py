@@ -1,0 +1,169 @@
+"""The choice of a face, the journal, and the scripts that write landmark lists and drawings."""
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import cv2
+import numpy as np
+import pytest
+import skimage.data
+from conftest import ROOT
+
+from faces.landmarks import read_landmarks
+from mtcnn.detector import Faces
+from mtcnn.landmark_lists import Journal, median_points
+from mtcnn.search import Find, choose, frame
+
+# Landmarks of the face in skimage.data.astronaut(), read off by eye.
+LANDMARKS = np.array([(203.8, 101.6), (246.8, 104.6), (224.5, 130.3), (200.8, 139.0), (244.4, 141.7)])
+
+
+@pytest.fixture(scope="module")
+def photo():
+    return skimage.data.astronaut()
+
+
+def test_select_rules():
+    boxes = np.array([[0, 0, 50, 50], [80, 80, 110, 110], [10, 100, 40, 140]], np.float32)
+    faces = Faces(boxes, np.array([0.8, 0.9, 0.99], np.float32), np.tile(LANDMARKS.astype(np.float32), (3, 1, 1)))
+    assert [choose(faces, (200, 200), rule) for rule in ("center", "largest", "score")] == [1, 0, 2]
+    faces.landmarks[1] = faces.landmarks[1][[1, 0, 2, 4, 3]]  # a mirrored face is none
+    assert choose(faces, (200, 200), "center") == 2
+    assert choose(Faces(boxes[:0], faces.scores[:0], faces.landmarks[:0]), (200, 200), "center") is None
+
+
+def test_frame_and_median():
+    framed, corner = frame(np.ones((40, 100, 3), np.uint8), 0.25)
+    assert framed.shape == (60, 150, 3) and framed.sum() == 40 * 100 * 3 and corner.tolist() == [25, 10]
+    finds = [Find(0, (100, 200), 0, [50, 50] * 5), Find(1, (10, 10), 1, [3, 4] * 5), Find(2, (50, 50), 0, [5, 40] * 5),
+             Find(3, (5, 5), -1, None)]
+    np.testing.assert_allclose(median_points(finds), [(0.3, 0.4)] * 5)
+
+
+def test_journal_survives_an_incomplete_line_and_discards_other_settings(tmp_path):
+    journal = Journal(tmp_path / "list.txt", {"a": 1}, 5)
+    finds = [Find(3, (9, 9), 0, [1.5] * 10), Find(0, (9, 9), -1, None)]
+    journal.add(finds)
+    with open(journal.path, "ab") as file:
+        file.write(b'[2, [9, 9], 0, [1.0, ')
+    journal = Journal(tmp_path / "list.txt", {"a": 1}, 5)
+    assert journal.missing() == [1, 2, 4]
+    journal.add([Find(2, (9, 9), 1, [2.0] * 10)])
+    assert [find.index for find in journal.finds()] == [0, 2, 3]
+    assert Journal(tmp_path / "list.txt", {"a": 2}, 5).missing() == [0, 1, 2, 3, 4]
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory, photo):
+    """Three people, seven images; no face in two of them, one of which is all there is of Bob."""
+    root = tmp_path_factory.mktemp("people")
+    blank = np.full((100, 200, 3), 128, np.uint8)
+    images = {"Ann/Ann_0001.png": photo[:250, 100:350], "Ann/Ann_0002.png": photo[10:250, 110:350],
+              "Ann/Ann_0003.png": blank, "Bob/Bob_0001.png": blank, "Zoe/Zoe_0001.png": photo[30:230, 110:330],
+              "Zoe/Zoe_0002.png": np.fliplr(photo), "Zoe/Zoe_0003.png": photo[72:180, 183:263]}
+    for name, image in images.items():
+        (root / name).parent.mkdir(exist_ok=True)
+        cv2.imwrite(str(root / name), image[..., ::-1])
+    return root
+
+
+def command(script, *args, **kwargs):
+    return subprocess.run([sys.executable, script, *map(str, args)], cwd=ROOT / "mtcnn", capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, **kwargs)
+
+
+def in_process(script, *args):
+    """Run a script's main() here, which saves the seconds that importing takes; returns its exit status."""
+    try:
+        importlib.import_module(f"mtcnn.{script.removesuffix('.py')}").main(list(map(str, args)))
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def test_lfw_landmark(people, tmp_path):
+    run = command("lfw_landmark.py", "--lfw", people, "--output", tmp_path / "list.txt", "--device", "cpu")
+    assert run.returncode == 0, run.stderr
+    listed = read_landmarks(tmp_path / "list.txt", labelled=False)
+    points = dict(zip(listed.paths, listed.points))
+    assert listed.paths == sorted(listed.paths) and len(listed.paths) == 7
+    np.testing.assert_allclose(points["Ann/Ann_0001.png"] + (100, 0), LANDMARKS, atol=3)
+    np.testing.assert_allclose(points["Zoe/Zoe_0003.png"] + (183, 72), LANDMARKS, atol=4)
+    sizes = {"Ann/Ann_0001.png": (250, 250), "Ann/Ann_0002.png": (240, 240), "Zoe/Zoe_0001.png": (220, 200),
+             "Zoe/Zoe_0002.png": (512, 512), "Zoe/Zoe_0003.png": (80, 108)}
+    median = np.median([points[name] / size for name, size in sizes.items()], axis=0) * (200, 100)
+    np.testing.assert_allclose(points["Bob/Bob_0001.png"], median, atol=0.02)
+    assert "7 images: a face in 5" in run.stdout and "no face found, median landmarks: 2" in run.stdout
+    failed = (tmp_path / "list.failed.txt").read_text().splitlines()
+    assert [line.split("\t")[1] for line in failed if line.startswith("no face")] == ["Ann/Ann_0003.png",
+                                                                                     "Bob/Bob_0001.png"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["list.failed.txt", "list.txt"]
+
+
+def test_casia_landmark_leaves_out_images_without_a_face(people, tmp_path):
+    run = command("casia_landmark.py", "--casia", people, "--output", tmp_path / "list.txt", "--device", "cpu")
+    assert run.returncode == 0, run.stderr
+    listed = read_landmarks(tmp_path / "list.txt", labelled=True)
+    assert listed.paths == ["Ann/Ann_0001.png", "Ann/Ann_0002.png", "Zoe/Zoe_0001.png", "Zoe/Zoe_0002.png",
+                            "Zoe/Zoe_0003.png"]
+    assert listed.labels.tolist() == [0, 0, 1, 1, 1]
+    assert "no face found, left out: 2" in run.stdout and "2 people; people without any image left: 1 Bob" in run.stdout
+
+
+def test_a_killed_run_continues_to_the_same_list(photo, tmp_path):
+    for i in range(60):  # a second or two of work, so that the kill comes in the middle of it
+        (tmp_path / "set" / f"Ann_{i:02d}").mkdir(parents=True)
+        cv2.imwrite(str(tmp_path / "set" / f"Ann_{i:02d}" / "1.png"), photo[:300 - i, i:, ::-1])
+    args = ["--lfw", tmp_path / "set", "--batch-size", "1", "--workers", "2", "--device", "cpu",
+            "--output"]
+    whole, again = tmp_path / "whole.txt", tmp_path / "again.txt"
+    assert in_process("lfw_landmark.py", *args, whole) == 0
+    journal = tmp_path / ".again.txt.partial"
+    process = subprocess.Popen([sys.executable, "lfw_landmark.py", *map(str, [*args, again])], cwd=ROOT / "mtcnn",
+                               stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while process.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") > 2):
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not again.exists() and journal.exists()
+    done = journal.read_bytes().count(b"\n") - 1
+    run = command("lfw_landmark.py", *args, again)
+    assert run.returncode == 0 and f"continuing: {done} of 60" in run.stdout
+    assert done < 60 and again.read_text() == whole.read_text() and not journal.exists()
+
+
+def test_detector_draws_photos(photo, tmp_path, capsys):
+    cv2.imwrite(str(tmp_path / "a.png"), photo[..., ::-1])
+    assert in_process("detector.py", tmp_path / "a.png", "--output", tmp_path / "out", "--device", "cpu") == 0
+    assert "faces in 1 photo" in capsys.readouterr().out
+    entry, = json.loads((tmp_path / "out" / "faces.json").read_text())
+    np.testing.assert_allclose(entry["faces"][0]["landmarks"], LANDMARKS, atol=3)
+    assert cv2.imread(str(tmp_path / "out" / entry["drawing"])).shape == photo.shape
+
+
+def test_a_missing_folder_is_one_sentence(tmp_path):
+    run = command("lfw_landmark.py", "--lfw", tmp_path / "none", "--output", tmp_path / "list.txt")
+    assert run.returncode == 2 and "does not exist" in run.stderr and "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize("content, script, sentence", [
+    ({}, "lfw_landmark.py", "contains no images"),
+    ({"Ann/Ann_0001.jpg": b"no image"}, "lfw_landmark.py", "1 of 1 images"),
+    ({"Ann/Ann_0001.png": "blank"}, "lfw_landmark.py", "no face was found"),
+    ({"0001.png": "blank"}, "casia_landmark.py", "not in a person folder"),
+    ({}, "casia_landmark.py", "contains no images"),
+], ids=["empty", "unreadable", "faceless", "no person", "empty casia"])
+def test_bad_input_is_one_sentence_and_status_2(content, script, sentence, tmp_path, capsys):
+    root = tmp_path / "set"
+    root.mkdir()
+    blank = cv2.imencode(".png", np.zeros((50, 50), np.uint8))[1].tobytes()
+    for name, data in content.items():
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_bytes(blank if data == "blank" else data)
+    status = in_process(script, f"--{script.split('_')[0]}", root, "--output", tmp_path / "list.txt")
+    assert status == 2 and sentence in capsys.readouterr().err
+    assert not (tmp_path / "list.txt").exists()
