@@ -1,16 +1,18 @@
-# All of it happens in .venv and demo/. Another Python: make clean, then make test PYTHON=python3.12
+# Everything happens in .venv, .venv-oldest and demo/. For another Python: make clean, then make test PYTHON=python3.12
 PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-matrix clean
+.PHONY: help demo test lint test-matrix test-oldest clean
 
 help:
-	@echo 'make demo    landmarks, training, verification on real faces that come with a package; a few minutes'
-	@echo 'make test    run the tests'
-	@echo 'make test-matrix   the same as on four kinds of machine: this one, without bf16, with it, without a C compiler'
-	@echo 'make clean   remove .venv and demo/; cache/ and runs/ stay'
+	@echo 'make demo         landmarks, training and evaluation on faces that come with a package; a few minutes'
+	@echo 'make test         run the tests'
+	@echo 'make lint         check the style rules'
+	@echo 'make test-matrix  the tests as is, without bf16, with bf16, and without a C compiler'
+	@echo 'make test-oldest  the tests with the oldest supported version of every package'
+	@echo 'make clean        remove the virtual environments and demo/; cache/ and runs/ stay'
 
 demo: $(VENV)/with-demo
 	$(VENV)/bin/python tools/demo.py
@@ -18,39 +20,49 @@ demo: $(VENV)/with-demo
 test: $(VENV)/with-tests
 	$(VENV)/bin/python -m pytest
 
-# One after the other, whatever fails, so that the last lines say what each kind of machine makes of the tests.
+lint: $(VENV)/with-tests
+	$(VENV)/bin/python -m ruff check .
+
+# All four run even if one fails; the exit status says whether all passed.
 test-matrix: $(VENV)/with-tests
-	@status=0; for kind in FACES_BF16= FACES_BF16=0 FACES_BF16=1 CC=false; do \
-	  echo "== $$kind"; env $$kind $(VENV)/bin/python -m pytest || status=1; \
+	@status=0; for setting in FACES_BF16= FACES_BF16=0 FACES_BF16=1 CC=false; do \
+	  echo "== $$setting"; env $$setting $(VENV)/bin/python -m pytest || status=1; \
 	done; exit $$status
 
+# The lower bounds in the requirements files, installed exactly.
+test-oldest:
+	@$(MAKE) --no-print-directory VENV=.venv-oldest BOUND='sed s/>=/==/' test
+
 clean:
-	rm -rf $(VENV) demo .pytest_cache
+	rm -rf .venv .venv-oldest demo .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# A stamp is there when its requirements are installed, so nothing is installed twice; an interrupted
-# attempt is made again over what it left.
+# A stamp file marks what is installed, so nothing is installed twice; an interrupted installation is repeated.
+BOUND ?= cat
 $(VENV)/ready: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	  echo "make: Python 3.10 or newer is needed, but $(PYTHON) is $$($(PYTHON) --version 2>&1);" \
-	       "name one by: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	       "choose another: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { \
 	  echo "make: $(PYTHON) can't make a virtual environment; on Debian and Ubuntu: apt install python3-venv" >&2; \
 	  exit 1; }
-	@$(PIP) -r requirements.txt || { $(NO_PIP); }
+	@$(BOUND) requirements.txt > $(VENV)/requirements.txt
+	@$(PIP) -r $(VENV)/requirements.txt || { $(NO_PIP); }
 	@# opencv-python needs the system's libGL, which servers and containers often lack; the headless build does not.
 	@$(VENV)/bin/python -c 'import cv2' 2>/dev/null || { \
-	  echo 'no libGL on this machine: taking opencv-python-headless'; \
-	  $(PIP) --force-reinstall --no-deps 'opencv-python-headless>=4.11' || { $(NO_PIP); }; }
+	  echo 'libGL is missing here: installing opencv-python-headless'; \
+	  $(PIP) --force-reinstall --no-deps "$$(sed -n 's/^opencv-python/&-headless/; s/ *#.*//; /headless/p' \
+	    $(VENV)/requirements.txt)" || { $(NO_PIP); }; }
 	@touch $@
 
 $(VENV)/with-tests: $(VENV)/ready requirements-dev.txt
-	@$(PIP) -r requirements-dev.txt || { $(NO_PIP); }
+	@$(BOUND) requirements-dev.txt > $(VENV)/requirements-dev.txt
+	@$(PIP) -r $(VENV)/requirements-dev.txt || { $(NO_PIP); }
 	@touch $@
 
 $(VENV)/with-demo: $(VENV)/ready requirements-demo.txt
 	@$(PIP) --no-deps -r requirements-demo.txt || { $(NO_PIP); }
 	@touch $@
 
-NO_PIP = echo 'make: pip could not install all that is needed (see above); check the network and that 8 GB of disk' \
-  'are free, then run make again' >&2; exit 1
+NO_PIP = echo 'make: pip could not install the requirements (see above); check the network and that 8 GB of disk' \
+  'space are free, then run make again' >&2; exit 1
