@@ -31,7 +31,7 @@ test-matrix: $(VENV)/with-tests
 
 # The lower bounds in the requirements files, installed exactly.
 test-oldest:
-	@$(MAKE) --no-print-directory VENV=.venv-oldest BOUND='sed s/>=/==/' test
+	@$(MAKE) --no-print-directory VENV=.venv-oldest BOUND="sed 's/>=/==/'" test
 
 clean:
 	rm -rf .venv .venv-oldest demo .pytest_cache .ruff_cache
