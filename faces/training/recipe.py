@@ -160,6 +160,10 @@ def check_options(args):
     if args.accumulate > 1 and args.sample_centers is not None:
         raise InputError("--accumulate and --sample-centers can't be combined, because each micro-batch would draw "
                          "its own centers; use --shard-head alone.")
+    if not (0 <= args.weight_decay < math.inf and 0 <= args.seed < 2**63 and (args.workers or 0) >= 0):
+        raise InputError("--weight-decay, --seed and --workers must be at least 0 and finite.")
+    if not (0 < (args.lr or 1) < math.inf and 0 < (args.epochs or 1) < math.inf) or 0 in (args.lr, args.epochs):
+        raise InputError("--epochs and --lr must be greater than 0 and finite.")
     if not 0 <= args.jitter <= 16:
         raise InputError("--jitter must be 0 to 16 pixels.")
     if args.sample_centers is not None and not 0 < args.sample_centers <= 1:
@@ -170,7 +174,7 @@ def make_recipe(args, images):
     """Scale the recipe to the batch size and to the number of images.
 
     Raises:
-        InputError: no steps, a learning rate that is not positive, or a batch larger than the set.
+        InputError: a batch larger than the set, or less than one step.
     """
     if args.batch_size > images:
         raise InputError(f"--batch-size {args.batch_size} is larger than the set of {images} faces; choose a smaller "
@@ -178,8 +182,8 @@ def make_recipe(args, images):
     base_lr = args.lr if args.lr is not None else LEARNING_RATE * args.batch_size / BATCH_SIZE
     steps_per_epoch = images // args.batch_size
     steps = round(args.epochs * steps_per_epoch) if args.epochs is not None else round(IMAGES / args.batch_size)
-    if steps < 1 or not base_lr > 0:
-        raise InputError("--epochs and --lr must be greater than 0.")
+    if steps < 1:
+        raise InputError(f"--epochs {args.epochs:g} is less than one step of {args.batch_size} images; choose more.")
     return Recipe(args.batch_size, steps_per_epoch, steps, base_lr, args.warmup, args.schedule)
 
 

@@ -1,4 +1,4 @@
-"""casia_train.py learns, resumes exactly after a kill, and explains what is wrong with its input."""
+"""Tests of casia_train.py: it learns, resumes exactly after being killed, and explains what is wrong with its input."""
 import json
 import os
 import pickle
@@ -19,15 +19,26 @@ from faces.verification.weights import load_weights
 from sphereFace.net import SphereFace
 
 
-def interrupt(method, args, number, checkpoint, step):
-    """Start training and send it a signal once its checkpoint is at or beyond a step; return the exit status."""
+def interrupt(method, args, signal_number, checkpoint, step):
+    """Start training, and send it a signal once its checkpoint has reached a step.
+
+    Args:
+        method: folder of casia_train.py.
+        args: its arguments.
+        signal_number: the signal to send, such as signal.SIGTERM.
+        checkpoint: path of the checkpoint to watch.
+        step: the step to wait for.
+
+    Returns:
+        (exit status, stdout and stderr together).
+    """
     process = subprocess.Popen([sys.executable, "casia_train.py", *map(str, args)], cwd=ROOT / method,
                                env={**os.environ, "OMP_NUM_THREADS": "2"},
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     deadline = time.monotonic() + 200
     while process.poll() is None and time.monotonic() < deadline:
         if checkpoint.exists() and torch.load(checkpoint, weights_only=True)["step"] >= step:
-            process.send_signal(number)
+            process.send_signal(signal_number)
             break
         time.sleep(0.05)
     output, _ = process.communicate(timeout=200)
@@ -36,23 +47,23 @@ def interrupt(method, args, number, checkpoint, step):
 
 @pytest.mark.parametrize("method", ["cosFace", "sphereFace"])
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(method, casia, tmp_path):
-    calm = script(f"{method}/casia_train.py", *options(casia, tmp_path, "calm"))
-    assert calm.returncode == 0, calm.stderr
-    expected = torch.load(tmp_path / "calm/checkpoint.pt", weights_only=True)
+    uninterrupted = script(f"{method}/casia_train.py", *options(casia, tmp_path, "uninterrupted"))
+    assert uninterrupted.returncode == 0, uninterrupted.stderr
+    expected = torch.load(tmp_path / "uninterrupted/checkpoint.pt", weights_only=True)
 
     args, checkpoint = options(casia, tmp_path), tmp_path / "run/checkpoint.pt"
     status, _ = interrupt(method, args, signal.SIGKILL, checkpoint, 2)
     assert status == -signal.SIGKILL
     status, output = interrupt(method, [*args, "--resume"], signal.SIGTERM, checkpoint, 6)
-    assert status == 0 and "stopped after" in output, output                # clusters send SIGTERM: saved, no failure
+    assert status == 0 and "stopped after" in output, output    # clusters send SIGTERM, so the run saves and succeeds
     last = script(f"{method}/casia_train.py", *args, "--resume", from_root=True)
     assert last.returncode == 0, last.stderr
-    state = torch.load(checkpoint, weights_only=True)
+    actual = torch.load(checkpoint, weights_only=True)
 
-    assert state["step"] == expected["step"] == 12
-    got, want = tensors(state), tensors(expected)
-    assert got.keys() == want.keys() and len(want) > 150
-    different = [name for name in want if not torch.equal(got[name], want[name])]
+    assert actual["step"] == expected["step"] == 12
+    actual, expected = tensors(actual), tensors(expected)
+    assert actual.keys() == expected.keys() and len(expected) > 150
+    different = [name for name in expected if not torch.equal(actual[name], expected[name])]
     assert not different
     epochs = [json.loads(line) for line in (tmp_path / "run/epochs.jsonl").read_text().splitlines()]
     assert [line["step"] for line in epochs] == [6, 12] and epochs[1]["loss"] < epochs[0]["loss"]
@@ -60,28 +71,31 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(method, casia, tmp
     assert json.loads((tmp_path / "run/settings.json").read_text())["settings"]["batch_size"] == 8
 
 
-def fails(main, *args, method="cosFace"):
-    """Run and return the one sentence it fails with."""
+def error_of(main, *args, method="cosFace"):
+    """Run casia_train.py, which must fail without a traceback; return its error message, the last line of stderr."""
     status, output = main(method, *args)
-    last = output.err.replace("\r", "\n").strip().splitlines()[-1]
+    last_line = output.err.replace("\r", "\n").strip().splitlines()[-1]
     assert status == 2 and "Traceback" not in output.err
-    return last
+    return last_line
 
 
-def test_bad_input_is_one_sentence(main, casia, tmp_path):
+def test_invalid_input_is_explained_in_one_sentence(main, casia, tmp_path):
     common = ["--cache", tmp_path / "cache", "--output", tmp_path / "run", "--device", "cpu"]
     (tmp_path / "empty").mkdir()
-    assert "does not exist" in fails(main, "--casia", tmp_path / "absent", *common)
-    assert "expected person folders" in fails(main, "--casia", tmp_path / "empty", *common)
-    assert "can't read the landmark list" in fails(main, "--casia", casia, "--landmarks", tmp_path / "no.txt", *common)
-    assert "larger than the set of 48 faces" in fails(main, "--casia", casia, "--batch-size", "49", *common)
-    assert "--device cuda:99 is not available" in fails(main, "--casia", casia, *common[:4], "--device", "cuda:99")
-    (tmp_path / "no.zip").write_bytes(b"PK\x03\x04 not really")
-    assert "is not a zip" in fails(main, "--casia", tmp_path / "no.zip", *common)
+    assert "does not exist" in error_of(main, "--casia", tmp_path / "absent", *common)
+    assert "expected person folders" in error_of(main, "--casia", tmp_path / "empty", *common)
+    absent = "--landmarks", tmp_path / "absent.txt"
+    assert "can't read the landmark list" in error_of(main, "--casia", casia, *absent, *common)
+    assert "larger than the set of 48 faces" in error_of(main, "--casia", casia, "--batch-size", "49", *common)
+    assert "--device cuda:99 is not available" in error_of(main, "--casia", casia, *common[:4], "--device", "cuda:99")
+    (tmp_path / "damaged.zip").write_bytes(b"PK\x03\x04 not really")
+    assert "is not a zip" in error_of(main, "--casia", tmp_path / "damaged.zip", *common)
     assert not (tmp_path / "run/checkpoint.pt").exists()
 
 
-class Malice:
+class Malicious:
+    """Object whose unpickling creates a file."""
+
     def __init__(self, path):
         self.path = path
 
@@ -89,22 +103,28 @@ class Malice:
         return os.system, (f"touch '{self.path}'",)
 
 
+@pytest.mark.parametrize("option, value", [("--epochs", "nan"), ("--lr", "inf"), ("--lr", "0"), ("--seed", "-1"),
+                                           ("--seed", "9" * 30), ("--workers", "-1"), ("--weight-decay", "nan")])
+def test_options_are_checked_before_the_set_is_read(main, tmp_path, option, value):
+    assert option in error_of(main, "--casia", tmp_path / "absent", option, value)
+
+
 def test_a_run_is_never_overwritten_or_resumed_by_mistake(main, casia, tmp_path):
-    args = [*options(casia, tmp_path)[:-1], "bf16", "--epochs", "0.4"]
-    assert "can't read" in fails(main, *args, "--resume")                                   # nothing there yet
+    args = [*options(casia, tmp_path), "--precision", "bf16", "--epochs", "0.4"]
+    assert "can't read" in error_of(main, *args, "--resume")    # no checkpoint exists yet
     assert main("cosFace", *args)[0] == 0
-    assert "already holds a run" in fails(main, *args)
-    assert "was trained with --seed 0" in fails(main, *args, "--resume", "--seed", "1")
+    assert "already holds a run" in error_of(main, *args)
+    assert "was trained with --seed 0" in error_of(main, *args, "--resume", "--seed", "1")
     checkpoint = tmp_path / "run/checkpoint.pt"
     torch.save({"weights": {}}, checkpoint)
-    assert "not a training checkpoint" in fails(main, *args, "--resume")
-    checkpoint.write_bytes(pickle.dumps(Malice(tmp_path / "malice")))
-    assert "not a checkpoint that can be loaded safely" in fails(main, *args, "--resume")
-    assert not (tmp_path / "malice").exists()
+    assert "not a training checkpoint" in error_of(main, *args, "--resume")
+    checkpoint.write_bytes(pickle.dumps(Malicious(tmp_path / "executed")))
+    assert "not a checkpoint that can be loaded safely" in error_of(main, *args, "--resume")
+    assert not (tmp_path / "executed").exists()
 
 
-def test_training_stops_before_saving_a_loss_that_is_not_finite(main, casia, tmp_path):
-    message = fails(main, *options(casia, tmp_path), "--net", "sphere20a", "--lr", "1e30", method="sphereFace")
+def test_training_stops_before_saving_after_a_loss_that_is_not_finite(main, casia, tmp_path):
+    message = error_of(main, *options(casia, tmp_path), "--net", "sphere20a", "--lr", "1e30", method="sphereFace")
     assert "the loss is not finite" in message
     path = tmp_path / "run/checkpoint.pt"
     saved = tensors(torch.load(path, weights_only=True)) if path.exists() else {}
@@ -131,50 +151,51 @@ def test_lfw_accuracy_after_an_epoch_equals_lfw_eval(main, casia, tmp_path):
 
 
 def test_gradient_accumulation_equals_the_whole_batch(main, casia, tmp_path):
-    """Without batch normalization, which sees each part by itself."""
+    """The network is sphere20a, because batch normalization normalizes each micro-batch separately."""
     args = ["--net", "sphere20a", "--epochs", "0.34"]
-    assert main("sphereFace", *options(casia, tmp_path, "one"), *args)[0] == 0
+    assert main("sphereFace", *options(casia, tmp_path, "whole"), *args)[0] == 0
     assert main("sphereFace", *options(casia, tmp_path, "parts"), *args, "--accumulate", "4")[0] == 0
-    one, _ = assert_same_model(tmp_path / "one", tmp_path / "parts")
-    assert one["step"] == 2
-    whole, parts = (json.loads((tmp_path / run / "epochs.jsonl").read_text()) for run in ("one", "parts"))
+    checkpoint, _ = assert_same_model(tmp_path / "whole", tmp_path / "parts")
+    assert checkpoint["step"] == 2
+    whole, parts = (json.loads((tmp_path / run / "epochs.jsonl").read_text()) for run in ("whole", "parts"))
     assert whole["loss"] == pytest.approx(parts["loss"], rel=1e-5) and whole["accuracy"] == parts["accuracy"]
-    assert "can't be split into 3 micro-batches" in fails(main, *options(casia, tmp_path), "--accumulate", "3")
-    assert "can't be split into 0 micro-batches" in fails(main, *options(casia, tmp_path), "--accumulate", "0")
-    assert "can't be combined" in fails(main, *options(casia, tmp_path), "--accumulate", "2",
-                                             "--sample-centers", "0.5")
+    assert "can't be split into 3 micro-batches" in error_of(main, *options(casia, tmp_path), "--accumulate", "3")
+    assert "can't be split into 0 micro-batches" in error_of(main, *options(casia, tmp_path), "--accumulate", "0")
+    sampled = [*options(casia, tmp_path), "--sample-centers", "0.5"]
+    assert "can't be combined" in error_of(main, *sampled, "--accumulate", "2")
 
 
-def test_sphereface_r_is_selected_with_scale(main, casia, tmp_path):
+def test_scale_selects_sphereface_r(main, casia, tmp_path):
     args = [*options(casia, tmp_path), "--epochs", "0.34", "--margin", "1.5"]
     status, output = main("sphereFace", *args)
     assert status == 2 and "--margin must be 1, 2, 3, 4 or 5; with --scale" in output.err
     assert main("sphereFace", *args, "--scale", "30")[0] == 0
     epoch = json.loads((tmp_path / "run/epochs.jsonl").read_text())
-    assert 18 < epoch["loss"] < 30      # at right angles: 30 (cos 90 - cos 135) = 21 more than plain softmax
+    # At right angles, the margin adds 30 (cos 90° - cos 135°) = 21 to the loss of a plain softmax.
+    assert 18 < epoch["loss"] < 30
 
 
-@pytest.mark.parametrize("minimum, reached", [([], 5), (["--lambda-min", "1"], 1)])
-def test_the_head_gets_lambda_min(main, casia, tmp_path, monkeypatch, minimum, reached):
-    annealing, forward, seen = SphereFace.annealing, SphereFace.forward, []
+@pytest.mark.parametrize("option, expected", [([], 5), (["--lambda-min", "1"], 1)])
+def test_lambda_min_reaches_the_head(main, casia, tmp_path, monkeypatch, option, expected):
+    annealing, forward, received = SphereFace.annealing, SphereFace.forward, []
 
-    def late(step, *minimum):
+    def annealing_at_a_late_step(step, *minimum):
         return annealing(step + 10**6, *minimum)
 
-    def look(head, embedding, label, lam):
-        seen.append(lam)
+    def record_lambda(head, embedding, label, lam):
+        received.append(lam)
         return forward(head, embedding, label, lam)
-    monkeypatch.setattr(SphereFace, "annealing", late)
-    monkeypatch.setattr(SphereFace, "forward", look)
-    args = [*options(casia, tmp_path), "--net", "sphere20a", "--epochs", "0.17", *minimum]
-    assert main("sphereFace", *args)[0] == 0 and seen == [reached]
+    monkeypatch.setattr(SphereFace, "annealing", annealing_at_a_late_step)
+    monkeypatch.setattr(SphereFace, "forward", record_lambda)
+    args = [*options(casia, tmp_path), "--net", "sphere20a", "--epochs", "0.17", *option]
+    assert main("sphereFace", *args)[0] == 0 and received == [expected]
 
 
 def test_two_processes_train_the_same_model_as_one(casia, tmp_path):
-    """Two processes see the batch of one, halved and each half in two parts, and end with one model between them."""
-    args = [*options(casia, tmp_path), "--net", "sphere20a", "--epochs", "0.5", "--no-mirror"]
-    single = script("cosFace/casia_train.py", *args[:5], tmp_path / "one", *args[6:])
-    assert single.returncode == 0, single.stderr
-    double = torchrun("cosFace", *args, "--accumulate", "2")
-    assert double.returncode == 0, double.stderr
-    assert_same_model(tmp_path / "one", tmp_path / "run")
+    """Each of the two processes takes half of the batch, in two micro-batches."""
+    args = ["--net", "sphere20a", "--epochs", "0.5", "--no-mirror"]
+    one = script("cosFace/casia_train.py", *options(casia, tmp_path, "one"), *args)
+    assert one.returncode == 0, one.stderr
+    two = torchrun("cosFace", *options(casia, tmp_path, "two"), *args, "--accumulate", "2")
+    assert two.returncode == 0, two.stderr
+    assert_same_model(tmp_path / "one", tmp_path / "two")
