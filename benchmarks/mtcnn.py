@@ -114,6 +114,7 @@ def _arrays(faces):
 
 
 def read(path):
+    """Return an image file as uint8 RGB (H, W, 3)."""
     return cv2.cvtColor(cv2.imread(path), cv2.COLOR_BGR2RGB)
 
 
@@ -132,23 +133,24 @@ def time_one(name, paths, output):
     run = make(setting)
     run(paths[:WARM_UP])
     start = time.perf_counter()
-    found = run(paths)
+    detections = run(paths)
     seconds = time.perf_counter() - start
     memory = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) * 1024
-    np.savez(output, seconds=seconds, memory=memory, counts=[len(boxes) for boxes, _ in found],
-             boxes=np.concatenate([boxes for boxes, _ in found]), points=np.concatenate([p for _, p in found]))
+    np.savez(output, seconds=seconds, memory=memory, counts=[len(boxes) for boxes, _ in detections],
+             boxes=np.concatenate([boxes for boxes, _ in detections]),
+             points=np.concatenate([points for _, points in detections]))
 
 
 def measure(name, listing):
     """Time a detector once; return (seconds, bytes, list of (boxes, points) per image)."""
     with tempfile.TemporaryDirectory() as scratch:
-        output = Path(scratch, "found.npz")
+        output = Path(scratch, "detections.npz")
         subprocess.run([sys.executable, __file__, "--time", name, str(listing), str(output)], check=True,
                        stdout=subprocess.DEVNULL)
         with np.load(output) as file:
             borders = np.cumsum(file["counts"])[:-1]
-            found = list(zip(np.split(file["boxes"], borders), np.split(file["points"], borders)))
-            return float(file["seconds"]), int(file["memory"]), found
+            detections = list(zip(np.split(file["boxes"], borders), np.split(file["points"], borders)))
+            return float(file["seconds"]), int(file["memory"]), detections
 
 
 def agreement(ours, theirs, centers):
@@ -162,14 +164,14 @@ def agreement(ours, theirs, centers):
         Fraction of images with the same face nearest the center, fraction with exactly the same faces, and distances
         between the landmarks of all faces that both found, in units of the distance between the eyes.
     """
-    main, same, distances = 0, 0, []
+    central, same, distances = 0, 0, []
     for (a, p), (b, q), center in zip(ours, theirs, centers):
         overlap = ops.box_iou(torch.from_numpy(a).double(), torch.from_numpy(b).double()).numpy() > 0.5
         same += bool(overlap.any(1).all() and overlap.any(0).all())
-        main += bool(len(a) and len(b) and overlap[nearest(center, a), nearest(center, b)])
+        central += bool(len(a) and len(b) and overlap[nearest(center, a), nearest(center, b)])
         for i, j in zip(*np.nonzero(overlap)):
             distances.append(np.linalg.norm(p[i] - q[j], axis=1).mean() / np.linalg.norm(q[j, 0] - q[j, 1]))
-    return main / len(ours), same / len(ours), np.array(distances)
+    return central / len(ours), same / len(ours), np.array(distances)
 
 
 def nearest(center, boxes):
@@ -177,7 +179,7 @@ def nearest(center, boxes):
     return np.linalg.norm((boxes[:, :2] + boxes[:, 2:]) / 2 - center, axis=1).argmin()
 
 
-def make_collages(root, photos, count, folder_):
+def make_collages(root, photos, count, output):
     """Write photos of 0.3 to 4 megapixels with photos of LFW of 100 to 500 pixels pasted in; return their paths."""
     rng, paths = np.random.default_rng(0), []
     for k in range(count):
@@ -189,14 +191,14 @@ def make_collages(root, photos, count, folder_):
             size = int(min(rng.uniform(100, 500), width, height))
             x, y = rng.integers(0, int(width) - size + 1), rng.integers(0, int(height) - size + 1)
             photo[y:y + size, x:x + size] = cv2.resize(read(str(root / rng.choice(photos))), (size, size))
-        paths.append(str(folder_ / f"{k:03d}.jpg"))
+        paths.append(str(output / f"{k:03d}.jpg"))
         cv2.imwrite(paths[-1], photo[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])
     return paths
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lfw", type=Path, required=True, metavar="DIR", help="LFW, Name/Name_0001.jpg")
+    parser.add_argument("--lfw", type=Path, required=True, metavar="DIR", help="folder of LFW, with Name/Name_0001.jpg")
     parser.add_argument("--images", type=int, default=640, metavar="N",
                         help="number of images, spread over LFW (default: 640)")
     parser.add_argument("--collages", type=int, default=0, metavar="N",
@@ -204,7 +206,7 @@ def parse_args(argv=None):
     parser.add_argument("--rounds", type=int, default=3, help="rounds over all detectors (default: 3)")
     args = parser.parse_args(argv)
     if min(args.images, args.rounds) < 1 or args.collages < 0:
-        parser.error("--images and --rounds must be at least 1, --collages at least 0")
+        parser.error("--images and --rounds must be at least 1, and --collages at least 0")
     return args
 
 
@@ -241,16 +243,16 @@ def compare(detectors, listing, centers, rounds):
     print(f"{count} images, {count_cpus()} cores of {platform.processor() or platform.machine()}, Python "
           f"{platform.python_version()}, torch {torch.__version__}, OpenCV {cv2.__version__}")
     print(f"{'':50}images/s  ours is    GB  faces")
-    for name, (seconds, memory, found) in best.items():
+    for name, (seconds, memory, detections) in best.items():
         print(f"{name:50}{count / seconds:8.1f} {seconds / first[0]:7.2f}x {memory / 1e9:5.1f} "
-              f"{sum(len(boxes) for boxes, _ in found):6}")
-    of_each = {}    # one detector per project, because all detectors of a project find the same faces
+              f"{sum(len(boxes) for boxes, _ in detections):6}")
+    by_project = {}    # one detector each, because all detectors of a project find the same faces
     for name in best:
-        of_each.setdefault(name.split(",")[0], best[name][2])
+        by_project.setdefault(name.split(",")[0], best[name][2])
     print(f"\n{'agreement':50}same in the center  same faces  landmarks' distance, median and 99 %")
-    for (a, found), (b, others) in combinations(of_each.items(), 2):
-        main_face, same, distances = agreement(found, others, centers)
-        print(f"{a + ' and ' + b:50}{main_face:18.2%}  {same:10.2%}  "
+    for (name, detections), (peer, others) in combinations(by_project.items(), 2):
+        central, same, distances = agreement(detections, others, centers)
+        print(f"{name + ' and ' + peer:50}{central:18.2%}  {same:10.2%}  "
               f"{np.median(distances):.3f} {np.percentile(distances, 99):.3f}")
 
 

@@ -1,8 +1,7 @@
 """Measure how closely landmarks follow a face that is moved by a known similarity transform.
 
-    python benchmarks/mtcnn_equivariance.py --lfw DIR              this repository and facenet-pytorch, 400 images of
-    LFW python benchmarks/mtcnn_equivariance.py --lfw DIR --choices    also this repository with other choices in its
-    pipeline
+    python benchmarks/mtcnn_equivariance.py --lfw DIR              this repository and facenet-pytorch on 400 images
+    python benchmarks/mtcnn_equivariance.py --lfw DIR --choices    also variants of this repository's pipeline
 
 The true landmarks of a photo are not known to a fraction of a pixel, but it is known exactly how they must move. The
 error is the distance between the landmarks found in a moved copy and those found in the photo and then moved, averaged
@@ -75,16 +74,17 @@ FACTORS = (0.5, 0.794)      # one and three levels per halving of the side; the 
 
 def detectors(choices):
     """Return, by name, functions from a list of images to the (boxes, landmarks) of each."""
-    found = {"this repository": ours()}
+    by_name = {"this repository": ours()}
     if importlib.util.find_spec("facenet_pytorch"):
-        found["facenet-pytorch"] = facenet_on_images()
+        by_name["facenet-pytorch"] = facenet_on_images()
     if choices:
-        found |= {f"  {name}": ours(context=context) for name, context in CHOICES.items()}
-        found |= {f"  factor {factor}": ours(factor) for factor in FACTORS}
-    return found
+        by_name |= {f"  {name}": ours(context=context) for name, context in CHOICES.items()}
+        by_name |= {f"  factor {factor}": ours(factor) for factor in FACTORS}
+    return by_name
 
 
 def ours(factor=FACTOR, context=nullcontext):
+    """Return this repository's detector as a function of images, run inside `context`."""
     instance = detector.Detector(MIN_FACE, THRESHOLDS, factor, device="cpu")
 
     def detect(images):
@@ -112,17 +112,17 @@ def face_nearest(center, faces):
 
 
 def errors(detect, photos, copies):
-    """Return the errors for photos and their copies (lists of (image, transform)), float (N, kinds); NaN: no face."""
+    """Return the errors for photos and their copies (lists of (image, transform)), float (N, kinds); NaN if no face."""
     images = [image for photo, moved in zip(photos, copies) for image in (photo, *(image for image, _ in moved))]
-    found, rows = iter(detect(images)), []
+    detections, rows = iter(detect(images)), []
     for photo, moved in zip(photos, copies):
         center = np.array(photo.shape[1::-1]) / 2
-        points = face_nearest(center, next(found))
+        points = face_nearest(center, next(detections))
         row = []
         for _, matrix in moved:
             expected = points @ matrix[:, :2].T + matrix[:, 2]
-            got = face_nearest(matrix @ (*center, 1), next(found))
-            row.append(np.linalg.norm(got - expected, axis=1).mean() / np.linalg.norm(expected[0] - expected[1]))
+            actual = face_nearest(matrix @ (*center, 1), next(detections))
+            row.append(np.linalg.norm(actual - expected, axis=1).mean() / np.linalg.norm(expected[0] - expected[1]))
         rows.append(row)
     return np.array(rows)
 
@@ -130,16 +130,17 @@ def errors(detect, photos, copies):
 @command
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lfw", type=Path, required=True, metavar="DIR", help="LFW, Name/Name_0001.jpg")
+    parser.add_argument("--lfw", type=Path, required=True, metavar="DIR", help="folder of LFW, with Name/Name_0001.jpg")
     parser.add_argument("--images", type=int, default=400, metavar="N",
                         help="number of images, spread over LFW (default: 400)")
-    parser.add_argument("--choices", action="store_true", help="also measure other choices, one at a time")
+    parser.add_argument("--choices", action="store_true", help="also measure variants of the pipeline, one at a time")
     args = parser.parse_args(argv)
     root = folder(args.lfw, "LFW images as Name/Name_0001.jpg")
     paths = list_images(root)
-    if not paths or args.images < 1:
-        raise InputError(f"{root} contains no images, or --images is below 1; pass the folder that holds "
-                         "Name/Name_0001.jpg, and at least 1.")
+    if not paths:
+        raise InputError(f"{root} contains no images; pass the folder that holds Name/Name_0001.jpg.")
+    if args.images < 1:
+        raise InputError(f"--images {args.images} is out of range; it must be at least 1.")
     count = min(args.images, len(paths))
     paths = [str(root / paths[i * len(paths) // count]) for i in range(count)]
     rng, by_name = np.random.default_rng(0), {name: (detect, []) for name, detect in detectors(args.choices).items()}
@@ -152,8 +153,9 @@ def main(argv=None):
 
 
 def report(by_name):
+    """Print the mean and the 95th percentile of each detector's errors over the faces that all detectors found."""
     found_by_all = np.isfinite(np.array(list(by_name.values()))).all((0, 2))             # (N,)
-    print(f"equivariance error in eye distances, mean and 95 % of {found_by_all.sum()} faces")
+    print(f"equivariance error in eye distances, mean and 95th percentile of {found_by_all.sum()} faces")
     print(f"{'':32}" + "".join(f"{kind:>20}" for kind in MOVES) + "   not found")
     for name, values in by_name.items():
         cells = zip(values[found_by_all].mean(0), np.percentile(values[found_by_all], 95, axis=0))

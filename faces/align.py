@@ -14,9 +14,10 @@ SQUARE_SHIFT = 8
 
 
 def similarity_transform(source, target=TEMPLATE):
-    """Return the least-squares similarity transform (rotation, scale, translation; no reflection) to the target.
+    """Return the least-squares similarity transform from `source` to `target`: rotation, scale, translation.
 
-    This is the closed form of Umeyama (PAMI 1991) in two dimensions: with complex numbers, target = a * source + b.
+    A reflection is never returned. This is the closed form of Umeyama (PAMI 1991) in two dimensions: in complex
+    numbers, target = a * source + b.
 
     Args:
         source: float (K, 2) points, x then y, K >= 2.
@@ -35,58 +36,67 @@ def similarity_transform(source, target=TEMPLATE):
 
 
 def similarity_transforms(source, target=TEMPLATE):
-    """Return the transforms of many faces at once; see similarity_transform().
+    """Return the similarity transforms of many faces at once; see similarity_transform().
 
     Args:
         source: float (N, K, 2) points.
         target: float (K, 2) points to map to.
 
     Returns:
-        (float64 (N, 2, 3), list of N reasons: None, or why this face has no transform).
+        (float64 (N, 2, 3), list of N): the transforms; and per face, None or the reason why its transform is invalid.
     """
     s, t = (np.ascontiguousarray(points, np.float64).view(np.complex128)[..., 0] for points in (source, target))
     source_mean, target_mean = s.mean(1), t.mean()
     s, t = s - source_mean[:, None], t - target_mean
-    with np.errstate(all="ignore"):                    # points may coincide or not be finite
+    with np.errstate(all="ignore"):                    # the points may coincide or not be finite
         spread = (s * s.conj()).real.sum(1)
-        turned, mirrored = s.conj() @ t, s @ t         # quality of the fit, not mirrored and mirrored
-        a = turned / spread
+        direct, mirrored = s.conj() @ t, s @ t         # their absolute values say which orientation fits better
+        a = direct / spread
         b = target_mean - a * source_mean
     reasons = ["landmarks coincide or are not finite" if not finite or spread < 1e-6 else
-               "landmarks are mirrored; image-left eye and mouth corner come first" if flipped else None
-               for finite, spread, flipped in zip(np.isfinite(spread), spread, abs(mirrored) > abs(turned))]
+               "landmarks are mirrored; the image-left eye and mouth corner must come first" if flipped else None
+               for finite, spread, flipped in zip(np.isfinite(spread), spread, abs(mirrored) > abs(direct))]
     return np.stack([a.real, -a.imag, b.real, a.imag, a.real, b.imag], axis=1).reshape(-1, 2, 3), reasons
 
 
 def align(image, landmarks):
-    """Return the aligned face of an image.
+    """Return the aligned face of an image, given its landmarks.
 
     Args:
         image: uint8 (H, W, 3).
         landmarks: float (5, 2), x then y, pixels of the whole image.
 
     Returns:
-        uint8 (HEIGHT, WIDTH, 3); black outside the image.
+        uint8 (HEIGHT, WIDTH, 3); pixels outside the image are black.
 
     Raises:
-        ValueError: the landmarks can't be those of a face; see similarity_transform().
+        ValueError: the landmarks are invalid; see similarity_transform().
     """
     return warp(image, similarity_transform(landmarks))
 
 
 def warp(image, transform, out=None):
-    """Return the aligned face of an image.
+    """Return the aligned face of an image, given its transform.
 
     Args:
         image: uint8 (H, W, 3).
         transform: float64 (2, 3), see similarity_transform().
         out: contiguous uint8 (HEIGHT, WIDTH, 3) to write the face to; None allocates a new array.
+
+    Returns:
+        uint8 (HEIGHT, WIDTH, 3), which is `out` if that was given; pixels outside the image are black.
     """
     return cv2.warpAffine(image, transform, (WIDTH, HEIGHT), dst=out, flags=cv2.INTER_LINEAR)
 
 
 def crop_aligned(image):
-    """Crop a face that is already aligned, 112x96 or 112x112, to 112x96.
+    """Return a face that is already aligned, 112x96 or 112x112, cropped to 112x96.
+
+    Args:
+        image: uint8 (H, W, 3).
+
+    Returns:
+        uint8 (HEIGHT, WIDTH, 3), `image` itself or a view of it.
 
     Raises:
         ValueError: the image has another size.

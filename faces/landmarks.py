@@ -1,5 +1,8 @@
-"""Read and write lists of images: tab-separated landmark lists (`path x1 y1 ... x5 y5`, or with a label after the path)
-and lists of aligned faces (`path label`)."""
+"""Read and write lists of images.
+
+A landmark list is tab-separated, `path x1 y1 ... x5 y5` (LFW) or `path label x1 y1 ... x5 y5` (CASIA-WebFace). A list
+of aligned faces has lines of `path label`.
+"""
 import hashlib
 from pathlib import Path
 from typing import NamedTuple
@@ -8,61 +11,70 @@ import numpy as np
 
 from faces.files import CACHE, InputError, atomic_write, inside
 
-LANDMARKS = "landmark list", "lfw_landmark.py and casia_landmark.py in mtcnn/ write one"
+# Error messages use these: the name of the kind of list, and how to get one.
+LANDMARKS = "landmark list", "create one with mtcnn/lfw_landmark.py or mtcnn/casia_landmark.py"
 ALIGNED = "list", "pass a text file with lines of `path label`"
 
 
 class LandmarkList(NamedTuple):
-    """paths: N relative paths; labels: int64 (N,) or None; points: float32 (N, 5, 2), pixels of the whole image."""
+    """The images and faces of a landmark list.
+
+    paths: N relative paths.
+    labels: int64 (N,); None if the list has no labels.
+    points: float32 (N, 5, 2), landmarks in pixels of the whole image.
+    """
     paths: list
     labels: np.ndarray | None
     points: np.ndarray
 
 
-def read_landmarks(path, labelled):
+def read_landmarks(path, labeled):
     """Read a landmark list.
 
     Args:
         path: the file. A trailing tab is accepted; numbers may be integers or decimals.
-        labelled: whether a label follows the path (CASIA) or not (LFW).
+        labeled: whether a label follows the path (CASIA) or not (LFW).
+
+    Returns:
+        LandmarkList.
 
     Raises:
-        InputError: the file can't be read or is empty; a line has another number of fields, a value that is not a
-            finite number, or a path that leaves its folder or occurs twice.
+        InputError: the file can't be read or is empty; a line has the wrong number of fields, a value that is not a
+            finite number, or a path that leaves the folder or occurs twice.
     """
-    columns = 12 if labelled else 11
+    columns = 12 if labeled else 11
     paths, labels, points = [], [], []
     for number, line in _lines(path, *LANDMARKS):
         fields = line.rstrip().split("\t")
         if len(fields) != columns:
             raise InputError(f"{path}, line {number}: expected {columns} tab-separated fields (path, "
-                             f"{'label, ' if labelled else ''}ten numbers) but found {len(fields)}; correct the line.")
+                             f"{'label, ' if labeled else ''}ten numbers) but found {len(fields)}; correct the line.")
         try:
             inside(Path(path).parent, fields[0])
-            label = _label(fields[1]) if labelled else 0
+            label = _label(fields[1]) if labeled else 0
             values = np.array(fields[columns - 10:], np.float32)
             if not np.isfinite(values).all():
                 raise ValueError
         except ValueError:
-            raise InputError(f"{path}, line {number}: a value is not a number; correct the line.") from None
+            raise InputError(f"{path}, line {number}: a value is not a valid number; correct the line.") from None
         paths.append(fields[0])
         labels.append(label)
         points.append(values)
     _check_paths(paths, path, *LANDMARKS)
-    return LandmarkList(paths, np.array(labels, np.int64) if labelled else None, np.array(points).reshape(-1, 5, 2))
+    return LandmarkList(paths, np.array(labels, np.int64) if labeled else None, np.array(points).reshape(-1, 5, 2))
 
 
 def read_labels(path):
-    """Read a list of aligned faces, with lines of `path label` separated by a tab or spaces.
+    """Read a list of aligned faces: one `path label` per line, separated by a tab or spaces.
 
     Args:
-        path: the file. Paths may contain spaces; the label follows the last one.
+        path: the file. A path may contain spaces, because the label follows the last space or tab.
 
     Returns:
         (list of N relative paths, int64 (N,) labels).
 
     Raises:
-        InputError: the file can't be read or is empty; a label is not a whole number; a path leaves its folder or
+        InputError: the file can't be read or is empty; a label is not a whole number; a path leaves the folder or
             occurs twice.
     """
     paths, labels = [], []
@@ -73,8 +85,8 @@ def read_labels(path):
             paths.append(name)
             labels.append(_label(*label))
         except (ValueError, TypeError):
-            raise InputError(f"{path}, line {number}: expected a path and a whole number, the label; correct the line."
-                             ) from None
+            raise InputError(f"{path}, line {number}: expected a path and a whole number as its label; correct the "
+                             "line.") from None
     _check_paths(paths, path, *ALIGNED)
     return paths, np.array(labels, np.int64)
 
@@ -83,6 +95,7 @@ def write_landmarks(path, rows):
     """Write a landmark list, atomically.
 
     Args:
+        path: the file.
         rows: iterable of (path, points) or (path, label, points); points float (5, 2).
     """
     with atomic_write(path, "w", encoding="utf-8") as file:
@@ -93,25 +106,29 @@ def write_landmarks(path, rows):
 def default_list(root, name):
     """Return the default path of the list `name` for the images in `root`.
 
-    It is in cache/ of this clone, because data sets are often read-only; a hash distinguishes folders of the same name.
+    The list is stored in cache/ of this clone, because data sets are often read-only. A hash distinguishes folders that
+    have the same name.
     """
     root = Path(root).expanduser().resolve()
     return CACHE / f"{root.name}-{hashlib.sha256(str(root).encode()).hexdigest()[:8]}" / name
 
 
 def format_line(path, *label_and_points):
-    """Return one line of a list. Two decimals are more precise than any detector."""
+    """Return one line of a landmark list.
+
+    Coordinates get two decimals, which is more precise than any detector.
+    """
     *label, points = label_and_points
     return "\t".join([path, *map(str, label), *(f"{v:.2f}" for v in np.ravel(points))]) + "\n"
 
 
-def _lines(path, what, advice):
-    """Return (number, line) of all lines that are not blank."""
+def _lines(path, kind, advice):
+    """Return the lines that are not blank, as a list of (line number, line)."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or "not a text file"
-        raise InputError(f"can't read the {what} {path}: {why}; {advice}.") from None
+        reason = getattr(error, "strerror", None) or "not a text file"
+        raise InputError(f"can't read the {kind} {path}: {reason}; {advice}.") from None
     return [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
 
 
@@ -122,10 +139,10 @@ def _label(text):
     return label
 
 
-def _check_paths(paths, path, what, advice):
+def _check_paths(paths, path, kind, advice):
     if not paths:
-        raise InputError(f"{path} is empty; {advice}.")
+        raise InputError(f"the {kind} {path} is empty; {advice}.")
     if len(set(paths)) != len(paths):
         seen = set()
-        twice = next(p for p in paths if p in seen or seen.add(p))
-        raise InputError(f"{path} lists {twice} twice; remove one of the lines.")
+        duplicate = next(p for p in paths if p in seen or seen.add(p))
+        raise InputError(f"{path} lists {duplicate} twice; remove one of the lines.")

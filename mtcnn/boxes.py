@@ -1,4 +1,4 @@
-"""Operations on boxes (n, 4), x1, y1, x2, y2, of several images; `image_index`, int (n,), is the image of each box."""
+"""Operations on boxes (n, 4), x1, y1, x2, y2, from several images; `image_index`, int (n,), is the image of each."""
 import numpy as np
 import torch
 
@@ -31,7 +31,7 @@ def nms(boxes, scores, image_index, threshold):
     Returns:
         Rows to keep, int, ordered by image and, within an image, by decreasing score.
     """
-    from torchvision import ops  # here, because the import takes seconds and most commands don't detect faces
+    from torchvision import ops  # imported here because it takes seconds, and most commands don't detect faces
 
     def keep(rows):
         return rows[ops.nms(torch.from_numpy(boxes[rows]), torch.from_numpy(scores[rows]), threshold).numpy()]

@@ -3,9 +3,9 @@
     python mtcnn/casia_landmark.py --casia DIR
 
 writes a tab-separated line `0000045/001.jpg label x1 y1 ... x5 y5` for each image in DIR, in sorted order. Coordinates
-are pixels of the whole image, with the image-left eye first. Labels number the folders from 0 in sorted order. Images
-without a face are left out, because nothing can be learned from them; they are counted and listed, and so are people
-who have no image left. Labels have no gaps. An interrupted run continues where it stopped.
+are pixels of the whole image, with the image-left eye first. Images without a face are left out, because nothing can
+be learned from them; they are counted and listed, and so are people who have no image left. Labels number the remaining
+people from 0 in sorted order, without gaps. An interrupted run continues where it stopped.
 """
 import argparse
 import sys
@@ -28,7 +28,7 @@ def list_people(root):
     """Return the sorted paths of all images.
 
     Raises:
-        InputError: there are no images, or an image is not in a person folder.
+        InputError: the folder contains no images, or an image is not in a person folder.
     """
     paths = list_images(root)
     if not paths:

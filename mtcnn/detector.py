@@ -37,10 +37,11 @@ STRIDE = 2                   # pixels between neighboring cells of P-Net
 # more than they should. With 0.3, landmarks follow the face more closely (benchmarks/mtcnn_equivariance.py), O-Net
 # takes a third of the time, and the same faces are found.
 OVERLAP = (0.5, 0.7, 0.3, 0.7)
-# Pixels that a network processes at once. On a CPU, its largest layers then fit in the cache; 320 MB fill a GPU.
+# Pixels that a network processes at once. On a CPU, its largest layers then fit in the cache; on a GPU, they take
+# 320 MB, which is enough to keep it busy.
 MAX_PIXELS = {"cpu": 50_000, "gpu": 2_000_000}
 GROUP_PIXELS = 8_000_000     # pixels of the images that are searched together
-MAX_BATCH = 32               # most images that one of several worker processes is given at a time
+MAX_BATCH = 32               # images per batch for a worker process, at most
 
 
 class Faces(NamedTuple):
@@ -185,7 +186,7 @@ class Detector:
     def classify(self, net, pyramids, boxes, image_index, size):
         """Run R-Net or O-Net on square boxes resampled to `size`; return its outputs as arrays, one row per box."""
         outputs, chunk = [], max(1, self.max_pixels // size ** 2)
-        for start in range(0, max(1, len(boxes)), chunk):  # no boxes: one empty run gives the right shapes
+        for start in range(0, max(1, len(boxes)), chunk):  # without boxes, one empty run gives the right shapes
             part = slice(start, start + chunk)
             batch = np.empty((len(boxes[part]), size, size, 3), np.uint8)
             for i, box, target in zip(image_index[part], boxes[part].tolist(), batch):
@@ -216,7 +217,7 @@ def as_rgb(image):
     if isinstance(image, (str, Path)):
         return read_image(image)
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
-        raise ValueError("an image must be a uint8 array or a path")
+        raise ValueError("an image must be a uint8 array or the path of a file")
     if image.ndim == 2:
         return np.repeat(image[..., None], 3, axis=2)
     if image.ndim != 3 or image.shape[2] != 3:

@@ -12,16 +12,16 @@ from tqdm import tqdm
 
 from faces.files import InputError, atomic_write
 from mtcnn.detector import Detector, add_options
-from mtcnn.search import ATTEMPTS, RULES, Find, rule, search
+from mtcnn.search import ATTEMPTS, RULES, Find, normalize_rule, search
 
-MAX_UNREADABLE = 0.01
-SHOWN = 20       # names to print of each kind of failure; all of them are in .failed.txt
+MAX_UNREADABLE = 0.01    # fraction of the images; a run with more of them stops
+MAX_SHOWN = 20           # names to print per kind of failure; .failed.txt lists all of them
 
 
 def median_points(finds):
     """Return the median landmarks of all faces, as fractions of width and height: float (5, 2), or None."""
-    parts = [(np.reshape(f.points, (5, 2)) / f.size).astype(np.float32) for f in finds if f.points]
-    return np.median(parts, axis=0) if parts else None
+    fractions = [(np.reshape(f.points, (5, 2)) / f.size).astype(np.float32) for f in finds if f.points]
+    return np.median(fractions, axis=0) if fractions else None
 
 
 def find_landmarks(root, paths, device=None, select="center"):
@@ -57,7 +57,7 @@ def median_or_stop(finds, root):
     """Return median_points(finds).
 
     Raises:
-        InputError: there is no face at all.
+        InputError: no image has a face.
     """
     median = median_points(finds)
     if median is None:
@@ -74,7 +74,7 @@ class Journal:
         count: number of images.
 
     Raises:
-        InputError: it can't be written.
+        InputError: the journal can't be written.
     """
 
     def __init__(self, output, settings, count):
@@ -130,8 +130,8 @@ class Journal:
 
     def _drop_incomplete_line(self):
         self.file.seek(0)
-        whole = sum(len(line) for line in self.file if line.endswith(b"\n"))
-        self.file.truncate(whole)
+        complete = sum(len(line) for line in self.file if line.endswith(b"\n"))
+        self.file.truncate(complete)
         self.file.seek(0, 2)
 
 
@@ -139,11 +139,11 @@ def add_list_options(parser):
     """Add the options that both scripts have."""
     parser.add_argument("--output", type=Path, metavar="FILE",
                         help="the list (default: in cache/ of this clone, where training and evaluation look for it)")
-    parser.add_argument("--select", type=rule, choices=RULES, default="center",
+    parser.add_argument("--select", type=normalize_rule, choices=RULES, default="center",
                         help="which face of several: nearest the center of the image (default; right for LFW and "
                              "CASIA), the largest, or the one with the highest score")
     parser.add_argument("--batch-size", type=int, default=32, metavar="IMAGES",
-                        help="images that a process is given at a time, at least 1 (default: 32)")
+                        help="images per batch for a worker process, at least 1 (default: 32)")
     parser.add_argument("--workers", type=int, metavar="N",
                         help="worker processes (default: one per core; 0 on a GPU)")
     add_options(parser)
@@ -171,7 +171,7 @@ def find_all(root, paths, output, detector, args):
         raise InputError(f"--workers {args.workers} is out of range; it must be 0 or more.")
     names = "\n".join(paths).encode(errors="surrogateescape")
     settings = {"folder": str(root.resolve()), "images": hashlib.sha256(names).hexdigest(),
-                "select": "centre" if args.select == "center" else args.select,    # the spelling of earlier journals
+                "select": "centre" if args.select == "center" else args.select,    # earlier journals spell it this way
                 "min_face_size": detector.min_face_size, "factor": detector.factor, "attempts": ATTEMPTS}
     journal, unreadable = Journal(output, settings, len(paths)), {}
     indices = journal.missing()
@@ -182,15 +182,16 @@ def find_all(root, paths, output, detector, args):
             journal.add(finds)
             unreadable.update(bad)
             if len(unreadable) > MAX_UNREADABLE * len(paths):
-                first = "; ".join(f"{paths[i]}: {why}" for i, why in list(unreadable.items())[:5])
+                examples = "; ".join(f"{paths[i]}: {why}" for i, why in list(unreadable.items())[:5])
                 raise InputError(f"{len(unreadable)} of {len(paths)} images in {root} can't be read, more than "
-                                 f"{MAX_UNREADABLE:.0%} ({first}); replace or remove them and run the command again.")
+                                 f"{MAX_UNREADABLE:.0%} ({examples}); replace or remove them and run the command "
+                                 "again.")
             bar.update(len(finds) + len(bad))
     return journal, unreadable
 
 
 def report(paths, journal, unreadable, output, fate):
-    """Print a summary, and list the images that needed a retry or failed, on the terminal and in .failed.txt.
+    """Print a summary; list the images that needed a retry or failed on the terminal and in .failed.txt.
 
     Args:
         fate: what happened to images without a face, such as "median landmarks".
@@ -208,8 +209,8 @@ def report(paths, journal, unreadable, output, fate):
     print(f"{len(paths)} images: a face in {len(paths) - len(faceless) - len(bad)}")
     for kind, names in kinds.items():
         print(f"  {kind}: {len(names)}")
-        for name in names[:SHOWN]:
+        for name in names[:MAX_SHOWN]:
             print("    " + name.encode(errors="backslashreplace").decode())
-        if len(names) > SHOWN:
-            print(f"    and {len(names) - SHOWN} more, see {failed}")
+        if len(names) > MAX_SHOWN:
+            print(f"    and {len(names) - MAX_SHOWN} more, see {failed}")
     print(f"landmarks: {output}")

@@ -46,8 +46,8 @@ class PNet(nn.Module):
     """Proposes faces of 12 pixels at all positions of an image of any size.
 
     Takes float (N, 3, H, W), (x - 127.5) / 128, H and W even and at least 12. Returns the probability of a face
-    (N, h, w), h = H / 2 - 5, where cell (i, j) sees the 12 x 12 pixels from row 2i and column 2j, and what offsets()
-    takes, (N, h, w, 32).
+    (N, h, w), h = H / 2 - 5, and the features that offsets() takes, (N, h, w, 32). The receptive field of cell (i, j)
+    is 12 x 12 pixels, starting at row 2i and column 2j.
     """
 
     def __init__(self):
@@ -59,7 +59,7 @@ class PNet(nn.Module):
 
     def forward(self, x):
         x = self.body(x).permute(0, 2, 3, 1)                                # (N, h, w, 32)
-        # Like face_probability(), but subtracting the weights of the two logits, which halves the product.
+        # This equals face_probability(), but the weights of the two logits are subtracted, which halves the work.
         weight, bias = self.face.weight.flatten(1), self.face.bias
         return (x @ (weight[1] - weight[0]) + (bias[1] - bias[0])).sigmoid(), x
 

@@ -4,7 +4,7 @@ from bisect import bisect_right
 import cv2
 import numpy as np
 
-CELL = 12  # size in pixels of what P-Net looks at
+CELL = 12  # receptive field of P-Net, in pixels
 
 
 class Pyramid:
@@ -17,12 +17,12 @@ class Pyramid:
     Attributes:
         size: (height, width) of the image.
         levels: uint8 arrays, starting with the image.
-        first: index of the largest level that P-Net searches; it searches all that follow.
+        first_searched: index of the largest level that P-Net searches; it searches all that follow.
     """
 
     def __init__(self, image, min_face_size, factor):
         self.size = image.shape[:2]
-        sizes, self.first = level_sizes(*self.size, min_face_size, factor)
+        sizes, self.first_searched = level_sizes(*self.size, min_face_size, factor)
         self.levels = [image]
         for rows, columns in sizes[1:]:
             self.levels.append(cv2.resize(self.levels[-1], (columns, rows), interpolation=cv2.INTER_LINEAR))
@@ -30,7 +30,7 @@ class Pyramid:
 
     def searched(self):
         """Return the levels that P-Net searches."""
-        return self.levels[self.first:]
+        return self.levels[self.first_searched:]
 
     def crop(self, box, target):
         """Resample a box into `target`, uint8 (size, size, 3), bilinearly; pixels outside the image are black.
@@ -42,16 +42,16 @@ class Pyramid:
             box: four floats, a square, in pixels of the image; pixel k covers k to k + 1.
         """
         size = target.shape[0]
-        need = (box[2] - box[0]) / size                               # pixels of the image per pixel of the target
-        level = max(0, bisect_right(self.scales, -1 / need, key=lambda scale: -scale) - 1)
+        step = (box[2] - box[0]) / size                               # pixels of the image per pixel of the target
+        level = max(0, bisect_right(self.scales, -1 / step, key=lambda scale: -scale) - 1)
         pixels = self.levels[level]
-        sy, sx = pixels.shape[0] / self.size[0], pixels.shape[1] / self.size[1]
-        left, top = box[0] * sx, box[1] * sy
+        scale_y, scale_x = pixels.shape[0] / self.size[0], pixels.shape[1] / self.size[1]
+        left, top = box[0] * scale_x, box[1] * scale_y
         # OpenCV warps images of up to 32,767 pixels per side, so it gets only the neighborhood of the box.
         x0, y0 = max(0, int(left) - 2), max(0, int(top) - 2)
-        near = pixels[y0:max(0, int(box[3] * sy)) + 3, x0:max(0, int(box[2] * sx)) + 3]
-        ax, ay = need * sx, need * sy                                 # pixels of the level per pixel of the target
-        to_level = np.array(((ax, 0, left - x0 + ax / 2 - 0.5), (0, ay, top - y0 + ay / 2 - 0.5)))
+        near = pixels[y0:max(0, int(box[3] * scale_y)) + 3, x0:max(0, int(box[2] * scale_x)) + 3]
+        step_x, step_y = step * scale_x, step * scale_y               # pixels of the level per pixel of the target
+        to_level = np.array(((step_x, 0, left - x0 + step_x / 2 - 0.5), (0, step_y, top - y0 + step_y / 2 - 0.5)))
         cv2.warpAffine(near, to_level, (size, size), dst=target, flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
 
 
@@ -60,20 +60,20 @@ def level_sizes(height, width, min_face_size, factor):
 
     At the first level to search, a face of min_face_size has 12 pixels; the last has at least 12 rows and columns. The
     levels before the first only lead to it in steps of a half. Searched sizes are rounded up to even numbers, as P-Net
-    needs. If the image is smaller than min_face_size, there is nothing to search.
+    needs. An image smaller than min_face_size has no level to search.
     """
     sizes, scale = [(height, width)], CELL / min_face_size
-    step = 0.5
-    while step > scale and min(height, width) * scale >= CELL:
-        sizes.append((round(height * step), round(width * step)))
-        step /= 2
+    half = 0.5
+    while half > scale and min(height, width) * scale >= CELL:
+        sizes.append((round(height * half), round(width * half)))
+        half /= 2
     first = len(sizes)
     while min(height, width) * scale >= CELL:
-        sizes.append((even(height * scale), even(width * scale)))
+        sizes.append((round_up_to_even(height * scale), round_up_to_even(width * scale)))
         scale *= factor
     return sizes, first
 
 
-def even(number):
+def round_up_to_even(number):
     """Round up to an even integer."""
     return 2 * int(np.ceil(number / 2))

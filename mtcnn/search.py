@@ -1,6 +1,6 @@
 """Find one face in each of many images, on all cores.
 
-If MTCNN finds none, the image is searched again inside a black frame, which makes room for a face that is cut by the
+If MTCNN finds no face, the image is searched again inside a black frame, which makes room for a face that is cut by the
 border, and then with lower thresholds.
 """
 from concurrent.futures import ThreadPoolExecutor
@@ -46,7 +46,7 @@ def search(root, paths, indices, detector, select="center", batch_size=32, worke
         indices: sequence of int.
         detector: mtcnn.detector.Detector.
         select: which face of several, see choose().
-        batch_size: images that one of several processes is given at a time.
+        batch_size: images per batch, if several processes search.
         workers: number of processes; default one per core if the detector is on the CPU, else 0. With 0, this process
             searches, while a thread reads the next images.
 
@@ -59,7 +59,7 @@ def search(root, paths, indices, detector, select="center", batch_size=32, worke
     if workers > 1 and len(indices) > batch_size:
         yield from in_processes(job.search, indices, batch_size, workers)
     else:
-        yield from map(job.find, ahead(job.groups(indices)))
+        yield from map(job.find, prefetch(job.groups(indices)))
 
 
 class _Job:
@@ -89,12 +89,12 @@ class _Job:
         return [Find(i, image.shape[1::-1], *face) for (i, image), face in zip(readable, faces)], unreadable
 
 
-def rule(name):
+def normalize_rule(name):
     """Return the name of a rule in RULES; accepts the British spelling of center."""
     return "center" if name == "centre" else name
 
 
-def ahead(items):
+def prefetch(items):
     """Yield `items`, while a thread prepares the next one."""
     items = iter(items)
     with ThreadPoolExecutor(1) as pool:
@@ -121,20 +121,20 @@ def pixels(image):
 
 def find_faces(detector, images, select):
     """Return (attempt, ten numbers), or (-1, None), for the face that `select` chooses in each image."""
-    found = [(-1, None)] * len(images)
-    for attempt, (thresholds, part) in enumerate(ATTEMPTS):
-        missing = [i for i, (_, points) in enumerate(found) if points is None]
-        framed = [frame(images[i], part) for i in missing]
+    results = [(-1, None)] * len(images)
+    for attempt, (thresholds, fraction) in enumerate(ATTEMPTS):
+        missing = [i for i, (_, points) in enumerate(results) if points is None]
+        framed = [frame(images[i], fraction) for i in missing]
         for i, (image, corner), faces in zip(missing, framed, detector.detect([f[0] for f in framed], thresholds)):
             face = choose(faces, image.shape[:2], select)
             if face is not None:
-                found[i] = attempt, np.round(faces.landmarks[face] - corner, 2).ravel().tolist()
-    return found
+                results[i] = attempt, np.round(faces.landmarks[face] - corner, 2).ravel().tolist()
+    return results
 
 
-def frame(image, part):
-    """Put an image into a black frame of `part` its size; return it and the corner (x, y) of the image inside."""
-    y, x = (round(part * side) for side in image.shape[:2])
+def frame(image, fraction):
+    """Return an image inside a black frame, `fraction` of its size wide, and the corner (x, y) of the image in it."""
+    y, x = (round(fraction * side) for side in image.shape[:2])
     return cv2.copyMakeBorder(image, y, y, x, x, cv2.BORDER_CONSTANT, value=(0, 0, 0)), np.array((x, y), np.float32)
 
 

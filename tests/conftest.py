@@ -1,4 +1,4 @@
-"""Fixtures for tests: synthetic faces with landmarks, and functions that run the scripts."""
+"""Fixtures and helper functions shared by the tests: synthetic faces with landmarks, and ways to run the scripts."""
 import contextlib
 import importlib
 import os
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def script(name, *args, from_root=False):
-    """Run a script from its own folder, or from the root of the clone; returns the finished process."""
+    """Run a script in its own folder, or with `from_root` in the root of the clone; return the CompletedProcess."""
     path = ROOT / name
     command, folder = (name, ROOT) if from_root else (path.name, path.parent)
     return subprocess.run([sys.executable, command, *map(str, args)], cwd=folder, text=True, capture_output=True,
@@ -29,11 +29,18 @@ TINY = ["--batch-size", "8", "--epochs", "2", "--checkpoint-every", "2", "--devi
 
 
 def options(casia, folder, name="run"):
+    """Return options of casia_train.py for a run of 12 steps on the CPU.
+
+    Args:
+        casia: the training set.
+        folder: folder for the cache and the run.
+        name: name of the run's folder in it.
+    """
     return ["--casia", casia, "--cache", folder / "cache", "--output", folder / name, *TINY]
 
 
 def torchrun(method, *args):
-    """Run casia_train.py in two processes that share the batch; returns the finished process."""
+    """Run a method's casia_train.py in two processes that split each batch; return the CompletedProcess."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                "casia_train.py", *map(str, args)]
     return subprocess.run(command, cwd=ROOT / method, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
@@ -41,20 +48,20 @@ def torchrun(method, *args):
 
 
 def assert_same_model(one, two):
-    """Compare the networks and heads of two runs' folders; returns both checkpoints."""
+    """Assert that the checkpoints in two runs' folders hold the same network and head up to rounding; return both."""
     import torch
     one, two = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (one, two))
     for part in ("weights", "head"):
         for name, tensor in one[part].items():
-            # Three steps move a bias by 3e-3. Rounding that puts a value on the other side of a PReLU's kink moves one
-            # element by a hundredth of that; the tensor as a whole it leaves alone.
-            apart = two[part][name].double() - tensor.double()
-            assert apart.square().mean().sqrt() < 5e-6 and apart.abs().max() < 5e-5, name
+            # Three steps change a bias by 3e-3. If rounding moves a value across the kink of a PReLU, one element may
+            # differ by a hundredth of that, but the root mean square over the tensor hardly changes.
+            difference = two[part][name].double() - tensor.double()
+            assert difference.square().mean().sqrt() < 5e-6 and difference.abs().max() < 5e-5, name
     return one, two
 
 
 def tensors(value, name=""):
-    """All tensors of a nested checkpoint by name."""
+    """Return a dict of all tensors in a nested checkpoint, keyed by their path in it, such as ".weights.fc5.bias"."""
     import torch
     if isinstance(value, torch.Tensor):
         return {name: value}
@@ -63,33 +70,35 @@ def tensors(value, name=""):
 
 
 class Main:
-    """Calls casia_train.py's main() in this process, which saves the seconds that importing torch takes."""
+    """Calls main() of casia_train.py in this process, which saves the seconds that importing torch takes."""
 
     def __init__(self, capsys):
         self.capsys = capsys
 
     def __call__(self, method, *args):
+        """Run a method's training; return (exit status, captured output with `out` and `err`)."""
         try:
             status = importlib.import_module(f"{method}.casia_train").main(list(map(str, args)))
-        except SystemExit as end:
-            status = end.code
+        except SystemExit as exit:
+            status = exit.code
         return status, self.capsys.readouterr()
 
 
 @pytest.fixture(autouse=True)
 def seeded():
-    """Weights and data that a test draws are the same each time."""
+    """Seed torch before every test, so that a test draws the same weights and data each time."""
     import torch
     torch.manual_seed(0)
 
 
 @pytest.fixture
 def main(capsys):
+    """Return a function that runs casia_train.py in this process; see Main."""
     return Main(capsys)
 
 
 def run_lfw_eval(capsys, *options):
-    """Run cosFace/lfw_eval.py's main() in this process; returns (exit status, stdout, stderr)."""
+    """Run main() of cosFace/lfw_eval.py on the CPU in this process; return (exit status, stdout, stderr)."""
     from cosFace.net import NETS
     from faces.verification.evaluate import main
     try:
@@ -101,39 +110,52 @@ def run_lfw_eval(capsys, *options):
 
 @contextlib.contextmanager
 def file_size_limit(size):
-    """Let no file of this process grow beyond `size` bytes: writing more fails as it does on a full disk."""
+    """Simulate a full disk: writing beyond `size` bytes in any file of this process raises OSError."""
     import resource
-    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
 
 
 def draw_face(person, photo, size=150):
-    """A drawn face that a person keeps from photo to photo, somewhere in a picture: (uint8 RGB, float (5, 2))."""
-    person, photo = np.random.default_rng((1, person)), np.random.default_rng((2, person, photo))
-    skin, feature = person.integers(60, 255, 3), person.integers(0, 200, 3)
-    angle, scale = np.deg2rad(photo.uniform(-15, 15)), photo.uniform(0.8, 1.1)
-    turn = scale * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    points = (TEMPLATE - TEMPLATE.mean(0)) @ turn.T + size / 2 + photo.uniform(-8, 8, 2)
-    image = photo.integers(0, 60, (size, size, 3), np.uint8)
+    """Draw a synthetic face.
+
+    Args:
+        person: int, determines the colors and the sizes of the features.
+        photo: int, determines, together with the person, the pose, the position and the background.
+        size: height and width of the image in pixels.
+
+    Returns:
+        (uint8 (size, size, 3), RGB; landmarks, float (5, 2)).
+    """
+    person_rng, photo_rng = np.random.default_rng((1, person)), np.random.default_rng((2, person, photo))
+    skin, feature = person_rng.integers(60, 255, 3), person_rng.integers(0, 200, 3)
+    angle, scale = np.deg2rad(photo_rng.uniform(-15, 15)), photo_rng.uniform(0.8, 1.1)
+    rotation = scale * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    points = (TEMPLATE - TEMPLATE.mean(0)) @ rotation.T + size / 2 + photo_rng.uniform(-8, 8, 2)
+    image = photo_rng.integers(0, 60, (size, size, 3), np.uint8)
     cv2.circle(image, tuple(map(int, points.mean(0))), int(45 * scale), skin.tolist(), -1)
-    for point, radius in zip(points, person.integers(3, 8, 5)):
+    for point, radius in zip(points, person_rng.integers(3, 8, 5)):
         cv2.circle(image, tuple(map(int, point)), int(radius), feature.tolist(), -1)
     return image, points
 
 
 def write_image(path, image):
+    """Write an RGB image, and create its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     assert cv2.imwrite(str(path), image[..., ::-1])
 
 
 @pytest.fixture(scope="session")
 def casia(tmp_path_factory):
-    """CASIA-WebFace in small: 6 people, 8 photos each, with casia_landmark.txt in the folder. Not to be changed."""
+    """Return the folder of a miniature CASIA-WebFace: 6 people, 8 photos each, and casia_landmark.txt.
+
+    All tests share it, so no test may modify it.
+    """
     root = tmp_path_factory.mktemp("casia")
     rows = []
     for person in range(6):

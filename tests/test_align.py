@@ -1,4 +1,4 @@
-"""Alignment, compared with the independent implementation of scikit-image."""
+"""Alignment: transforms are compared with scikit-image's, and aligned landmarks with the template."""
 import numpy as np
 import pytest
 from conftest import draw_face
@@ -8,12 +8,12 @@ from faces.align import TEMPLATE, align, crop_aligned, similarity_transform
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_transform_equals_that_of_scikit_image(seed):
+def test_transform_matches_scikit_image(seed):
     random = np.random.default_rng(seed)
     points = TEMPLATE @ random.normal(size=(2, 2)) * 3 + random.normal(0, 4, (5, 2)) + 100
     try:
         ours = similarity_transform(points)
-    except ValueError:  # the random map mirrors; then its mirror image must do
+    except ValueError:  # the random map contains a reflection, which mirroring the points undoes
         points = points * (-1, 1)
         ours = similarity_transform(points)
     np.testing.assert_allclose(ours, estimate_transform("similarity", points, TEMPLATE).params[:2], atol=1e-9)
@@ -21,23 +21,23 @@ def test_transform_equals_that_of_scikit_image(seed):
 
 def test_identity_and_a_known_rotation():
     np.testing.assert_allclose(similarity_transform(TEMPLATE), [[1, 0, 0], [0, 1, 0]], atol=1e-12)
-    turned = TEMPLATE @ [[0, 2], [-2, 0]] + (7, 9)           # by 90 degrees, twice as large
-    back = similarity_transform(turned)
-    np.testing.assert_allclose(turned @ back[:, :2].T + back[:, 2], TEMPLATE, atol=1e-9)
-    assert np.linalg.det(back[:, :2]) == pytest.approx(0.25)  # positive: never a reflection
+    rotated = TEMPLATE @ [[0, 2], [-2, 0]] + (7, 9)          # by 90 degrees, and twice as large
+    back = similarity_transform(rotated)
+    np.testing.assert_allclose(rotated @ back[:, :2].T + back[:, 2], TEMPLATE, atol=1e-9)
+    assert np.linalg.det(back[:, :2]) == pytest.approx(0.25)  # positive, so not a reflection
 
 
-@pytest.mark.parametrize("points, why", [(TEMPLATE * (-1, 1), "mirrored"), (np.ones((5, 2)), "coincide"),
+@pytest.mark.parametrize("points, reason", [(TEMPLATE * (-1, 1), "mirrored"), (np.ones((5, 2)), "coincide"),
                                          (TEMPLATE * np.nan, "not finite")])
-def test_impossible_landmarks_raise_value_error(points, why):
-    with pytest.raises(ValueError, match=why):
+def test_invalid_landmarks_raise_value_error(points, reason):
+    with pytest.raises(ValueError, match=reason):
         similarity_transform(points)
 
 
 def test_aligned_landmarks_are_on_the_template():
     image, points = draw_face(person=3, photo=5)
     image[:] = 0
-    for x, y in points:                                       # a 3x3 dot on each landmark
+    for x, y in points:                                       # draw a 3x3 dot on each landmark
         image[round(y) - 1:round(y) + 2, round(x) - 1:round(x) + 2] = 255
     bright = align(image, points)[..., 0] > 60
     for x, y in TEMPLATE:
@@ -45,7 +45,7 @@ def test_aligned_landmarks_are_on_the_template():
         assert abs(rows.mean() - 4 - y % 1) < 1 and abs(columns.mean() - 4 - x % 1) < 1
 
 
-def test_the_square_template_is_eight_columns_wider_on_each_side():
+def test_square_faces_are_eight_pixels_wider_on_each_side():
     image, points = draw_face(1, 1)
     square = np.zeros((112, 112, 3), np.uint8)
     square[:, 8:104] = align(image, points)

@@ -1,4 +1,4 @@
-"""Every image file becomes uint8 RGB, or raises the reason why it can't be used."""
+"""read_image() returns every image as uint8 RGB, or raises UnreadableImage with the reason."""
 import io
 
 import numpy as np
@@ -25,7 +25,7 @@ def encoded(image, format, **options):
 def test_formats_and_modes(format, mode):
     image = read_image(encoded(Image.fromarray(RGB).convert(mode), format))
     assert image.dtype == np.uint8 and image.shape == (40, 30, 3)
-    # Red is read as red: channels are RGB. CMYK and JPEG lose some color.
+    # The channels are in RGB order. The limits are loose, because CMYK and JPEG change colors a little.
     assert image[5, 15, 0] > 180 and image[5, 15, 2] < 90 and image[35, 15, 2] > 150 and image[35, 15, 0] < 90
 
 
@@ -38,24 +38,24 @@ def test_gray_and_sixteen_bits():
 
 def test_exif_orientation_is_applied():
     exif = Image.Exif()
-    exif[0x0112] = 6                                          # the camera was turned: rotate by 90 degrees to show
+    exif[0x0112] = 6                                          # viewers must rotate the image clockwise by 90 degrees
     image = read_image(encoded(Image.fromarray(RGB), "JPEG", exif=exif))
     assert image.shape == (30, 40, 3) and image[15, 35, 0] > 180 and image[15, 5, 2] > 180
 
 
-def test_unusable_files(tmp_path):
+def test_unusable_files_raise_the_reason(tmp_path):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 80, 3), np.uint8))
     cases = [("empty", b""), ("not an image", b"hello" * 100)]
     cases += [("truncated", encoded(noise, format)[:-300]) for format in ("JPEG", "PNG", "BMP", "TIFF")]
-    for why, data in cases:
-        with pytest.raises(UnreadableImage, match=why):
+    for reason, data in cases:
+        with pytest.raises(UnreadableImage, match=reason):
             read_image(data)
     with pytest.raises(UnreadableImage, match="No such file"):
         read_image(tmp_path / "absent.jpg")
 
 
 def test_size_is_checked_before_memory_is_allocated():
-    bomb = encoded(Image.new("1", (40_000, MAX_PIXELS // 40_000 + 1)), "PNG")     # 128 megapixels in a few kilobytes
+    bomb = encoded(Image.new("1", (40_000, MAX_PIXELS // 40_000 + 1)), "PNG")   # over 128 megapixels in under 100 kB
     assert len(bomb) < 100_000
     with pytest.raises(UnreadableImage, match="megapixels"):
         read_image(bomb)
@@ -67,8 +67,8 @@ def test_size_of_a_jpeg_is_read_from_its_header(options):
     data = encoded(Image.fromarray(RGB), "JPEG", **options)
     assert images._jpeg_size(data) == (30, 40)
     large = bytearray(data)
-    place = max(data.find(b"\xff\xc0\x00\x11"), data.find(b"\xff\xc2\x00\x11"))
-    large[place + 5:place + 9] = b"\xff\xdc\xff\xdc"         # says that it is 65,500 pixels wide and high
+    position = max(data.find(b"\xff\xc0\x00\x11"), data.find(b"\xff\xc2\x00\x11"))
+    large[position + 5:position + 9] = b"\xff\xdc\xff\xdc"         # claims 65,500 x 65,500 pixels
     with pytest.raises(UnreadableImage, match="megapixels"):
         read_image(bytes(large))
-    assert images._jpeg_size(data[:place]) is None and images._jpeg_size(data[:place] + b"junk" * 9) is None
+    assert images._jpeg_size(data[:position]) is None and images._jpeg_size(data[:position] + b"junk" * 9) is None

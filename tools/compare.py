@@ -1,9 +1,10 @@
-"""Compare the faces on two photos: are they the same person?
+"""Decide whether two photos show the same person.
 
     python tools/compare.py A.jpg B.jpg --model FILE --scores DIR/scores.tsv
 
-detects the face on each photo, aligns and embeds both, and prints their similarity. The threshold and its error rates
-come from the model's own evaluation: DIR is the output folder of `lfw_eval.py --model FILE --output DIR`. In Python:
+The script detects the face in each photo, aligns and embeds both faces, and prints their cosine similarity. The
+threshold and its error rates come from an evaluation of the same model: DIR is the folder that
+`lfw_eval.py --model FILE --output DIR` wrote. In Python:
 
     compare(net, Detector(), "A.jpg", "B.jpg").similarity
 """
@@ -28,147 +29,164 @@ from faces.verification.metrics import best_threshold, similarities
 from faces.verification.weights import add_options as add_model_options
 from faces.verification.weights import load_weights
 from mtcnn.detector import add_options, make_detector
-from mtcnn.search import ATTEMPTS, RULES, choose, frame, rule
+from mtcnn.search import ATTEMPTS, RULES, choose, frame, normalize_rule
 
 
 class Comparison(NamedTuple):
-    """The faces on two photos and their similarity.
+    """The result of compare().
 
     similarity: cosine similarity of concatenated original and flipped embeddings, -1 to 1.
     crops: uint8 (2, 112, 96, 3), RGB, the aligned faces.
-    found: number of faces on each photo, at least 1.
+    face_counts: number of faces detected in each photo, at least 1.
     """
     similarity: float
     crops: np.ndarray
-    found: tuple
+    face_counts: tuple
 
 
 class Scores(NamedTuple):
-    """The pairs of an evaluation.
+    """The scored pairs of an evaluation.
 
-    similarity: float64 (P,).
-    same: bool (P,), true for a genuine pair.
-    model: path of the model according to results.json; None if unknown.
+    similarity: float64 (P,), cosine similarity of each pair.
+    same: bool (P,), True for a genuine pair.
+    model: path of the evaluated model according to results.json; None if unknown.
     """
     similarity: np.ndarray
     same: np.ndarray
     model: str | None
 
-    def error_rates(self, threshold):
-        """Return the counts (accepted impostor pairs, impostor pairs, rejected genuine pairs, genuine pairs)."""
+    def error_counts(self, threshold):
+        """Return the numbers of accepted impostor pairs, impostor pairs, rejected genuine pairs and genuine pairs."""
         accepted = self.similarity > threshold
         return (int((accepted & ~self.same).sum()), int((~self.same).sum()),
                 int((~accepted & self.same).sum()), int(self.same.sum()))
 
 
 def compare(net, detector, a, b, select="largest"):
-    """Compare the faces on two photos.
+    """Compare the faces in two photos.
 
     Args:
         net: module, float (N, 3, 112, 96) to (N, D), on any device.
         detector: mtcnn.detector.Detector.
         a, b: paths of photos.
-        select: which face of several, "largest", "center" or "score".
+        select: which face to use if a photo shows several: "largest", "center" or "score".
 
     Returns:
         Comparison.
 
     Raises:
-        InputError: a photo can't be read, has no face, or the embeddings can't be compared.
+        InputError: a photo can't be read, no face is detected in it, or an embedding is not finite or is zero.
     """
-    (first, found_a), (second, found_b) = (find_face(detector, photo, select) for photo in (a, b))
-    crops = np.stack((first, second))
+    (crop_a, count_a), (crop_b, count_b) = (find_face(detector, photo, select) for photo in (a, b))
+    crops = np.stack((crop_a, crop_b))
     embeddings = embed(net, crops, next(net.parameters()).device, mirror="concatenate", progress=False)
     try:
         similarity = similarities(embeddings, np.array([[0, 1]]), np.zeros((1, embeddings.shape[1])))
     except ValueError as error:
         raise InputError(f"the model's embeddings can't be compared: {error}; its training must have failed.") from None
-    return Comparison(float(similarity[0, 0]), crops, (found_a, found_b))
+    return Comparison(float(similarity[0, 0]), crops, (count_a, count_b))
 
 
 def find_face(detector, photo, select="largest"):
-    """Return the aligned face of a photo, uint8 (112, 96, 3), and the number of faces on it.
+    """Return the aligned face of a photo, uint8 (112, 96, 3), and the number of faces detected in the photo.
+
+    Args:
+        detector, select: see compare().
+        photo: path of the photo.
 
     Raises:
-        InputError: the photo can't be read or has no face.
+        InputError: the photo can't be read, or no face is detected in it.
     """
     try:
         image = read_image(photo)
     except UnreadableImage as error:
         raise InputError(f"can't read {photo}: {error}; pass an image file.") from None
-    for thresholds, part in ATTEMPTS[:2]:  # first as it is, then in a frame; lower thresholds would find false faces
+    # Try the photo itself, then the photo in a black frame. The later attempts are left out because their lower
+    # thresholds would produce false detections.
+    for thresholds, part in ATTEMPTS[:2]:
         framed, corner = frame(image, part)
         faces = detector.detect(framed, thresholds)
         row = choose(faces, framed.shape[:2], select)
         if row is not None:
             return align(image, faces.landmarks[row] - corner), len(faces.boxes)
-    raise InputError(f"no face was found in {photo}; pass a photo that shows both eyes, or try a smaller "
+    raise InputError(f"no face was found in {photo}; pass a photo in which both eyes are visible, or lower "
                      "--min-face-size.")
 
 
 def read_scores(path):
-    """Read `same` and `similarity` in a scores.tsv of lfw_eval.py, and the settings in results.json beside it.
+    """Read a scores.tsv that lfw_eval.py wrote, and check the evaluation's settings in results.json beside it.
+
+    Returns:
+        Scores.
 
     Raises:
-        InputError: the file can't be read or has another format, there are no genuine or no impostor pairs, or the
-            similarities were not computed like compare() does.
+        InputError: the file can't be read or has a different format, has no genuine or no impostor pairs or a
+            similarity that is not finite, or the similarities were computed differently from compare()'s.
     """
     path = Path(path)
-    model = _check_protocol(path.with_name("results.json"))
+    model = _check_settings(path.with_name("results.json"))
     try:
         with open(path, newline="", encoding="utf-8") as file:
             rows = [(row["same"], row["similarity"]) for row in csv.DictReader(file, delimiter="\t")]
         same = np.array([{"0": False, "1": True}[same] for same, _ in rows], bool)
         similarity = np.array([similarity for _, similarity in rows], np.float64)
     except OSError as error:
-        why = error.strerror or error
-        raise InputError(f"can't read {path}: {why}; lfw_eval.py --output DIR writes DIR/scores.tsv.") from None
+        reason = error.strerror or error
+        raise InputError(f"can't read {path}: {reason}; run `lfw_eval.py --output DIR`, which writes "
+                         "DIR/scores.tsv.") from None
     except (KeyError, TypeError, ValueError, csv.Error):
-        raise InputError(f"{path} is not a scores.tsv of lfw_eval.py; pass DIR/scores.tsv of `lfw_eval.py --output "
-                         "DIR`.") from None
+        raise InputError(f"{path} is not a scores.tsv of lfw_eval.py; pass the DIR/scores.tsv that `lfw_eval.py "
+                         "--output DIR` wrote.") from None
     if not np.isfinite(similarity).all() or same.all() or not same.any():
-        raise InputError(f"{path} must have genuine and impostor pairs with finite similarities; write it again with "
-                         "lfw_eval.py --output DIR.")
+        raise InputError(f"{path} must contain genuine and impostor pairs with finite similarities; write it "
+                         "again with `lfw_eval.py --output DIR`.")
     return Scores(similarity, same, model)
 
 
-def _check_protocol(results):
-    """Refuse an evaluation whose similarities can't be compared with compare()'s; return its model, if known."""
+def _check_settings(results):
+    """Return the model that results.json names, or None; raise InputError if its scores were computed differently."""
     try:
         settings = json.loads(results.read_text(encoding="utf-8"))["settings"]
-        other = settings.get("mirror", "concatenate") != "concatenate" or settings.get("subtract_mean", False)
+        different = settings.get("mirror", "concatenate") != "concatenate" or settings.get("subtract_mean", False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None  # without results.json, the settings are unknown
-    if other:
+        return None  # the settings are unknown without a valid results.json
+    if different:
         raise InputError(f"{results} says that the scores were computed with another --mirror or with --subtract-mean, "
-                         "so they can't be used here; run lfw_eval.py with its defaults.")
+                         "which makes them unusable here; run lfw_eval.py with the defaults of both.")
     return settings.get("model")
 
 
 def verdict(similarity, threshold):
-    """Return the answer as text."""
-    return "the same person" if similarity > threshold else "two people"
+    """Return the verdict as text."""
+    return "same person" if similarity > threshold else "different people"
 
 
 def report(args, result, threshold, scores):
-    """Return the text that the command prints."""
-    lines = [f"{photo}: {count} faces; comparing the one chosen by --select {args.select}"
-             for photo, count in zip(args.photos, result.found) if count > 1]
+    """Return the text to print for a Comparison.
+
+    Args:
+        args: the command line's options.
+        result: Comparison.
+        threshold: float; None if the user gave neither a threshold nor scores.
+        scores: Scores, or None.
+    """
+    lines = [f"{photo}: {count} faces detected; using the one selected by --select {args.select}"
+             for photo, count in zip(args.photos, result.face_counts) if count > 1]
     lines.append(f"similarity {result.similarity:.4f}")
     if threshold is None:
-        return "\n".join([*lines, "no verdict without a threshold: run lfw_eval.py with this model and --output DIR, "
+        return "\n".join([*lines, "no verdict without a threshold; run lfw_eval.py with this model and --output DIR, "
                                   "then pass --scores DIR/scores.tsv"])
     sign = ">" if result.similarity > threshold else "<="
     lines.append(f"{verdict(result.similarity, threshold)}: {result.similarity:.4f} {sign} threshold {threshold:.4f}")
     if scores is None:
-        return "\n".join([*lines, "the error rates of this threshold are unknown without --scores"])
-    accepted, impostor, rejected, genuine = scores.error_rates(threshold)
-    alike = int((scores.similarity[~scores.same] >= result.similarity).sum())
-    source = f"{args.scores}, of {scores.model}" if scores.model else str(args.scores)
+        return "\n".join([*lines, "the error rates at this threshold are unknown; pass --scores to print them"])
+    accepted, impostor, rejected, genuine = scores.error_counts(threshold)
+    at_least_as_similar = int((scores.similarity[~scores.same] >= result.similarity).sum())
+    source = f"{args.scores} ({scores.model})" if scores.model else str(args.scores)
     return "\n".join([*lines, f"expected errors at this threshold, from {source}:",
                       f"  false accept  {accepted / impostor:8.3%}  {accepted:,} of {impostor:,} impostor pairs",
                       f"  false reject  {rejected / genuine:8.3%}  {rejected:,} of {genuine:,} genuine pairs",
-                      f"impostor pairs at least as similar as these two: {alike:,} of {impostor:,}"])
+                      f"impostor pairs at least as similar as this pair: {at_least_as_similar:,} of {impostor:,}"])
 
 
 @command
@@ -179,16 +197,16 @@ def main(argv=None):
     if threshold is None and scores is not None:
         threshold = best_threshold(scores.similarity, scores.same)
     if threshold is not None and not -1 <= threshold <= 1:
-        raise InputError(f"--threshold {threshold:g} is not a cosine; it must be -1 to 1.")
+        raise InputError(f"--threshold {threshold:g} is not a cosine similarity; choose a value from -1 to 1.")
     net = NETS[args.net]()
     load_weights(net, args.model, args.channels)
     result = compare(net.to(pick_device(args.device)), make_detector(args), *args.photos, args.select)
     print(report(args, result, threshold, scores))
     if args.output:
-        words = f"similarity {result.similarity:.3f}"
+        title = f"similarity {result.similarity:.3f}"
         if threshold is not None:
-            words += f", threshold {threshold:.3f}: {verdict(result.similarity, threshold)}"
-        comparison_picture(args.output / "comparison.png", result.crops, [p.name for p in args.photos], words)
+            title += f", threshold {threshold:.3f}: {verdict(result.similarity, threshold)}"
+        comparison_picture(args.output / "comparison.png", result.crops, [p.name for p in args.photos], title)
         print(f"picture: {args.output / 'comparison.png'}")
 
 
@@ -199,16 +217,17 @@ def _parser():
                         help="checkpoint.pt of casia_train.py, or a public checkpoint of the same network")
     add_model_options(parser, NETS)
     parser.add_argument("--scores", type=Path, metavar="FILE",
-                        help="scores.tsv that lfw_eval.py --output wrote for this model; it gives the threshold and "
-                             "its error rates, which hold for photos like those of that set and are slightly "
-                             "optimistic, because the threshold is chosen on the same scores")
+                        help="scores.tsv that lfw_eval.py --output wrote for this model; provides the threshold and "
+                             "its error rates, which hold for photos like those of the evaluated set and are "
+                             "slightly optimistic, because the threshold is chosen on the same scores")
     parser.add_argument("--threshold", type=float, metavar="T",
-                        help="accept when the similarity is greater, -1 to 1; raise it for fewer false accepts "
-                             "(default: the most accurate one in --scores)")
-    parser.add_argument("--select", type=rule, choices=RULES, default="largest",
-                        help="which face of several: the largest (default), nearest the center, or the highest score")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="folder for comparison.png, which shows both crops "
-                                                                   "side by side")
+                        help="accept the pair if its similarity is greater than T, -1 to 1; raise it for fewer false "
+                             "accepts (default: the threshold with the highest accuracy on --scores)")
+    parser.add_argument("--select", type=normalize_rule, choices=RULES, default="largest",
+                        help="which face to use if a photo shows several: the largest, the one nearest the center, or "
+                             "the one with the highest score (default: largest)")
+    parser.add_argument("--output", type=Path, metavar="DIR",
+                        help="folder for comparison.png, which shows both crops side by side")
     add_options(parser)
     return parser
 

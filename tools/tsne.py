@@ -1,12 +1,12 @@
-"""Draw a t-SNE of the embeddings of a few identities, and measure how well they separate.
+"""Draw a t-SNE plot of the embeddings of a few identities, and measure how well the identities separate.
 
     python tools/tsne.py --model FILE --faces DIR                   # CASIA-WebFace, or faces that are already aligned
     python tools/tsne.py --model FILE --lfw DIR
     python tools/tsne.py --model A --model B --title softmax --title CosFace --faces DIR
 
-The seed determines the identities and images, which are the same for all models. The silhouette score is computed from
-the embeddings, with cosine distance, not from the picture: 1 means well separated, 0 means mixed. --points FILE saves
-what is drawn.
+The seed determines the identities and images, so all models embed the same ones. The silhouette score is computed with
+cosine distance on the embeddings, not on the 2-D layout; 1 means well separated, 0 means overlapping. --points FILE
+saves the points of the plot.
 """
 import argparse
 import csv
@@ -32,110 +32,126 @@ PICTURES = (".png", ".svg", ".pdf")
 
 
 def list_faces(root, landmarks=None):
-    """List a training set like casia_train.py does; see faces.data.casia.read_casia().
+    """List a training set the way casia_train.py does; see faces.data.casia.read_casia().
 
     Args:
         root: folder of person folders, or a zip of them.
-        landmarks: landmark list with labels; None uses casia_landmark.txt in the folder, or the list that
-            mtcnn/casia_landmark.py wrote for it; without either, the faces must already be aligned.
+        landmarks: landmark list with labels; None uses casia_landmark.txt in the folder, or else the list that
+            mtcnn/casia_landmark.py wrote for it. If neither exists, the faces must already be aligned.
     """
     root = Path(root).expanduser()
     name = "casia_landmark.txt"
-    known = next((path for path in (root / name, default_list(root, name)) if path.is_file()), None)
-    return read_casia(root, landmarks or known)
+    existing = next((path for path in (root / name, default_list(root, name)) if path.is_file()), None)
+    return read_casia(root, landmarks or existing)
 
 
 def list_lfw(root, landmarks=None):
-    """List LFW as a faces.data.casia.TrainingList, labeled by person folders.
+    """List LFW as a faces.data.casia.TrainingList whose labels come from the person folders.
 
     Args:
         root: folder of Name/Name_0001.jpg.
         landmarks: landmark list; None uses the list that mtcnn/lfw_landmark.py wrote for this folder.
     """
     root = folder(root, "LFW images as Name/Name_0001.jpg")
-    listed = read_landmarks(landmarks or default_list(root, "lfw_landmark.txt"), labelled=False)
+    listed = read_landmarks(landmarks or default_list(root, "lfw_landmark.txt"), labeled=False)
     labels = np.unique([_person(path) for path in listed.paths], return_inverse=True)[1]
     return TrainingList(Folder(root), listed.paths, labels, listed.points)
 
 
-def pick(labels, identities, each, seed):
-    """Choose identities with enough images, and images of each.
+def choose_images(labels, identities, per_identity, seed):
+    """Choose identities at random, and images of each.
 
     Args:
-        labels: int (N,).
-        identities, each: number of identities, and of images of each, at least 2.
-        seed: of both choices.
+        labels: int (N,), one per image.
+        identities: number of identities to choose.
+        per_identity: number of images of each; identities with fewer are not chosen.
+        seed: seed of both choices.
 
     Returns:
-        int (identities, each), rows of `labels` in increasing order, one identity per line.
+        int (identities, per_identity), indices into `labels`; each row is sorted and belongs to one identity.
 
     Raises:
         InputError: too few identities have enough images.
     """
     random = np.random.default_rng(seed)
     people, counts = np.unique(labels, return_counts=True)
-    enough = people[counts >= each]
-    if len(enough) < identities:
-        raise InputError(f"only {len(enough)} of {len(people)} people have {each} images; "
-                         "lower --per-identity or --identities.")
-    chosen = np.sort(random.choice(enough, identities, replace=False))
-    return np.stack([np.sort(random.choice(np.flatnonzero(labels == person), each, replace=False))
+    candidates = people[counts >= per_identity]
+    if len(candidates) < identities:
+        raise InputError(f"only {len(candidates)} of {len(people)} people have {per_identity} images or more; lower "
+                         "--per-identity or --identities.")
+    chosen = np.sort(random.choice(candidates, identities, replace=False))
+    return np.stack([np.sort(random.choice(np.flatnonzero(labels == person), per_identity, replace=False))
                      for person in chosen])
 
 
 def read_faces(listing, rows):
-    """Read and align the images in some rows of a list: uint8 (len(rows), 112, 96, 3).
+    """Read and align some images of a list.
+
+    Args:
+        listing: faces.data.casia.TrainingList.
+        rows: indices of the images in the list.
+
+    Returns:
+        uint8 (len(rows), 112, 96, 3).
 
     Raises:
-        InputError: an image can't be used.
+        InputError: an image can't be read or aligned.
     """
     faces = []
     for row in rows:
         try:
             faces.append(load_face(*listing.face(row)))
         except (UnreadableImage, ValueError) as error:
-            raise InputError(f"can't use {listing.paths[row]} in {listing.source}: {error}; replace or remove it, or "
-                             "try another --seed.") from None
+            raise InputError(f"can't use {listing.paths[row]} in {listing.source}: {error}; replace or remove the "
+                             "image, or try another --seed.") from None
     return np.stack(faces)
 
 
-def separate(embeddings, labels, seed):
-    """Compute the t-SNE layout of embeddings, and measure how well their identities separate.
+def layout_and_silhouette(embeddings, labels, seed):
+    """Compute a t-SNE layout of embeddings, and a score of how well their identities separate.
 
     Args:
         embeddings: float (N, D).
         labels: int (N,), at least two identities with at least two embeddings each.
-        seed: of the layout.
+        seed: seed of the layout.
 
     Returns:
-        (float (N, 2), silhouette score of the embeddings under cosine distance, -1 to 1).
+        (layout, float (N, 2); silhouette score of the embeddings with cosine distance, -1 to 1).
 
     Raises:
         InputError: an embedding is not finite, or is zero.
     """
-    from sklearn.manifold import TSNE  # slow to import
+    from sklearn.manifold import TSNE  # imported here because it is slow to import
     from sklearn.metrics import silhouette_score
     if not np.isfinite(embeddings).all() or not embeddings.any(1).all():
-        raise InputError("the model's embeddings are not finite or zero; its training must have failed.")
-    perplexity = min(30, np.bincount(labels).max(), (len(labels) - 1) / 3)  # neighbors: images of one identity
-    layout = TSNE(metric="cosine", init="pca", perplexity=perplexity, random_state=seed)
-    return layout.fit_transform(embeddings), float(silhouette_score(embeddings, labels, metric="cosine"))
+        raise InputError("an embedding of the model is not finite or is zero, so its training must have failed; pass "
+                         "another --model.")
+    # The perplexity is about the number of neighbors of a point, so the images of one identity should suffice.
+    perplexity = min(30, np.bincount(labels).max(), (len(labels) - 1) / 3)
+    tsne = TSNE(metric="cosine", init="pca", perplexity=perplexity, random_state=seed)
+    return tsne.fit_transform(embeddings), float(silhouette_score(embeddings, labels, metric="cosine"))
 
 
-def titles_of(models, methods, given):
-    """Return a title for each model: the given one, or its method, with the path of the file if that is ambiguous."""
-    if given:
-        return given
+def panel_titles(models, methods, titles):
+    """Return the title of each panel: from `titles` if given, else the model's method, plus its path if ambiguous.
+
+    Args:
+        models: paths of the models.
+        methods: the method of each model, None if unknown; the name of the file then replaces it.
+        titles: list of titles, or None.
+    """
+    if titles:
+        return titles
     names = [method or model.name for model, method in zip(models, methods)]
     return [name if names.count(name) == 1 else f"{name}, {model}" for name, model in zip(names, models)]
 
 
 def write_points(path, panels, labels, names):
-    """Write the points of tsne_panels() as a tab-separated table: panel, identity, x, y.
+    """Write the points that tsne_panels() draws as a tab-separated table with columns panel, identity, x and y.
 
     Args:
-        path: the table; written atomically.
-        panels, labels, names: see faces.figures.tsne_panels.
+        path: the file, written atomically.
+        panels, labels, names: see faces.figures.tsne_panels().
     """
     with atomic_write(path, "w", encoding="utf-8", newline="") as file:
         table = csv.writer(file, delimiter="\t", lineterminator="\n")
@@ -145,33 +161,33 @@ def write_points(path, panels, labels, names):
 
 
 def read_points(path):
-    """Return (panels, labels, names) as write_points() wrote them."""
+    """Return the panels, labels and names that write_points() wrote to a file."""
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file, delimiter="\t"))
     names = list(dict.fromkeys(row["identity"] for row in rows))
     titles = list(dict.fromkeys(row["panel"] for row in rows))
     points = np.array([(row["x"], row["y"]) for row in rows], np.float64).reshape(len(titles), -1, 2)
-    labels = np.array([names.index(row["identity"]) for row in rows[:points.shape[1]]])    # the same in every panel
+    labels = np.array([names.index(row["identity"]) for row in rows[:points.shape[1]]])  # all panels share them
     return list(zip(titles, points)), labels, names
 
 
 @command
 def main(argv=None):
     args = _parser().parse_args(argv)
-    _check(args)
+    _check_options(args)
     device = pick_device(args.device)
     listing = list_lfw(args.lfw, args.landmarks) if args.lfw else list_faces(args.faces, args.landmarks)
-    rows = pick(listing.labels, args.identities, args.per_identity, args.seed)
+    rows = choose_images(listing.labels, args.identities, args.per_identity, args.seed)
     faces = read_faces(listing, rows.ravel())
     labels = np.repeat(np.arange(args.identities), args.per_identity)
     layouts, methods = [], []
     for model in args.model:
         net = NETS[args.net]()
         methods.append(load_weights(net, model, args.channels)["method"])
-        layouts.append(separate(embed(net, faces, device, args.batch_size), labels, args.seed))
-    titles = titles_of(args.model, methods, args.title)
+        layouts.append(layout_and_silhouette(embed(net, faces, device, args.batch_size), labels, args.seed))
+    titles = panel_titles(args.model, methods, args.title)
     for title, (_, silhouette) in zip(titles, layouts):
-        print(f"silhouette {silhouette:.4f}  {title}  ({args.identities} identities of {args.per_identity} images)")
+        print(f"silhouette {silhouette:.4f}  {title}  ({args.identities} identities, {args.per_identity} images each)")
     panels = [(f"{title}: silhouette {silhouette:.2f}", points) for title, (points, silhouette) in zip(titles, layouts)]
     names = [_person(listing.paths[row]).replace("_", " ") or f"label {listing.labels[row]}" for row in rows[:, 0]]
     if args.points:
@@ -180,19 +196,20 @@ def main(argv=None):
     print(f"picture: {args.output}")
 
 
-def _check(args):
+def _check_options(args):
     for name, value in (("--identities", args.identities), ("--per-identity", args.per_identity)):
         if value < 2:
-            raise InputError(f"{name} {value} is too small; it must be at least 2.")
+            raise InputError(f"{name} {value} is too small; choose at least 2.")
     if args.identities > 70:
-        raise InputError(f"--identities {args.identities} can't be distinguished in a picture; choose 2 to 70.")
+        raise InputError(f"--identities {args.identities} is more than a plot can distinguish; choose 2 to 70.")
     if args.seed < 0 or (args.batch_size is not None and args.batch_size < 1):
-        raise InputError("--seed must be at least 0, and --batch-size at least 1.")
+        raise InputError("--seed must be at least 0 and --batch-size at least 1; change the option that is too small.")
     if args.title and len(args.title) != len(args.model):
-        raise InputError(f"{len(args.title)} --title for {len(args.model)} --model; pass one per model, in their "
-                         "order.")
+        raise InputError(f"--title was given {len(args.title)} times and --model {len(args.model)} times; pass one "
+                         "title per model, in the same order.")
     if args.output.suffix.lower() not in PICTURES:
-        raise InputError(f"--output {args.output} is not a picture; its name must end in {', '.join(PICTURES)}.")
+        raise InputError(f"--output {args.output} has an unsupported extension; choose a name that ends in "
+                         f"{', '.join(PICTURES[:-1])} or {PICTURES[-1]}.")
 
 
 def _person(path):
@@ -202,31 +219,32 @@ def _person(path):
 def _parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, action="append", required=True, metavar="FILE",
-                        help="checkpoint.pt of casia_train.py, or a public checkpoint of the same network; one per "
-                             "panel")
+                        help="checkpoint.pt of casia_train.py, or a public checkpoint of the same network; repeat "
+                             "--model to draw one panel per model")
     parser.add_argument("--title", action="append", metavar="TEXT",
-                        help="title of a panel, in the order of --model (default: the method)")
+                        help="title of a panel; repeat it once per --model, in the same order (default: the method)")
     add_model_options(parser, NETS)
     data = parser.add_mutually_exclusive_group(required=True)
     data.add_argument("--faces", type=Path, metavar="DIR",
-                      help="CASIA-WebFace, person folders or a zip of them; without a landmark list, the faces must "
-                           "already be aligned")
+                      help="CASIA-WebFace, as person folders or a zip of them; if no landmark list exists, the faces "
+                           "must already be aligned")
     data.add_argument("--lfw", type=Path, metavar="DIR", help="folder of Name/Name_0001.jpg")
     parser.add_argument("--landmarks", type=Path, metavar="FILE",
-                        help="landmark list (default: the one in the folder, or the one that mtcnn/ wrote for it)")
-    parser.add_argument("--identities", type=int, default=10, metavar="N", help="number of identities, 2 to 70; up to "
-                                                                                "10 are easy to read (default: 10)")
+                        help="landmark list (default: casia_landmark.txt in --faces, or else the list that "
+                             "casia_landmark.py or lfw_landmark.py in mtcnn/ wrote for the folder)")
+    parser.add_argument("--identities", type=int, default=10, metavar="N",
+                        help="number of identities, 2 to 70; up to 10 are easy to tell apart (default: 10)")
     parser.add_argument("--per-identity", type=int, default=20, metavar="N",
                         help="images per identity, at least 2; people with fewer are not chosen (default: 20)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the identities, the images and the layout "
-                                                            "(default: 0)")
+    parser.add_argument("--seed", type=int, default=0,
+                        help="seed of the choice of identities and images and of the layout, at least 0 (default: 0)")
     parser.add_argument("--output", type=Path, default=Path("tsne.png"), metavar="FILE",
-                        help="the picture, .png, .svg or .pdf (default: tsne.png)")
+                        help="picture to write, .png, .svg or .pdf (default: tsne.png)")
     parser.add_argument("--points", type=Path, metavar="FILE",
-                        help="also write a tab-separated table of panel, identity, x and y of every point")
+                        help="also write the points, as a tab-separated table of panel, identity, x and y")
     parser.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (default: auto)")
     parser.add_argument("--batch-size", type=int, metavar="N",
-                        help="faces at a time; affects only the speed (default: 256, or 32 on a CPU)")
+                        help="faces per batch, at least 1; affects only the speed (default: 256, or 32 on a CPU)")
     return parser
 
 

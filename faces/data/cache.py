@@ -3,7 +3,7 @@
 A cache is a folder. faces.u8 holds N faces of 112x96x3 bytes in the order of the list, and failed.txt lists the images
 that could not be used. During the build, journal.jsonl records which chunks of faces.u8 are done, so a killed build
 continues where it stopped. cache.json is written last and marks the cache as complete. The folder's name contains a
-hash of the list and the template, so a different list gets a different cache.
+hash of the list and the template, so each list has its own cache.
 """
 import hashlib
 import json
@@ -24,10 +24,10 @@ from faces.files import CACHE, InputError, atomic_write, locked, write_json
 from faces.images import UnreadableImage, one_opencv_thread, read_image
 from faces.landmarks import default_list
 
-SHAPE, FACE = (HEIGHT, WIDTH, 3), HEIGHT * WIDTH * 3    # of a face, and its size in bytes
-NAME = "casia_landmark.txt"
-CHUNK = 1024                # faces per line of the journal; a killed build repeats unfinished chunks
-BLOCK = 32                  # faces that a thread aligns at a time
+FACE_SHAPE, FACE_BYTES = (HEIGHT, WIDTH, 3), HEIGHT * WIDTH * 3
+LANDMARK_LIST = "casia_landmark.txt"
+CHUNK = 1024                # faces per line of the journal; a build that was killed repeats its unfinished chunks
+BLOCK = 32                  # faces per task of a thread
 MAX_FAILED = 0.01           # fraction of the list; more failures suggest a wrong folder or list
 
 
@@ -35,16 +35,16 @@ class AlignedFaces:
     """Aligned faces with labels.
 
     Attributes:
-        images: uint8 (M, 112, 96, 3) memory map, RGB, of which only `rows` are used.
-        rows: int64 (N,), rows of `images`.
+        images: uint8 (M, 112, 96, 3) memory map, RGB, which may contain more faces than this set.
+        rows: int64 (N,), the rows of `images` that belong to this set.
         labels: int64 (N,), 0..classes-1.
         classes: number of identities.
-        fingerprint: hash of all that training depends on: names, landmarks and labels of the images.
+        fingerprint: hash of everything that training depends on: names, landmarks and labels of the images.
     """
 
     def __init__(self, images, listing, rows, summary=""):
         self.images, self.rows, self.summary = images, rows, summary
-        # Renumber the labels, because dropped people leave gaps.
+        # People without any image left would leave gaps in the labels, so they are renumbered.
         people, self.labels = np.unique(listing.labels[rows], return_inverse=True)
         self.classes = len(people)
         self.fingerprint = _hash_list([listing.paths[row] for row in rows], self.labels,
@@ -56,7 +56,8 @@ class AlignedFaces:
     def __str__(self):
         return self.summary
 
-    def __getstate__(self):  # worker processes open the map themselves, because pickling would copy all of it
+    def __getstate__(self):
+        # Pickling a memory map copies all of it, so each data loader process gets its path and opens it again.
         return {**vars(self), "images": (self.images.filename, self.images.shape)}
 
     def __setstate__(self, state):
@@ -69,22 +70,30 @@ class AlignedFaces:
 
 
 def load_casia(root, landmarks=None, cache=CACHE, drop_lfw_overlap=False, labels=None):
-    """Return the aligned faces of a training set, from the cache; see faces.data.casia.read_casia().
+    """Return the aligned faces of a training set, from its cache, which is built on first use.
 
     Images that can't be used are counted, listed in the cache's failed.txt and left out; people without any image left
     get no class. str() of the result summarizes the set.
 
+    Args:
+        root, labels: see faces.data.casia.read_casia().
+        landmarks: landmark list with labels; None uses casia_landmark.txt in `root`, or else the list that
+            mtcnn/casia_landmark.py wrote for it, or else expects faces that are already aligned.
+        cache: the folder of all caches.
+        drop_lfw_overlap: whether to leave out the people who are also in LFW.
+
     Raises:
         InputError: the data set is malformed, more than 1 % of it is unusable, or the cache does not fit on the disk.
     """
-    listing = read_casia(root, landmarks or (None if labels else _known_landmarks(root)), labels)
+    listing = read_casia(root, landmarks or (None if labels else _default_landmarks(root)), labels)
     images, failed = build(listing, cache)
     keep = np.ones(len(listing.paths), bool)
     keep[[row for row, _ in failed]] = False
     overlap = ~without_lfw_overlap(listing) if drop_lfw_overlap else np.zeros_like(keep)
     rows = np.flatnonzero(keep & ~overlap)
     if not len(rows):
-        raise InputError(f"{listing.source} has no images left to train on; check the options that leave images out.")
+        raise InputError(f"{listing.source} has no images left to train on; leave out --drop-lfw-overlap or "
+                         "choose another set.")
     summary = f"{listing.source}: {len(rows):,} faces of {len(np.unique(listing.labels[rows])):,} people"
     if failed:
         summary += f"; {len(failed)} unusable images left out, see failed.txt in the cache"
@@ -94,7 +103,11 @@ def load_casia(root, landmarks=None, cache=CACHE, drop_lfw_overlap=False, labels
 
 
 def build(listing, cache=CACHE):
-    """Build or find the cache of a faces.data.casia.TrainingList.
+    """Build the cache of a faces.data.casia.TrainingList, unless it exists.
+
+    Args:
+        listing: the TrainingList.
+        cache: the folder of all caches.
 
     Returns:
         (uint8 (N, 112, 96, 3) read-only memory map, list of (row, reason) of unusable images).
@@ -103,20 +116,20 @@ def build(listing, cache=CACHE):
     key = _hash_list([str(name), *listing.paths], None, listing.points)[:12]
     folder = Path(cache).expanduser() / f"{name.stem}-{key}"
     if not (folder / "cache.json").is_file():
-        with locked(folder / ".lock", f"aligning these faces into {folder}"):
+        with locked(folder / ".lock", f"aligning the faces of {listing.source} into {folder}"):
             if not (folder / "cache.json").is_file():    # another process may have built it while this one waited
                 _build(listing, folder)
     failed = json.loads((folder / "cache.json").read_text())["failed"]
-    shape = (len(listing.paths), *SHAPE)
+    shape = (len(listing.paths), *FACE_SHAPE)
     if (folder / "faces.u8").stat().st_size != np.prod(shape):
         raise InputError(f"{folder} is damaged (faces.u8 has the wrong size); delete the folder and start again.")
     return np.memmap(folder / "faces.u8", np.uint8, "r", shape=shape), failed
 
 
-def _known_landmarks(root):
-    """Return the list in the folder, or else the one that casia_landmark.py wrote for it, or else None."""
+def _default_landmarks(root):
+    """Return the landmark list in the folder, or else the one that casia_landmark.py wrote for it, or else None."""
     root = Path(root).expanduser()
-    return next((p for p in (root / NAME, default_list(root, NAME)) if p.is_file()), None)
+    return next((path for path in (root / LANDMARK_LIST, default_list(root, LANDMARK_LIST)) if path.is_file()), None)
 
 
 def _hash_list(names, labels, points):
@@ -129,27 +142,28 @@ def _hash_list(names, labels, points):
 
 def _build(listing, folder):
     total = len(listing.paths)
-    _allocate(folder, total * FACE)
+    _allocate(folder, total * FACE_BYTES)
     done, failed = _read_journal(folder), []
     chunks = (range(start, min(start + CHUNK, total)) for start in range(0, total, CHUNK))
     missing = [rows for rows in chunks if rows not in done]
     print(f"aligning {total:,} faces of {listing.source} into the cache {folder}")
     try:
+        # The pool already has a thread per CPU, with which OpenCV's own threads would compete.
         with open(folder / "faces.u8", "r+b") as file, open(folder / "journal.jsonl", "a") as journal, \
                 one_opencv_thread(), ThreadPoolExecutor(count_cpus()) as pool, ThreadPoolExecutor(1) as writer, \
                 tqdm(total=total, unit="img", unit_scale=True, dynamic_ncols=True) as bar:
-            stored = writer.submit(int)
+            pending_write = writer.submit(int)  # returns at once: the first chunk has no write to wait for
             bar.update(total - sum(map(len, missing)))
             for rows, chunk, chunk_failed in _align(listing, missing, pool):
                 failed += chunk_failed
                 if len(failed) > MAX_FAILED * total:
-                    raise InputError(_too_many(listing, failed))
-                stored.result()  # a chunk is written while the next one is aligned, and no more than one waits
-                stored = writer.submit(_store, chunk, rows, file, None if chunk_failed else journal)
+                    raise InputError(_failure_message(listing, failed))
+                pending_write.result()  # a chunk is written while the next one is aligned; at most one write is pending
+                pending_write = writer.submit(_store, chunk, rows, file, None if chunk_failed else journal)
                 bar.update(len(rows))
-            stored.result()
+            pending_write.result()
     except OSError as error:
-        raise _unwritable(folder, error) from None
+        raise _write_error(folder, error) from None
     with atomic_write(folder / "failed.txt", "w", encoding="utf-8") as file:
         file.writelines(f"{listing.paths[row]}\t{reason}\n" for row, reason in failed)
     write_json(folder / "cache.json", {"faces": total, "failed": failed})
@@ -160,19 +174,19 @@ def _allocate(folder, size):
     path = folder / "faces.u8"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        present = path.stat().st_size if path.exists() else 0
-        if size - present > shutil.disk_usage(folder).free:
-            raise InputError(f"{folder} needs {size / 1e9:.1f} GB for the aligned faces, but the disk has less; "
-                             "choose a larger disk with --cache.")
+        allocated = path.stat().st_size if path.exists() else 0
+        if size - allocated > shutil.disk_usage(folder).free:
+            raise InputError(f"{folder} needs {size / 1e9:.1f} GB for the aligned faces, but less is free; free "
+                             "some space or choose a larger disk with --cache.")
         with open(path, "ab") as file:
             file.truncate(size)
     except OSError as error:
-        raise _unwritable(folder, error) from None
+        raise _write_error(folder, error) from None
 
 
-def _unwritable(folder, error):
-    return InputError(f"can't write the cache {folder}: {error.strerror}; choose another place with --cache, or free "
-                      "some space and start again to continue from here.")
+def _write_error(folder, error):
+    return InputError(f"can't write the cache {folder}: {error.strerror}; choose another folder with --cache, or free "
+                      "some space and start again, and the build will continue where it stopped.")
 
 
 def _align(listing, chunks, pool):
@@ -182,20 +196,24 @@ def _align(listing, chunks, pool):
     """
     pending = deque()
     for rows in chunks:
-        chunk = np.empty((len(rows), *SHAPE), np.uint8)
-        blocks = [slice(first, first + BLOCK) for first in range(0, len(rows), BLOCK)]
-        pending.append((rows, chunk, [pool.submit(_fill_block, chunk[b], listing, rows[b]) for b in blocks]))
+        chunk = np.empty((len(rows), *FACE_SHAPE), np.uint8)
+        blocks = [slice(start, start + BLOCK) for start in range(0, len(rows), BLOCK)]
+        tasks = [pool.submit(_fill_block, chunk[block], listing, rows[block]) for block in blocks]
+        pending.append((rows, chunk, tasks))
         if len(pending) > 1:
             yield _collect(*pending.popleft())
-    yield from (_collect(*chunk) for chunk in pending)
+    yield from (_collect(*item) for item in pending)
 
 
-def _collect(rows, chunk, blocks):
-    return rows, chunk, sum((block.result() for block in blocks), [])
+def _collect(rows, chunk, tasks):
+    return rows, chunk, sum((task.result() for task in tasks), [])
 
 
 def _fill_block(faces, listing, rows):
-    """Align a block of faces at a time, because only decoding and warping release the interpreter lock."""
+    """Align the images of `rows` into `faces`; return a list of (row, reason) of unusable images.
+
+    Only decoding and warping release the interpreter lock, so the transforms are computed for all rows at once.
+    """
     transforms = reasons = [None] * len(rows)
     if listing.points is not None:
         transforms, reasons = similarity_transforms(listing.points[rows.start:rows.stop])
@@ -204,7 +222,7 @@ def _fill_block(faces, listing, rows):
 
 
 def _fill(face, listing, row, transform, reason):
-    """Align the image of a row into `face`; return None, or the reason why it can't be used."""
+    """Align the image of a row into `face`; return None, or the reason why the image can't be used."""
     try:
         if reason:
             raise ValueError(reason)
@@ -220,7 +238,7 @@ def _fill(face, listing, row, transform, reason):
 
 def _store(chunk, rows, file, journal):
     """Write a chunk to disk, then record it in the journal; a chunk with failures is tried again by the next build."""
-    file.seek(rows.start * FACE)
+    file.seek(rows.start * FACE_BYTES)
     file.write(chunk)
     file.flush()
     os.fsync(file.fileno())
@@ -235,11 +253,12 @@ def _read_journal(folder):
         lines = (folder / "journal.jsonl").read_text().splitlines()
     except FileNotFoundError:
         return set()
-    found = (re.fullmatch(r"\[(\d+), (\d+)\]", line) for line in lines)   # skips an incomplete line
-    return {range(int(match[1]), int(match[2])) for match in found if match}
+    # A build that was killed may have left an incomplete last line, which does not match and is ignored.
+    matches = (re.fullmatch(r"\[(\d+), (\d+)\]", line) for line in lines)
+    return {range(int(match[1]), int(match[2])) for match in matches if match}
 
 
-def _too_many(listing, failed):
-    shown = "; ".join(f"{listing.paths[row]}: {reason}" for row, reason in failed[:3])
+def _failure_message(listing, failed):
+    examples = "; ".join(f"{listing.paths[row]}: {reason}" for row, reason in failed[:3])
     return (f"more than {MAX_FAILED:.0%} of the {len(listing.paths):,} images of {listing.source} can't be used "
-            f"({shown}); check the folder and the landmark list.")
+            f"({examples}); check the folder and the landmark list.")

@@ -1,5 +1,5 @@
-"""List CASIA-WebFace in its common formats: person folders or a zip of them with a landmark list, or aligned faces in
-folders, in a zip, or in InsightFace's RecordIO."""
+"""List the images of CASIA-WebFace in any of its common formats: person folders or a zip of them with a landmark list,
+or aligned faces in folders, in a zip, or in InsightFace's RecordIO."""
 import os
 import zipfile
 from pathlib import Path, PurePosixPath
@@ -12,7 +12,8 @@ from faces.files import InputError, folder
 from faces.images import EXTENSIONS, MAX_BYTES, UnreadableImage, list_images
 from faces.landmarks import read_labels, read_landmarks
 
-# Identities in both CASIA-WebFace and LFW: the union of the lists in the repositories FaceDatasets and AM-Softmax.
+# These identities are in both CASIA-WebFace and LFW. The set is the union of the lists in the FaceDatasets and
+# AM-Softmax repositories.
 LFW_OVERLAP = frozenset("""
     0000513 0004539 0004763 0005009 0005082 0005172 0166921 0208962 0430107 0454042 0662519 0706787 0955471 1056413
     1091782 1193098 1303492 2425974 3478560""".split())
@@ -32,12 +33,12 @@ class Folder:
         return list_images(self.root)
 
     def open(self, name):
-        """Return the path of the image `name` for faces.images.read_image(); the list's reader checked the name."""
+        """Return the path of the image `name`, to pass to read_image(); the name was checked when the list was read."""
         return os.path.join(self.root, name)
 
 
 class Zip:
-    """The images in a zip, read in place. If one folder contains everything, it is not part of the names."""
+    """The images in a zip, read without unpacking it. Names omit a single top folder around all person folders."""
 
     def __init__(self, path):
         self.path = Path(path)
@@ -47,10 +48,10 @@ class Zip:
             raise InputError(f"{path} is not a readable zip file ({error}); download it again.") from None
         members = {info.filename: info for info in self.archive.infolist()
                    if PurePosixPath(info.filename).suffix.lower() in EXTENSIONS}
-        tops = {name.split("/")[0] for name in members}
-        deep = all(name.count("/") >= 2 for name in members)
-        cut = len(tops.pop()) + 1 if len(tops) == 1 and deep else 0
-        self.members = {name[cut:]: info for name, info in members.items()}
+        top_folders = {name.split("/")[0] for name in members}
+        nested = all(name.count("/") >= 2 for name in members)
+        prefix = len(top_folders.pop()) + 1 if len(top_folders) == 1 and nested else 0
+        self.members = {name[prefix:]: info for name, info in members.items()}
 
     def __str__(self):
         return str(self.path)
@@ -80,7 +81,7 @@ class TrainingList(NamedTuple):
     """The images of a training set.
 
     source: Folder, Zip or Records.
-    paths: N names in it.
+    paths: the N names of the images in `source`.
     labels: int64 (N,), 0..C-1.
     points: float32 (N, 5, 2), landmarks; None if the faces are already aligned.
     """
@@ -91,11 +92,12 @@ class TrainingList(NamedTuple):
 
     def face(self, row):
         """Return the arguments of faces.align.load_face() for a row: the image, and its landmarks or None."""
-        return self.source.open(self.paths[row]), None if self.points is None else self.points[row]
+        points = None if self.points is None else self.points[row]
+        return self.source.open(self.paths[row]), points
 
 
 def read_casia(root, landmarks=None, labels=None):
-    """List the training images.
+    """Return the TrainingList of a data set.
 
     Args:
         root: folder of person folders (0000045/001.jpg), a zip of it, or a RecordIO folder (train.rec).
@@ -104,22 +106,23 @@ def read_casia(root, landmarks=None, labels=None):
             folder has its own labels and takes neither list.
 
     Raises:
-        InputError: nothing is there, a list is malformed, two lists were given, or labels have gaps.
+        InputError: the data set is missing or unreadable, a list is malformed, both lists were passed, the labels have
+            gaps, or the set has fewer than two people.
     """
-    source, given = _open(root), labels or landmarks
+    source, labels_from = _open(root), labels or landmarks
     if landmarks is not None and labels is not None:
         raise InputError(f"{landmarks} and {labels} can't be combined; pass only one of --landmarks and --list.")
     if isinstance(source, Records):
-        if given is not None:
-            raise InputError(f"{source.path} has labels and aligned faces; leave out {given}.")
-        paths, labels, points, given = source.names(), source.labels, None, source.path
+        if labels_from is not None:
+            raise InputError(f"{source.path} already contains labels and aligned faces; leave out {labels_from}.")
+        paths, labels, points, labels_from = source.names(), source.labels, None, source.path
     elif labels is not None:
         (paths, labels), points = read_labels(labels), None
     elif landmarks is not None:
-        paths, labels, points = read_landmarks(landmarks, labelled=True)
+        paths, labels, points = read_landmarks(landmarks, labeled=True)
     else:
-        return _by_person_folder(source)
-    _check_labels(labels, given)
+        return _list_person_folders(source)
+    _check_labels(labels, labels_from)
     return TrainingList(source, paths, labels, points)
 
 
@@ -131,7 +134,7 @@ def _open(root):
     return Records(root) if (root / "train.rec").is_file() else Folder(root)
 
 
-def _by_person_folder(source):
+def _list_person_folders(source):
     paths = source.names()
     people = [str(PurePosixPath(path).parent) for path in paths]
     if len(set(people)) < 2:
@@ -141,10 +144,16 @@ def _by_person_folder(source):
 
 
 def without_lfw_overlap(listing):
-    """Return which images of a TrainingList show nobody in LFW_OVERLAP, by their person folders; bool (N,).
+    """Return a mask of the images whose person is not in LFW_OVERLAP.
+
+    Args:
+        listing: TrainingList whose paths contain the person folders.
+
+    Returns:
+        bool (N,).
 
     Raises:
-        InputError: the source does not name its people.
+        InputError: the source numbers its people instead of naming them.
     """
     if isinstance(listing.source, Records):
         raise InputError(f"{listing.source.path} numbers its people instead of naming them, so those in LFW can't be "

@@ -112,7 +112,7 @@ class Run:
             path: the checkpoint.
         """
         if step == steps:
-            self.print(f"trained {step:,} steps; the model is {path}")
+            self.print(f"training is complete after {step:,} step(s); the model is {path}")
         else:
             self.print(f"stopped after {step:,} of {steps:,} steps; continue with --resume")
         if self.world_size > 1:

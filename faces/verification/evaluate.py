@@ -149,7 +149,7 @@ def _add_model_options(group, nets):
                             "faceNet); once, or once per --model")
     group.add_argument("--channels", choices=CHANNELS,
                        help="channel order that the model was trained with (default: rgb for checkpoints of this "
-                            "project, bgr for any other, as the released ones)")
+                            "project, bgr for all others, such as the released weights)")
 
 
 def _add_protocol_options(group):

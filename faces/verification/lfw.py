@@ -105,7 +105,7 @@ def landmarks_of(file, paths):
     Raises:
         InputError: the list can't be read, or lacks an image.
     """
-    listed = read_landmarks(file, labelled=False)
+    listed = read_landmarks(file, labeled=False)
     row = {path: i for i, path in enumerate(listed.paths)}
     absent = [path for path in paths if path not in row]
     if absent:

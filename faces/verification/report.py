@@ -1,4 +1,4 @@
-"""The report of lfw_eval.py on a model: the summary line, a table, and the files of --output."""
+"""Report the results of lfw_eval.py: the summary line, a table per model, and the files in --output."""
 from typing import NamedTuple
 
 import numpy as np
@@ -10,22 +10,22 @@ from faces.verification.bootstrap import interval
 from faces.verification.contact_sheet import error_sheet
 from faces.verification.metrics import Identification, Verification, tar_at_far
 
-FAR = 1e-3       # the lowest rate that 3,000 impostor pairs can resolve: three false accepts
-RANKS = (1, 5, 10)
-CMC = 100        # ranks in results.json and cmc.png
+FAR = 1e-3             # allows three false accepts among the 3,000 impostor pairs of LFW
+TABLE_RANKS = (1, 5, 10)
+MAX_CMC_RANK = 100     # last rank in results.json and cmc.png
 
 
 class Measured(NamedTuple):
     """A model and its measurements.
 
-    model, net, method: the path of the file, the name of the network, and the name of the method.
-    weights: the description that faces.verification.weights.load_weights() returned.
+    model, net, method: path of the model file, name of the network, and name of the method.
+    weights: description of the file that faces.verification.weights.load_weights() returned.
     result: faces.verification.metrics.Verification.
     draws: float64 (R,), bootstrap accuracies; see faces.verification.bootstrap.
     operating: list of faces.verification.metrics.OperatingPoint, one per --far; empty if that protocol was not
         requested.
     identification: faces.verification.metrics.Identification, or None if it was not requested.
-    seconds: time that it took.
+    seconds: time that the evaluation took.
     """
     model: str
     net: str
@@ -39,18 +39,18 @@ class Measured(NamedTuple):
 
 
 def summary_line(result):
-    """Return the summary line: mean accuracy, standard deviation over the folds (ddof=0), mean threshold."""
+    """Return the summary line: mean accuracy, its standard deviation over the folds (ddof=0), and mean threshold."""
     return f"LFWACC={result.accuracy:.4f} std={result.std:.4f} thd={result.threshold:.4f}"
 
 
 def table(measured, lfw, protocols, mirror):
-    """Return the table of one model.
+    """Return the table of one model as text; the summary line comes first if "folds" is reported.
 
     Args:
         measured: Measured.
         lfw: faces.verification.lfw.Lfw.
         protocols: which of "folds", "tar" and "identification" to report.
-        mirror: how the mirror image was used.
+        mirror: how the embedding of the mirror image was used; see faces.verification.embed.embed.
     """
     pairs = lfw.pairs.judged()
     genuine = int(pairs.same.sum())
@@ -65,19 +65,28 @@ def table(measured, lfw, protocols, mirror):
              ("landmarks", lfw.landmarks),
              ("seconds", f"{measured.seconds:.1f}")]
     lines = [f"{name:<20}{value}" for name, value in rows]
-    return "\n".join([summary_line(measured.result), *lines] if "folds" in protocols else lines)
+    if "folds" in protocols:
+        lines.insert(0, summary_line(measured.result))
+    return "\n".join(lines)
 
 
 def compare(models):
-    """Return the differences in accuracy of all further models to the first, with their intervals: a list of dicts."""
-    first = models[0]
-    return [{"model": other.model, "against": first.model,
-             "difference": other.result.accuracy - first.result.accuracy,
-             "interval_95": interval(other.draws - first.draws)} for other in models[1:]]
+    """Return the difference in accuracy between each further model and the first, with its 95 % confidence interval.
+
+    Args:
+        models: list of Measured.
+
+    Returns:
+        list of dicts with the keys "model", "against", "difference" and "interval_95".
+    """
+    baseline = models[0]
+    return [{"model": other.model, "against": baseline.model,
+             "difference": other.result.accuracy - baseline.result.accuracy,
+             "interval_95": interval(other.draws - baseline.draws)} for other in models[1:]]
 
 
 def comparison_lines(comparisons):
-    """Return the text that describes the result of compare()."""
+    """Return the result of compare() as text, one line per further model."""
     return "\n".join(
         f"{row['model']} minus {row['against']}: accuracy {row['difference']:+.4f}, 95 % interval "
         f"{row['interval_95'][0]:+.4f} to {row['interval_95'][1]:+.4f} (paired, over identities), which "
@@ -86,23 +95,26 @@ def comparison_lines(comparisons):
 
 
 def write(folder, models, lfw, settings):
-    """Write results.json, scores and pictures: for one model into the folder, for several into model-1, model-2, ...
+    """Write results.json, scores.tsv and the pictures into a folder.
+
+    The files of a single model are written into the folder itself. Those of several models are written into its
+    subfolders model-1, model-2, ..., and the folder gets a results.json with all models and their comparison, and
+    pictures with the curves of all models.
 
     Args:
         folder: pathlib.Path.
-        models: list of Measured. With several, the folder itself gets a results.json with all of them and the
-            comparison, and a picture with all ROC curves.
+        models: list of Measured.
         lfw: faces.verification.lfw.Lfw.
-        settings: dict of the command line's options.
+        settings: dict of the command-line options.
     """
     lfw = lfw._replace(pairs=lfw.pairs.judged())
-    places = [folder] if len(models) == 1 else [folder / f"model-{i}" for i in range(1, len(models) + 1)]
+    subfolders = [folder] if len(models) == 1 else [folder / f"model-{i}" for i in range(1, len(models) + 1)]
     results = []
-    for place, measured in zip(places, models):
+    for subfolder, measured in zip(subfolders, models):
         results.append(_results(measured, lfw, {**settings, "model": measured.model, "net": measured.net}))
-        write_json(place / "results.json", results[-1])
-        _write_scores(place / "scores.tsv", lfw.pairs, measured.result)
-        _draw(place, measured, lfw)
+        write_json(subfolder / "results.json", results[-1])
+        _write_scores(subfolder / "scores.tsv", lfw.pairs, measured.result)
+        _draw_pictures(subfolder, measured, lfw)
     if len(models) > 1:
         write_json(folder / "results.json", {"models": results, "comparison": compare(models)})
         _draw_curves(folder, models)
@@ -111,31 +123,32 @@ def write(folder, models, lfw, settings):
 def _fold_rows(measured, impostors, with_tar):
     result = measured.result
     (low, high), folds = interval(measured.draws), len(result.accuracies)
+    std = f"{result.std:.4f} over {folds} folds (ddof=0)" if folds > 1 else "n/a (one test set)"
     rows = [("accuracy", f"{result.accuracy:.4f}"),
-            ("standard deviation", f"{result.std:.4f} over {folds} folds (ddof=0)" if folds > 1 else "one test set"),
+            ("standard deviation", std),
             ("95 % interval", f"{low:.4f} to {high:.4f} ({len(measured.draws)} bootstrap draws of identities)"),
             ("AUC", f"{result.auc:.4f}"),
             ("EER", f"{result.eer:.4f}")]
     if with_tar:
-        coarse = "" if impostors * FAR >= 1 else f" (none of {impostors} impostor pairs accepted)"
-        rows.append(("TAR@FAR=1e-3", f"{tar_at_far(result.far, result.tar, FAR):.4f}{coarse}"))
+        note = "" if impostors * FAR >= 1 else f" (0 of {impostors} impostor pairs accepted)"
+        rows.append(("TAR@FAR=1e-3", f"{tar_at_far(result.far, result.tar, FAR):.4f}{note}"))
     return rows
 
 
 def _tar_row(point):
-    words = f"{point.tar:.4f} at threshold {point.threshold:.4f}, {point.accepted} of {point.impostors} impostor pairs"
+    text = f"{point.tar:.4f} at threshold {point.threshold:.4f}, {point.accepted} of {point.impostors} impostor pairs"
     if not point.resolved:
-        words += f"; too few to resolve this rate, which needs {1 / point.far:,.0f}"
-    return f"TAR@FAR={_scientific(point.far)}", words
+        text += f"; too few to resolve this rate, which needs {1 / point.far:,.0f}"
+    return f"TAR@FAR={_format_rate(point.far)}", text
 
 
-def _identification_rows(found):
-    shown = [rank for rank in RANKS if rank <= found.gallery]
-    return [(f"rank {rank}", f"{found.cmc[rank - 1]:.4f}") for rank in shown] + [
-        ("gallery", f"{found.gallery} people, one image each; {found.probes} probes")]
+def _identification_rows(identification):
+    ranks = [rank for rank in TABLE_RANKS if rank <= identification.gallery]
+    return [(f"rank {rank}", f"{identification.cmc[rank - 1]:.4f}") for rank in ranks] + [
+        ("gallery", f"{identification.gallery} people, one image each; {identification.probes} probes")]
 
 
-def _scientific(rate):
+def _format_rate(rate):
     return np.format_float_scientific(rate, trim="-", exp_digits=1)
 
 
@@ -150,7 +163,7 @@ def _results(measured, lfw, settings):
         "tar": [{**point._asdict(), "resolved": point.resolved} for point in measured.operating],
         "identification": measured.identification and {
             **measured.identification._asdict(), "rank_1": float(measured.identification.cmc[0]),
-            "cmc": measured.identification.cmc[:CMC].round(6).tolist()},
+            "cmc": measured.identification.cmc[:MAX_CMC_RANK].round(6).tolist()},
         "counts": {"pairs": len(pairs.same), "genuine": int(pairs.same.sum()), "images": len(pairs.paths)},
         "settings": {**settings, "weights": measured.weights, "landmarks": lfw.landmarks},
         "seconds": round(measured.seconds, 2), "torch": str(torch.__version__)}
@@ -163,7 +176,7 @@ def _write_scores(path, pairs, result):
             file.write(f"{pairs.paths[a]}\t{pairs.paths[b]}\t{int(same)}\t{fold}\t{similarity:.6f}\n")
 
 
-def _draw(folder, measured, lfw):
+def _draw_pictures(folder, measured, lfw):
     result = measured.result
     _draw_curves(folder, [measured])
     figures.histogram_picture(folder / "histogram.png", result.similarities, lfw.pairs.same, result.threshold)
@@ -173,9 +186,10 @@ def _draw(folder, measured, lfw):
 def _draw_curves(folder, models):
     names = [f"{m.method} {m.net}" for m in models]
     if len(models) > 1:
-        names = [f"{i}: {name}" for i, name in enumerate(names, 1)]  # two models may have the same name
+        names = [f"{i}: {name}" for i, name in enumerate(names, 1)]  # two models can have the same method and network
     figures.roc_picture(folder / "roc.png", {f"{name}, AUC {m.result.auc:.4f}": (m.result.far, m.result.tar)
                                              for name, m in zip(names, models)})
     if models[0].identification:
         cmcs = zip(names, (m.identification.cmc for m in models))
-        figures.cmc_picture(folder / "cmc.png", CMC, {f"{name}, rank 1 {cmc[0]:.4f}": cmc for name, cmc in cmcs})
+        figures.cmc_picture(folder / "cmc.png", MAX_CMC_RANK,
+                            {f"{name}, rank 1 {cmc[0]:.4f}": cmc for name, cmc in cmcs})

@@ -46,8 +46,8 @@ def rename(key):
 def move_dense(state):
     """Rename the dense layer of R-Net and O-Net and its PReLU, which are a module of their own in nets.py."""
     number = next((match[1] for key in state if (match := re.match(r"body\.dense(\d)", key))), None)
-    places = {f"body.dense{number}.": "dense.0.", f"body.prelu{number}.": "dense.1."}
-    return {next((key.replace(old, new) for old, new in places.items() if key.startswith(old)), key): value
+    renamed = {f"body.dense{number}.": "dense.0.", f"body.prelu{number}.": "dense.1."}
+    return {next((key.replace(old, new) for old, new in renamed.items() if key.startswith(old)), key): value
             for key, value in state.items()}
 
 

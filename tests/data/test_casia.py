@@ -1,4 +1,4 @@
-"""Training sets in all formats become an aligned cache; mistakes in them are reported in one sentence."""
+"""The aligned cache: it is built from training sets in all formats, and mistakes in them are one-sentence errors."""
 import json
 import pickle
 import shutil
@@ -32,7 +32,7 @@ def edit_list(root, change):
 
 def test_every_row_is_the_aligned_face_of_its_line(casia, tmp_path):
     faces = load_casia(casia, cache=tmp_path)
-    listed = read_landmarks(casia / "casia_landmark.txt", labelled=True)
+    listed = read_landmarks(casia / "casia_landmark.txt", labeled=True)
     assert len(faces) == 48 and faces.classes == 6
     images, labels = faces.batch(np.array([0, 17, 47]))
     for image, label, i in zip(images, labels, (0, 17, 47)):
@@ -47,7 +47,7 @@ def test_a_zip_with_a_wrapper_folder_gives_the_same_faces(casia, tmp_path):
     folder = load_casia(casia, cache=tmp_path)
     zipped = load_casia(tmp_path / "casia.zip", casia / "casia_landmark.txt", cache=tmp_path)
     assert np.array_equal(folder.images, zipped.images) and np.array_equal(folder.labels, zipped.labels)
-    assert folder.fingerprint == zipped.fingerprint                        # the place of the data doesn't matter
+    assert folder.fingerprint == zipped.fingerprint                        # the location of the data doesn't matter
 
 
 def test_aligned_faces_need_no_list(tmp_path):
@@ -75,7 +75,7 @@ def test_a_killed_build_continues_where_it_stopped(casia, tmp_path, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         load_casia(casia, cache=tmp_path)
     aligned.clear()
-    monkeypatch.setattr(cache_module, "_fill", lambda *a: aligned.append(a[2]) or original(*a))
+    monkeypatch.setattr(cache_module, "_fill", lambda *args: aligned.append(args[2]) or original(*args))
     faces = load_casia(casia, cache=tmp_path)
     assert sorted(aligned) == list(range(20, 48))                          # the first two chunks were kept
     monkeypatch.undo()
@@ -85,23 +85,23 @@ def test_a_killed_build_continues_where_it_stopped(casia, tmp_path, monkeypatch)
 def test_processes_started_together_build_one_cache(casia, tmp_path):
     program = f"""
 from faces.data import cache
-cache.CHUNK = 1                               # a line of the journal for each face, so that the builds would overlap
+cache.CHUNK = 1                               # one journal line per face slows the builds down, so they would overlap
 print(cache.load_casia({str(casia)!r}, cache={str(tmp_path)!r}))"""
     processes = [subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE,
                                   stderr=subprocess.PIPE, text=True) for _ in range(3)]
-    said = [process.communicate(timeout=100) for process in processes]
-    assert all(out.endswith("48 faces of 6 people\n") for out, _ in said), said
-    assert sum("aligning 48 faces" in out for out, _ in said) == 1
+    outputs = [process.communicate(timeout=100) for process in processes]
+    assert all(out.endswith("48 faces of 6 people\n") for out, _ in outputs), outputs
+    assert sum("aligning 48 faces" in out for out, _ in outputs) == 1
     (tmp_path / "another").mkdir()
     images, = (np.fromfile(path, np.uint8) for path in tmp_path.glob("*/faces.u8"))
     assert np.array_equal(images, load_casia(casia, cache=tmp_path / "another").images.ravel())
 
 
-def test_a_full_disk_is_one_sentence_and_the_build_continues_later(casia, tmp_path, monkeypatch):
-    """A limit on the size of files: writing beyond it fails as on a full disk, in the middle of the build."""
+def test_a_full_disk_is_a_one_sentence_error_and_the_build_continues_later(casia, tmp_path, monkeypatch):
+    """Limit the size of files, so that writing fails in the middle of the build, as it does on a full disk."""
     monkeypatch.setattr(cache_module, "CHUNK", 10)
     allocate = cache_module._allocate
-    monkeypatch.setattr(cache_module, "_allocate", lambda folder, size: allocate(folder, 0))   # no room is reserved
+    monkeypatch.setattr(cache_module, "_allocate", lambda folder, size: allocate(folder, 0))   # reserves no space
     with file_size_limit(25 * 112 * 96 * 3), pytest.raises(InputError, match="can't write .*: File too large"):
         load_casia(casia, cache=tmp_path / "cache")
     folder, = (tmp_path / "cache").iterdir()
@@ -122,8 +122,8 @@ def test_unusable_images_are_listed_and_do_not_change_labels(casia, tmp_path, mo
     monkeypatch.setattr(cache_module, "MAX_FAILED", 0.1)
     root = shutil.copytree(casia, tmp_path / "set")
     (root / "0000045/001.jpg").write_bytes(b"")                            # empty
-    (root / "0000046/002.jpg").unlink()                                    # absent
-    edit_list(root, lambda lines: [*lines[:20], swap_eyes(lines[20]), *lines[21:]])
+    (root / "0000046/002.jpg").unlink()                                    # missing
+    edit_list(root, lambda lines: [*lines[:20], mirror_landmarks(lines[20]), *lines[21:]])
     faces = load_casia(root, cache=tmp_path / "cache")
     assert len(faces) == 45 and faces.classes == 6 and np.bincount(faces.labels).tolist() == [7, 7, 7, 8, 8, 8]
     failed, = (tmp_path / "cache").glob("set-*/failed.txt")
@@ -133,8 +133,8 @@ def test_unusable_images_are_listed_and_do_not_change_labels(casia, tmp_path, mo
     assert "3 unusable images" in str(faces)
 
 
-def swap_eyes(line):
-    """The face seen in a mirror: every x negated, within the picture."""
+def mirror_landmarks(line):
+    """Return a line of the list with the landmarks mirrored inside the 150-pixel image."""
     name, label, *values = line.split("\t")
     values = [f"{150 - float(v):.2f}" if i % 2 == 0 else v for i, v in enumerate(values)]
     return "\t".join((name, label, *values))
@@ -144,14 +144,14 @@ def test_more_than_one_percent_unusable_images_stop_the_build(copy, tmp_path):
     (copy / "0000045/001.jpg").write_bytes(b"no image")
     with pytest.raises(InputError, match=r"more than 1% of the 48 images .*0000045/001.jpg: not an image"):
         load_casia(copy, cache=tmp_path / "cache")
-    assert not list((tmp_path / "cache").glob("*/cache.json"))             # nothing passes for a whole cache
+    assert not list((tmp_path / "cache").glob("*/cache.json"))             # no cache is marked as complete
 
 
 def test_people_in_lfw_can_be_dropped(copy, tmp_path):
     assert len(LFW_OVERLAP) == 19
-    known = sorted(LFW_OVERLAP)[0]
-    (copy / "0000047").rename(copy / known)
-    edit_list(copy, lambda lines: [line.replace("0000047/", f"{known}/") for line in lines])
+    person = sorted(LFW_OVERLAP)[0]
+    (copy / "0000047").rename(copy / person)
+    edit_list(copy, lambda lines: [line.replace("0000047/", f"{person}/") for line in lines])
     assert load_casia(copy, cache=tmp_path / "c").classes == 6
     faces = load_casia(copy, cache=tmp_path / "c", drop_lfw_overlap=True)
     assert faces.classes == 5 and len(faces) == 40 and faces.labels.max() == 4
@@ -162,40 +162,40 @@ def test_people_in_lfw_can_be_dropped(copy, tmp_path):
     (lambda lines: [line for line in lines if line.split("\t")[1] != "2"], "without gaps, but 2 is missing"),
     (lambda lines: [*lines, "../../etc/passwd\t5\t" + "1\t" * 10], "leaves"),
     (lambda lines: [*lines, lines[0]], "0000045/001.jpg twice"),
-    (lambda lines: [lines[0].replace("\t0\t", "\tzero\t"), *lines[1:]], "line 1: a value is not a number"),
-    (lambda lines: [lines[0].rsplit("\t", 1)[0] + "\tnan", *lines[1:]], "line 1: a value is not a number"),
-    (lambda lines: [lines[0].replace("\t0\t", f"\t{2**63}\t"), *lines[1:]], "line 1: a value is not a number"),
+    (lambda lines: [lines[0].replace("\t0\t", "\tzero\t"), *lines[1:]], "line 1: a value is not a valid number"),
+    (lambda lines: [lines[0].rsplit("\t", 1)[0] + "\tnan", *lines[1:]], "line 1: a value is not a valid number"),
+    (lambda lines: [lines[0].replace("\t0\t", f"\t{2**63}\t"), *lines[1:]], "line 1: a value is not a valid number"),
     (lambda lines: [""], "is empty"),
 ])
-def test_bad_lists(copy, tmp_path, change, message):
+def test_malformed_landmark_lists(copy, tmp_path, change, message):
     edit_list(copy, change)
     with pytest.raises(InputError, match=message):
         load_casia(copy, cache=tmp_path / "cache")
 
 
-def test_lists_are_read_as_they_were_written(tmp_path):
+def test_a_written_list_can_be_read_back(tmp_path):
     points = np.random.default_rng(0).uniform(-5, 300, (3, 5, 2)).astype(np.float32)
     write_landmarks(tmp_path / "list.txt", zip(("a/1.jpg", "a/2.jpg", "b/1.jpg"), (0, 0, 1), points))
-    read = read_landmarks(tmp_path / "list.txt", labelled=True)
+    read = read_landmarks(tmp_path / "list.txt", labeled=True)
     assert read.paths == ["a/1.jpg", "a/2.jpg", "b/1.jpg"] and read.labels.tolist() == [0, 0, 1]
     np.testing.assert_allclose(read.points, points, atol=0.006)
-    (tmp_path / "tabs.txt").write_text("a b/1.jpg\t" + "\t".join("1234567890") + "\t\n")   # trailing tab, integers
-    points = read_landmarks(tmp_path / "tabs.txt", labelled=False).points
+    (tmp_path / "tabs.txt").write_text("a b/1.jpg\t" + "\t".join("1234567890") + "\t\n")   # integers, trailing tab
+    points = read_landmarks(tmp_path / "tabs.txt", labeled=False).points
     assert points.ravel().tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0]
 
 
 @pytest.fixture
 def aligned(tmp_path):
-    """Six aligned faces of three people, not in person folders, one with a space in its name."""
+    """Six aligned faces of three people, without person folders; one name contains a space."""
     names = ["a.png", "b 1.png", "deep/c.png", "d.png", "e.png", "f.png"]
     for i, name in enumerate(names):
         write_image(tmp_path / "aligned" / name, align(*draw_face(i // 2, i)))
     return tmp_path / "aligned", names
 
 
-def test_a_list_of_aligned_faces(aligned, tmp_path):
+def test_aligned_faces_with_a_list(aligned, tmp_path):
     root, names = aligned
-    (tmp_path / "list.txt").write_text("a.png\t0\nb 1.png 0\n\ndeep/c.png   1 \ne.png\t2\t\nd.png 1\n")   # no f
+    (tmp_path / "list.txt").write_text("a.png\t0\nb 1.png 0\n\ndeep/c.png   1 \ne.png\t2\t\nd.png 1\n")  # not f.png
     faces = load_casia(root, cache=tmp_path / "cache", labels=tmp_path / "list.txt")
     assert faces.labels.tolist() == [0, 0, 1, 2, 1] and faces.classes == 3
     for row, i in enumerate((0, 1, 2, 4, 3)):
@@ -222,7 +222,7 @@ def test_a_list_of_aligned_faces(aligned, tmp_path):
     (b"\xff\xfe", "can't read the list .*: not a text file"),
     ("a.png 0\nno.png 1\n", r"more than 1% of the 2 images .*no.png: No such file"),
 ])
-def test_bad_lists_of_aligned_faces(aligned, tmp_path, text, message):
+def test_malformed_lists_of_aligned_faces(aligned, tmp_path, text, message):
     (tmp_path / "list.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(InputError, match=message):
         load_casia(aligned[0], cache=tmp_path / "cache", labels=tmp_path / "list.txt")
@@ -236,11 +236,11 @@ def test_two_lists_are_refused(casia, tmp_path):
 def test_pickled_faces_share_the_memory_map(casia, tmp_path):
     faces = load_casia(casia, cache=tmp_path)
     pickled = pickle.dumps(faces)
-    assert len(pickled) < 10_000                                           # not the 1.5 MB of its faces
+    assert len(pickled) < 10_000                                           # much less than the 1.5 MB of the faces
     assert np.array_equal(pickle.loads(pickled).batch(np.arange(5))[0], faces.batch(np.arange(5))[0])
 
 
-def test_damaged_cache_is_noticed(casia, tmp_path):
+def test_a_damaged_cache_is_detected(casia, tmp_path):
     load_casia(casia, cache=tmp_path)
     data, = tmp_path.glob("*/faces.u8")
     data.write_bytes(data.read_bytes()[:-1])

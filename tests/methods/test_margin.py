@@ -1,4 +1,4 @@
-"""The heads compared with the papers' equations, recomputed naively in float64: values, gradients, limits."""
+"""Tests of the heads: losses and gradients equal naive float64 implementations of the papers' equations."""
 import math
 
 import numpy as np
@@ -10,31 +10,39 @@ from cosFace.net import CosFace
 from sphereFace.net import SphereFace, SphereFaceR, psi
 
 
-def psi_by_angle(t, m):
-    """Equation 7 read literally, one angle at a time."""
+def naive_psi(t, m):
+    """Return psi(t) of one angle, computed literally from equation 7 of SphereFace."""
     k = min(int(t * m / math.pi), m - 1)
     return (-1) ** k * math.cos(m * t) - 2 * k
 
 
-def naive_loss(x, weight, label, target_logit, others):
-    """Cross entropy written out pair by pair, on cosines from the definition."""
+def naive_loss(x, weight, label, target_logit, other_logits):
+    """Return the mean cross entropy, computed face by face from the definition of the cosine.
+
+    Args:
+        x: float64 (N, 512), embeddings.
+        weight: float64 (C, 512), class centers.
+        label: int64 (N,).
+        target_logit, other_logits: functions of the cosine and the norm of the embedding.
+    """
     losses = []
     for row, y in zip(x, label.tolist()):
         cosine = torch.stack([row @ w / (row.norm() * w.norm()) for w in weight])
-        logits = others(cosine, row.norm())
+        logits = other_logits(cosine, row.norm())
         logits = torch.cat((logits[:y], target_logit(cosine[y], row.norm())[None], logits[y + 1:]))
         losses.append(torch.logsumexp(logits, 0) - logits[y])
     return torch.stack(losses).mean()
 
 
 def faces_at(angles, weight, norm=7.0):
-    """Embeddings (N, 512) at given angles from weight[0] (unit), turning towards a direction orthogonal to it."""
-    side = torch.zeros(512, dtype=torch.float64)
-    side[1] = 1
-    return torch.stack([norm * (math.cos(t) * weight[0] + math.sin(t) * side) for t in angles])
+    """Return embeddings (N, 512) of a given norm at the given angles from weight[0], the first unit vector."""
+    orthogonal = torch.zeros(512, dtype=torch.float64)
+    orthogonal[1] = 1
+    return torch.stack([norm * (math.cos(t) * weight[0] + math.sin(t) * orthogonal) for t in angles])
 
 
 def naive_sphereface(m, lam):
+    """Return the functions target_logit and other_logits of SphereFace for naive_loss()."""
     def target(cosine, norm):
         t = torch.acos(cosine)
         k = min(int(t.item() * m / math.pi), m - 1)
@@ -43,32 +51,34 @@ def naive_sphereface(m, lam):
 
 
 def naive_sphereface_r(s, m, lam):
-    """Its value has the margin; its gradient is that of the cosine, the margin's share being a constant."""
+    """Return target_logit and other_logits of SphereFace-R, whose margin is a constant for the gradient."""
     def target(cosine, _):
         t = torch.acos(cosine).item()
-        psi = (-1) ** int(t * m / math.pi) * math.cos(m * t) - 2 * int(t * m / math.pi)
-        return s * (cosine + (psi - math.cos(t)) / (1 + lam))
+        k = int(t * m / math.pi)
+        psi_of_t = (-1) ** k * math.cos(m * t) - 2 * k
+        return s * (cosine + (psi_of_t - math.cos(t)) / (1 + lam))
     return target, lambda cosine, _: s * cosine
 
 
 def naive_cosface(s, m):
+    """Return the functions target_logit and other_logits of CosFace for naive_loss()."""
     return lambda cosine, norm: s * (cosine - m), lambda cosine, norm: s * cosine
 
 
 @pytest.mark.parametrize("m", [1, 2, 3, 4, 5])
-def test_psi_equals_equation_7_on_every_interval_and_its_bounds(m):
+def test_psi_equals_equation_7_inside_and_at_the_ends_of_every_interval(m):
     angles = np.union1d(np.linspace(0, math.pi, 1001), np.arange(m + 1) * math.pi / m)
-    expected = [psi_by_angle(t, m) for t in angles]
-    got = psi(torch.tensor(np.cos(angles)), m).numpy()
-    np.testing.assert_allclose(got, expected, atol=1e-12)
-    assert np.all(np.diff(got) < 1e-12)                      # monotone: larger angle, smaller logit
-    assert got[0] == pytest.approx(1) and got[-1] == pytest.approx(1 - 2 * m)
+    expected = [naive_psi(t, m) for t in angles]
+    actual = psi(torch.tensor(np.cos(angles)), m).numpy()
+    np.testing.assert_allclose(actual, expected, atol=1e-12)
+    assert np.all(np.diff(actual) < 1e-12)                   # psi must decrease with the angle, up to rounding
+    assert actual[0] == pytest.approx(1) and actual[-1] == pytest.approx(1 - 2 * m)
 
 
 @pytest.mark.parametrize("m", [1, 2, 3, 4, 5])
 def test_psi_is_correct_for_cosines_slightly_out_of_range(m):
-    got = psi(torch.tensor([1 + 1e-7, -1 - 1e-7], dtype=torch.float32), m)
-    torch.testing.assert_close(got, torch.tensor([1.0, 1.0 - 2 * m]), atol=1e-4, rtol=0)
+    actual = psi(torch.tensor([1 + 1e-7, -1 - 1e-7], dtype=torch.float32), m)
+    torch.testing.assert_close(actual, torch.tensor([1.0, 1.0 - 2 * m]), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("lam", [0.0, 5.0, 1000.0])
@@ -88,13 +98,21 @@ def test_cosface_equals_the_equation_in_value_and_gradient(s, m):
 
 
 def check_head(head, naive, angles, extra):
+    """Compare a head's loss, gradients and predictions with those of naive_loss() in float64.
+
+    Args:
+        head: head with 6 identities.
+        naive: (target_logit, other_logits) for naive_loss().
+        angles: angles between some embeddings and their own class center.
+        extra: third argument of the head, lambda for SphereFace and ramp for CosFace.
+    """
     torch.manual_seed(0)
     weight = F.normalize(torch.randn(6, 512, dtype=torch.float64))
     weight[0] = 0
     weight[0, 0] = 1
     x = torch.cat((faces_at(angles, weight), torch.randn(3, 512, dtype=torch.float64)))
     label = torch.tensor([0] * len(angles) + [1, 5, 5])
-    x64, w64 = x.clone().requires_grad_(), (3 * weight).requires_grad_()   # the weights' length must not matter
+    x64, w64 = x.clone().requires_grad_(), (3 * weight).requires_grad_()   # the norm of the centers must not matter
     expected = naive_loss(x64, w64, label, *naive)
     expected.backward()
 
@@ -106,7 +124,7 @@ def check_head(head, naive, angles, extra):
     torch.testing.assert_close(x32.grad.double(), x64.grad, atol=2e-6, rtol=2e-4)
     torch.testing.assert_close(head.weight.grad.double(), w64.grad, atol=2e-6, rtol=2e-4)
     cosine = F.normalize(x) @ F.normalize(weight).T
-    assert predicted.tolist() == cosine.argmax(1).tolist()                 # of the cosine, before the margin
+    assert predicted.tolist() == cosine.argmax(1).tolist()                 # predictions ignore the margin
 
 
 HEADS = [(lambda: SphereFace(4), 5.0), (lambda: SphereFace(4), 0.0), (lambda: SphereFaceR(4), 0.0),
@@ -137,8 +155,8 @@ def test_heads_compute_in_float32_under_autocast(make, extra, dtype):
 
 
 @pytest.mark.parametrize("make, extra", HEADS)
-def test_a_second_backward_pass_is_refused(make, extra):
-    """The first one overwrites what it needs, so it must not be answered wrongly; nor a gradient of the gradient."""
+def test_second_backward_passes_and_double_backward_raise(make, extra):
+    """The backward pass overwrites the tensors it needs, so both must fail rather than return wrong gradients."""
     head, x = make(), torch.randn(3, 512, requires_grad=True)
     loss, _ = head(x, torch.tensor([0, 1, 2]), extra)
     torch.autograd.grad(loss, x, retain_graph=True)
@@ -150,7 +168,7 @@ def test_a_second_backward_pass_is_refused(make, extra):
         gradient.sum().backward()
 
 
-def test_lambda_schedule_is_that_of_the_release():
+def test_lambda_schedule_equals_that_of_the_released_code():
     assert SphereFace.annealing(0) == 1000
     assert SphereFace.annealing(100) == pytest.approx(1000 / 13)
     assert SphereFace.annealing(10**6) == 5

@@ -31,7 +31,7 @@ def test_select_rules():
     boxes = np.array([[0, 0, 50, 50], [80, 80, 110, 110], [10, 100, 40, 140]], np.float32)
     faces = Faces(boxes, np.array([0.8, 0.9, 0.99], np.float32), np.tile(LANDMARKS.astype(np.float32), (3, 1, 1)))
     assert [choose(faces, (200, 200), rule) for rule in ("center", "largest", "score")] == [1, 0, 2]
-    faces.landmarks[1] = faces.landmarks[1][[1, 0, 2, 4, 3]]  # a mirrored face is none
+    faces.landmarks[1] = faces.landmarks[1][[1, 0, 2, 4, 3]]  # a mirrored face can't be aligned
     assert choose(faces, (200, 200), "center") == 2
     assert choose(Faces(boxes[:0], faces.scores[:0], faces.landmarks[:0]), (200, 200), "center") is None
 
@@ -59,7 +59,7 @@ def test_journal_survives_an_incomplete_line_and_discards_other_settings(tmp_pat
 
 @pytest.fixture(scope="module")
 def people(tmp_path_factory, photo):
-    """Three people, seven images; no face in two of them, one of which is all there is of Bob."""
+    """Three people, seven images; two of the images have no face, and one of those is Bob's only image."""
     root = tmp_path_factory.mktemp("people")
     blank = np.full((100, 200, 3), 128, np.uint8)
     images = {"Ann/Ann_0001.png": photo[:250, 100:350], "Ann/Ann_0002.png": photo[10:250, 110:350],
@@ -77,7 +77,7 @@ def command(script, *args, **kwargs):
 
 
 def in_process(script, *args):
-    """Run a script's main() here, which saves the seconds that importing takes; returns its exit status."""
+    """Run a script's main() in this process, which saves seconds of importing; return its exit status."""
     try:
         importlib.import_module(f"mtcnn.{script.removesuffix('.py')}").main(list(map(str, args)))
     except SystemExit as stop:
@@ -88,7 +88,7 @@ def in_process(script, *args):
 def test_lfw_landmark(people, tmp_path):
     run = command("lfw_landmark.py", "--lfw", people, "--output", tmp_path / "list.txt", "--device", "cpu")
     assert run.returncode == 0, run.stderr
-    listed = read_landmarks(tmp_path / "list.txt", labelled=False)
+    listed = read_landmarks(tmp_path / "list.txt", labeled=False)
     points = dict(zip(listed.paths, listed.points))
     assert listed.paths == sorted(listed.paths) and len(listed.paths) == 7
     np.testing.assert_allclose(points["Ann/Ann_0001.png"] + (100, 0), LANDMARKS, atol=3)
@@ -107,7 +107,7 @@ def test_lfw_landmark(people, tmp_path):
 def test_casia_landmark_leaves_out_images_without_a_face(people, tmp_path):
     run = command("casia_landmark.py", "--casia", people, "--output", tmp_path / "list.txt", "--device", "cpu")
     assert run.returncode == 0, run.stderr
-    listed = read_landmarks(tmp_path / "list.txt", labelled=True)
+    listed = read_landmarks(tmp_path / "list.txt", labeled=True)
     assert listed.paths == ["Ann/Ann_0001.png", "Ann/Ann_0002.png", "Zoe/Zoe_0001.png", "Zoe/Zoe_0002.png",
                             "Zoe/Zoe_0003.png"]
     assert listed.labels.tolist() == [0, 0, 1, 1, 1]
@@ -115,25 +115,25 @@ def test_casia_landmark_leaves_out_images_without_a_face(people, tmp_path):
 
 
 def test_a_killed_run_continues_to_the_same_list(photo, tmp_path):
-    for i in range(60):  # a second or two of work, so that the kill comes in the middle of it
+    for i in range(60):  # a second or two of work, so that the kill interrupts it
         (tmp_path / "set" / f"Ann_{i:02d}").mkdir(parents=True)
         cv2.imwrite(str(tmp_path / "set" / f"Ann_{i:02d}" / "1.png"), photo[:300 - i, i:, ::-1])
     args = ["--lfw", tmp_path / "set", "--batch-size", "1", "--workers", "2", "--device", "cpu",
             "--output"]
-    whole, again = tmp_path / "whole.txt", tmp_path / "again.txt"
-    assert in_process("lfw_landmark.py", *args, whole) == 0
+    uninterrupted, resumed = tmp_path / "whole.txt", tmp_path / "again.txt"
+    assert in_process("lfw_landmark.py", *args, uninterrupted) == 0
     journal = tmp_path / ".again.txt.partial"
-    process = subprocess.Popen([sys.executable, "lfw_landmark.py", *map(str, [*args, again])], cwd=ROOT / "mtcnn",
+    process = subprocess.Popen([sys.executable, "lfw_landmark.py", *map(str, [*args, resumed])], cwd=ROOT / "mtcnn",
                                stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
     while process.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") > 2):
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not again.exists() and journal.exists()
+    assert not resumed.exists() and journal.exists()
     done = journal.read_bytes().count(b"\n") - 1
-    run = command("lfw_landmark.py", *args, again)
+    run = command("lfw_landmark.py", *args, resumed)
     assert run.returncode == 0 and f"continuing: {done} of 60" in run.stdout
-    assert done < 60 and again.read_text() == whole.read_text() and not journal.exists()
+    assert done < 60 and resumed.read_text() == uninterrupted.read_text() and not journal.exists()
 
 
 def test_detector_draws_photos(photo, tmp_path, capsys):

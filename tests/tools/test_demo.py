@@ -1,4 +1,4 @@
-"""The protocol of the demo: LFW's reader accepts its pairs, and folds share no people."""
+"""Tests of the demo's pairs.txt: the LFW reader accepts it, the folds share no people, and every fold is balanced."""
 import numpy as np
 import pytest
 
@@ -9,29 +9,31 @@ from tools import demo
 
 @pytest.fixture
 def pairs(tmp_path):
-    names = [f"Person_{i}" for i in range(demo.PEOPLE - demo.TRAINING)]
+    """Return the demo's pairs as the LFW reader reads them, with empty files in place of the images."""
+    names = [f"Person_{i}" for i in range(demo.TEST_PEOPLE)]
     for name in names:
         (tmp_path / name).mkdir()
-        for i in range(1, demo.PHOTOS + 1):
+        for i in range(1, demo.PHOTOS_PER_PERSON + 1):
             (tmp_path / name / f"{name}_{i:04d}.png").touch()
-    (tmp_path / "pairs.txt").write_text("".join(demo.pairs_by_people(names)))
+    (tmp_path / "pairs.txt").write_text("".join(demo.make_pairs(names)))
     return read_pairs(tmp_path)
 
 
-def test_folds_are_of_different_people(pairs):
+def test_no_person_appears_in_two_folds(pairs):
     people = np.array([path.split("/")[0] for path in pairs.paths])[pairs.pairs]
-    of_fold = [set(people[pairs.folds == fold].ravel()) for fold in range(demo.FOLDS)]
-    assert len(set.union(*of_fold)) == sum(map(len, of_fold)) == demo.PEOPLE - demo.TRAINING
+    people_of_fold = [set(people[pairs.folds == fold].ravel()) for fold in range(demo.FOLDS)]
+    assert len(set.union(*people_of_fold)) == sum(map(len, people_of_fold)) == demo.TEST_PEOPLE
 
 
-def test_a_fold_has_every_genuine_pair_and_as_many_impostor_pairs(pairs):
-    assert len({tuple(sorted(pair)) for pair in pairs.pairs.tolist()}) == len(pairs.pairs)   # none comes twice
-    size = (demo.PEOPLE - demo.TRAINING) // demo.FOLDS * demo.PHOTOS * (demo.PHOTOS - 1) // 2
+def test_each_fold_has_all_genuine_pairs_and_equally_many_impostor_pairs(pairs):
+    assert len({tuple(sorted(pair)) for pair in pairs.pairs.tolist()}) == len(pairs.pairs)   # no pair appears twice
+    pairs_per_person = demo.PHOTOS_PER_PERSON * (demo.PHOTOS_PER_PERSON - 1) // 2
+    expected = demo.TEST_PEOPLE // demo.FOLDS * pairs_per_person
     for kind in (pairs.same, ~pairs.same):
-        assert np.bincount(pairs.folds, kind).tolist() == demo.FOLDS * [size]
+        assert np.bincount(pairs.folds, kind).tolist() == demo.FOLDS * [expected]
 
 
-def test_without_the_package_one_sentence_says_what_to_do(monkeypatch):
+def test_a_missing_package_is_reported_with_the_command_that_installs_it(monkeypatch):
     monkeypatch.setattr(demo.metadata, "files", lambda _: [])
     with pytest.raises(InputError, match="make demo"):
         demo.find_photos()

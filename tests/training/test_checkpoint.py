@@ -1,6 +1,6 @@
-"""Checkpoints when things go wrong: killed processes, full disks, and older checkpoints.
+"""Tests of checkpoints when processes are killed and disks are full, and of keeping older checkpoints.
 
-The net is a tiny one, so that what is tested is everything around it; test_training.py kills and resumes the real one.
+They train a tiny network to be fast; tests/methods/test_casia_train.py kills and resumes a run of the real one.
 """
 import json
 import multiprocessing
@@ -21,7 +21,7 @@ from faces.device import has_bf16
 
 
 class TinyNet(nn.Sequential):
-    """Batch statistics and weights, like faceNet, in a millisecond a step."""
+    """Network with weights and batch statistics, like faceNet, that takes a millisecond per step."""
 
     def __init__(self):
         super().__init__(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 512), nn.BatchNorm1d(512))
@@ -29,11 +29,12 @@ class TinyNet(nn.Sequential):
 
 @pytest.fixture
 def tiny(monkeypatch):
+    """Replace faceNet by TinyNet."""
     monkeypatch.setitem(cosFace.net.NETS, "faceNet", TinyNet)
 
 
 def train(args):
-    """Train in a process of its own."""
+    """Train TinyNet silently, and end this process with the exit status."""
     cosFace.net.NETS["faceNet"] = TinyNet
     sys.stdout = sys.stderr = open(os.devnull, "w")
     sys.exit(casia_train.main(list(map(str, args))))
@@ -41,7 +42,7 @@ def train(args):
 
 @pytest.fixture
 def start(monkeypatch):
-    """Function that starts train() in a process forked from one that has imported everything already."""
+    """Return a function that starts train() in a new process, forked from one that has already imported everything."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests/training"))))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["test_checkpoint", "torch._dynamo", "torch.utils.tensorboard", "faces.figures"])
@@ -54,74 +55,75 @@ def start(monkeypatch):
 
 
 def test_a_run_killed_twenty_times_equals_an_uninterrupted_one(start, casia, tmp_path):
-    """Each kill comes at random after a step drawn from the whole run, so that a slow machine's land in it as well."""
-    more = ["--batch-size", "2", "--epochs", "6", "--checkpoint-every", "1", "--jitter", "2", "--keep-last", "2"]
-    calm = start([*options(casia, tmp_path, "calm"), *more])
-    calm.join()
-    assert calm.exitcode == 0
-    chance, checkpoint, found = random.Random(0), tmp_path / "run/checkpoint.pt", 0
-    for after in sorted(chance.sample(range(65), 20)):                                  # of 144 steps
-        process = start([*options(casia, tmp_path), *more, *["--resume"] * checkpoint.exists()])
-        while process.is_alive() and saved_step(checkpoint) < after:
+    """Each kill follows a random step by a random delay, so that on slow machines too it lands within the run."""
+    settings = ["--batch-size", "2", "--epochs", "6", "--checkpoint-every", "1", "--jitter", "2", "--keep-last", "2"]
+    uninterrupted = start([*options(casia, tmp_path, "uninterrupted"), *settings])
+    uninterrupted.join()
+    assert uninterrupted.exitcode == 0
+    rng, checkpoint, saved = random.Random(0), tmp_path / "run/checkpoint.pt", 0
+    for step in sorted(rng.sample(range(65), 20)):              # the run has 144 steps
+        process = start([*options(casia, tmp_path), *settings, *["--resume"] * checkpoint.exists()])
+        while process.is_alive() and saved_step(checkpoint) < step:
             time.sleep(0.005)
-        process.join(chance.uniform(0, 0.02))
+        process.join(rng.uniform(0, 0.02))
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL
-        before, found = found, saved_step(checkpoint)                                   # whole at every moment
-        assert before <= found < 144
-    last = start([*options(casia, tmp_path), *more, *["--resume"] * checkpoint.exists()])
+        previous, saved = saved, saved_step(checkpoint)         # fails if a kill left a truncated file
+        assert previous <= saved < 144
+    last = start([*options(casia, tmp_path), *settings, *["--resume"] * checkpoint.exists()])
     last.join()
     assert last.exitcode == 0 and saved_step(checkpoint) == 144
-    want, got = (tensors(torch.load(tmp_path / run / "checkpoint.pt", weights_only=True)) for run in ("calm", "run"))
-    assert got.keys() == want.keys() and len(want) > 10
-    assert not [name for name in want if not torch.equal(got[name], want[name])]
+    expected, actual = (tensors(torch.load(tmp_path / run / "checkpoint.pt", weights_only=True))
+                        for run in ("uninterrupted", "run"))
+    assert actual.keys() == expected.keys() and len(expected) > 10
+    assert not [name for name in expected if not torch.equal(actual[name], expected[name])]
 
 
 def saved_step(checkpoint):
-    """Step of a checkpoint, 0 where there is none."""
+    """Return the step of a checkpoint, 0 if the file does not exist."""
     return torch.load(checkpoint, weights_only=True)["step"] if checkpoint.exists() else 0
 
 
 def test_a_full_disk_keeps_the_last_checkpoint_and_training_continues(tiny, main, casia, tmp_path, monkeypatch):
-    """From step 5 to 8 no file may grow beyond a limit, as on a disk that someone then clears."""
-    write, found = casia_train.Checkpoints.save, {}
+    """Writes fail from step 5 to step 8, as on a full disk on which someone then frees space."""
+    save, saved_steps = casia_train.Checkpoints.save, {}
 
-    def save(checkpoints, step, last=False):
+    def save_with_limit(checkpoints, step, last=False):
         with file_size_limit(50_000 if 5 <= step <= 8 else 10**9):
-            write(checkpoints, step, last)
-        found[step] = torch.load(checkpoints.path, weights_only=True)["step"]
-    monkeypatch.setattr(casia_train.Checkpoints, "save", save)
+            save(checkpoints, step, last)
+        saved_steps[step] = saved_step(checkpoints.path)
+    monkeypatch.setattr(casia_train.Checkpoints, "save", save_with_limit)
     status, output = main("cosFace", *options(casia, tmp_path))
-    assert status == 0 and found == {2: 2, 4: 4, 6: 4, 8: 4, 10: 10, 12: 12}
+    assert status == 0 and saved_steps == {2: 2, 4: 4, 6: 4, 8: 4, 10: 10, 12: 12}
     assert "step 6: can't write" in output.err and "Training continues; the checkpoint of step 4 is kept." in output.err
     assert not list((tmp_path / "run").glob(".*"))
 
 
-def test_a_disk_that_stays_full_fails_the_run(tiny, main, casia, tmp_path):
+def test_a_run_fails_if_the_disk_stays_full(tiny, main, casia, tmp_path):
     args = options(casia, tmp_path)
-    assert main("cosFace", *args, "--epochs", "0.4")[0] == 0                            # the cache is there
+    assert main("cosFace", *args, "--epochs", "0.4")[0] == 0    # builds the cache, which would not fit the limit either
     with file_size_limit(50_000):
         status, output = main("cosFace", *options(casia, tmp_path, "full"), "--epochs", "0.4")
     assert status == 2 and "full; free some space. The last steps are lost; no earlier checkpoint exists." in output.err
 
 
-def test_older_checkpoints_are_kept_and_pruned(tiny, main, casia, tmp_path):
+def test_keep_last_keeps_and_prunes_older_checkpoints(tiny, main, casia, tmp_path):
     args = [*options(casia, tmp_path), "--keep-last"]
     assert main("cosFace", *args, "3")[0] == 0
     folder = tmp_path / "run"
     kept = {path.name: torch.load(path, weights_only=True)["step"] for path in folder.glob("*.pt")}
     assert kept == {"checkpoint.pt": 12, "checkpoint-0000010.pt": 10, "checkpoint-0000008.pt": 8}
-    (folder / "checkpoint-0000010.pt").replace(folder / "checkpoint.pt")                # back to step 10
+    (folder / "checkpoint-0000010.pt").replace(folder / "checkpoint.pt")    # go back to step 10
     assert main("cosFace", *args, "2", "--resume")[0] == 0
     kept = {path.name: torch.load(path, weights_only=True)["step"] for path in folder.glob("*.pt")}
     assert kept == {"checkpoint.pt": 12, "checkpoint-0000010.pt": 10}
 
 
-def test_without_a_compiler_compile_is_one_sentence(tiny, main, casia, tmp_path, monkeypatch):
-    def no_compiler(net):
+def test_compile_without_a_compiler_prints_one_sentence_and_continues(tiny, main, casia, tmp_path, monkeypatch):
+    def fail(net):
         raise RuntimeError("no C++ compiler\nand a long story")
-    monkeypatch.setattr(nn.Module, "compile", no_compiler)
+    monkeypatch.setattr(nn.Module, "compile", fail)
     status, output = main("cosFace", *options(casia, tmp_path), "--compile")
     assert status == 0
     assert "--compile does not work here (no C++ compiler); training continues without it.\n" in output.out

@@ -1,4 +1,4 @@
-"""Class centers over 2 and 3 processes: loss, gradients, labels and checkpoints equal those of one process."""
+"""Tests of class centers spread over 2 and 3 processes: the results and checkpoints equal those of one process."""
 import math
 from functools import partial
 from types import SimpleNamespace
@@ -16,32 +16,34 @@ from faces.training.run import data_parallel, unwrap
 from faces.training.sharded_head import SGD, ShardedHead, WholeHead, bounds, make_head
 from sphereFace.net import SphereFace, SphereFaceR
 
-CLASSES = 7                             # over 2 processes 3 and 4, over 3 processes 2, 2 and 3
+CLASSES = 7    # two processes hold 3 and 4 centers, three processes hold 2, 2 and 3
 LABEL = torch.tensor([0, 6, 3, 3, 2, 5])
-# the method's head for a number of classes, and the margin's arguments of a step
+# Each entry holds the function that makes the head for a number of classes, and the margin's arguments for forward().
 METHODS = {"cosFace": (partial(CosFace, s=64.0, m=0.35), {"ramp": 1.0}),
            "sphereFace": (partial(SphereFace, m=4), {"lam": 2.0}),
            "sphereFaceR": (partial(SphereFaceR, s=30.0, m=1.5), {"lam": 0.0})}
 
 
 def batch(step=0):
+    """Return the batch of a step: embeddings or inputs of the network, float (6, 512), and labels, int64 (6,)."""
     generator = torch.Generator().manual_seed(step)
     return torch.randn(6, 512, generator=generator), LABEL.roll(step)
 
 
 def make_run(rank=0, world_size=1):
+    """Return a stand-in for faces.training.run.Run."""
     return SimpleNamespace(rank=rank, world_size=world_size, is_main_process=rank == 0, device=torch.device("cpu"),
                            print=lambda *_: None)
 
 
 def share(tensor, run):
-    """This process's rows of the batch."""
+    """Return this process's rows of a tensor that holds the whole batch."""
     count = len(tensor) // run.world_size
     return tensor[run.rank * count:(run.rank + 1) * count]
 
 
 def one_step(head, run, margin):
-    """Loss, labels and gradients of a batch, and its geometry, as this process has them."""
+    """Backpropagate the loss of a batch; return this process's loss, predictions, gradients and geometry in a dict."""
     x, label = batch()
     x = share(7 * x, run).requires_grad_()
     loss, predicted = head(x, share(label, run), step=0, **margin)
@@ -51,7 +53,14 @@ def one_step(head, run, margin):
 
 
 class Training:
-    """A linear net, its head and their optimizer, as casia_train.py has them."""
+    """A training run set up as in casia_train.py, with a linear layer as the network.
+
+    Args:
+        run: what make_run() returns.
+        folder: folder of the checkpoint.
+        classes: number of identities.
+        sample, shard: see faces.training.sharded_head.make_head().
+    """
 
     def __init__(self, run, folder, classes, sample=None, shard=True):
         torch.manual_seed(0)
@@ -60,145 +69,149 @@ class Training:
         self.head = make_head(partial(CosFace, s=16.0), classes, run, shard, sample)
         self.optimizer = SGD([*self.net.parameters(), *self.head.parameters()], self.head, lr=0.1, momentum=0.9,
                              weight_decay=5e-4)
-        faces = SimpleNamespace(classes=classes, fingerprint="the same")
+        faces = SimpleNamespace(classes=classes, fingerprint="unchanged")
         self.checkpoints = Checkpoints(run, folder, self.net, self.head, self.optimizer, faces, {"net": "linear"})
 
-    def steps(self, *steps):
-        """Train these steps; return the last loss and the rows that its step drew."""
+    def train(self, *steps):
+        """Train the given steps; return the loss of the last one and the rows of the centers it sampled, or None."""
         for step in steps:
             x, label = batch(step)
             loss, _ = self.head(self.net(share(x, self.run)), share(label, self.run), step=step)
-            drawn = None if self.head.sampled is None else self.head.sampled[0]
+            rows = None if self.head.sampled is None else self.head.sampled[0]
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
-        return loss.detach(), drawn
+        return loss.detach(), rows
 
     @property
     def weight(self):
         return self.head.module.weight
 
     def state(self):
-        """Copies of the net's weight, the own centers and their momentum."""
+        """Return copies of the network's weight, this process's centers and their momentum."""
         momentum = self.optimizer.state[self.weight]["momentum_buffer"]
         return [tensor.detach().clone() for tensor in (unwrap(self.net).weight, self.weight, momentum)]
 
 
-def process(rank, folder):
-    """Each of three processes; two of them begin, and write the checkpoint that all three go on with."""
+def run_process(rank, folder):
+    """Run one of three processes: the first two write a checkpoint, from which all three continue."""
     torch.set_num_threads(1)
-    for world in (2, 3):
-        if rank < world:
-            examine(rank, world, folder)
+    for world_size in (2, 3):
+        if rank < world_size:
+            train_and_save_results(rank, world_size, folder)
 
 
-def examine(rank, world, folder):
-    """What each of `world` processes does; it leaves its findings in a file."""
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/store{world}", rank=rank, world_size=world)
-    run, found = make_run(rank, world), {}
+def train_and_save_results(rank, world_size, folder):
+    """Train as one of `world_size` processes, and save the results for load_results()."""
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store{world_size}", rank=rank,
+                                   world_size=world_size)
+    run, results = make_run(rank, world_size), {}
     for name, (method, margin) in METHODS.items():
         torch.manual_seed(0)
-        found[name] = one_step(ShardedHead(method, CLASSES, rank, world), run, margin)
+        results[name] = one_step(ShardedHead(method, CLASSES, rank, world_size), run, margin)
 
     training = Training(run, folder / "exact", CLASSES)
-    if world == 2:
-        training.steps(0, 1)
+    if world_size == 2:
+        training.train(0, 1)
         training.checkpoints.save(2)
     else:
         training.checkpoints.restore(resume=True)
-    found["loss"], _ = training.steps(2)
-    found["trained"] = training.state()
+    results["loss"], _ = training.train(2)
+    results["state"] = training.state()
 
-    training = Training(run, folder / f"sampled{world}", 40, sample=0.3)
-    found["sampled"] = [(*training.steps(step), training.weight.detach().clone()) for step in range(2)]
+    training = Training(run, folder / f"sampled{world_size}", 40, sample=0.3)
+    results["sampled"] = [(*training.train(step), training.weight.detach().clone()) for step in range(2)]
     training.checkpoints.save(2)
-    training.steps(2, 3)
-    again = Training(run, folder / f"sampled{world}", 40, sample=0.3)
-    again.checkpoints.restore(resume=True)
-    again.steps(2, 3)
-    found["resumed exactly"] = all(map(torch.equal, training.state(), again.state()))
-    torch.save(found, folder / f"{world}-{rank}.pt")
+    training.train(2, 3)
+    resumed = Training(run, folder / f"sampled{world_size}", 40, sample=0.3)
+    resumed.checkpoints.restore(resume=True)
+    resumed.train(2, 3)
+    results["resumed exactly"] = all(map(torch.equal, training.state(), resumed.state()))
+    torch.save(results, folder / f"{world_size}-{rank}.pt")
     distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
+    """Run the processes; return the folder of their results and checkpoints."""
     path = tmp_path_factory.mktemp("shard")
     for name in ("exact", "sampled2", "sampled3"):
         (path / name).mkdir()
-    multiprocessing.spawn(process, (path,), 3)
+    multiprocessing.spawn(run_process, (path,), 3)
     return path
 
 
-def found(folder, world):
-    return [torch.load(folder / f"{world}-{rank}.pt") for rank in range(world)]
+def load_results(folder, world_size):
+    """Return the results of each of `world_size` processes, in a list by rank."""
+    return [torch.load(folder / f"{world_size}-{rank}.pt") for rank in range(world_size)]
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("world", [2, 3])
-def test_loss_and_gradients_equal_those_of_one_process(folder, method, world):
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_loss_and_gradients_equal_those_of_one_process(folder, method, world_size):
     head, margin = METHODS[method]
     torch.manual_seed(0)
     expected = one_step(WholeHead(head(CLASSES)), make_run(), margin)
-    parts = [part[method] for part in found(folder, world)]
-    assert [len(part["weight"]) for part in parts] == ([3, 4] if world == 2 else [2, 2, 3])
+    parts = [results[method] for results in load_results(folder, world_size)]
+    assert [len(part["weight"]) for part in parts] == ([3, 4] if world_size == 2 else [2, 2, 3])
     for part in parts:
         torch.testing.assert_close(part["loss"], expected["loss"], atol=1e-5, rtol=1e-5)
         for name, value in expected["geometry"].items():
             torch.testing.assert_close(part["geometry"][name], value, atol=1e-6, rtol=1e-5)
-    together = {name: torch.cat([part[name] for part in parts]) for name in ("x", "weight", "predicted")}
-    assert together["predicted"].tolist() == expected["predicted"].tolist()
-    torch.testing.assert_close(together["weight"], expected["weight"], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(together["x"] / world, expected["x"], atol=1e-5, rtol=1e-5)   # DDP divides by world
+    whole = {name: torch.cat([part[name] for part in parts]) for name in ("x", "weight", "predicted")}
+    assert whole["predicted"].tolist() == expected["predicted"].tolist()
+    torch.testing.assert_close(whole["weight"], expected["weight"], atol=1e-5, rtol=1e-5)
+    # The gradient of the embeddings is multiplied by world_size, by which DistributedDataParallel divides later.
+    torch.testing.assert_close(whole["x"] / world_size, expected["x"], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("shard", [False, True], ids=["whole head", "sharded head"])
 def test_a_checkpoint_of_two_processes_resumes_on_one_and_on_three(folder, shard):
-    never_saved = Training(make_run(), folder / "never", CLASSES, shard=False)
-    expected_loss, _ = never_saved.steps(0, 1, 2)
-    expected = never_saved.state()
-    one = Training(make_run(), folder / "exact", CLASSES, shard=shard)
-    assert one.checkpoints.restore(resume=True) == 2
-    loss, _ = one.steps(2)
-    for got, want in zip((loss, *one.state()), (expected_loss, *expected)):
-        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
-    for world in (2, 3):
-        parts = found(folder, world)
-        for rank, part in enumerate(parts):
-            own = slice(*bounds(CLASSES, rank, world))
-            for got, want in zip((part["loss"], *part["trained"]),
-                                 (expected_loss, expected[0], expected[1][own], expected[2][own])):
-                torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    uninterrupted = Training(make_run(), folder / "unused", CLASSES, shard=False)
+    expected_loss, _ = uninterrupted.train(0, 1, 2)
+    net_weight, centers, momentum = uninterrupted.state()
+    resumed = Training(make_run(), folder / "exact", CLASSES, shard=shard)
+    assert resumed.checkpoints.restore(resume=True) == 2
+    loss, _ = resumed.train(2)
+    for actual, expected in zip((loss, *resumed.state()), (expected_loss, net_weight, centers, momentum)):
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    for world_size in (2, 3):
+        for rank, results in enumerate(load_results(folder, world_size)):
+            own = slice(*bounds(CLASSES, rank, world_size))
+            for actual, expected in zip((results["loss"], *results["state"]),
+                                        (expected_loss, net_weight, centers[own], momentum[own])):
+                torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_sampled_softmax_equals_a_head_of_the_sampled_centers(folder, world):
-    """Against a head of the drawn centers alone, whose others stand still."""
-    parts = [part["sampled"] for part in found(folder, world)]
-    reference = Training(make_run(), folder / "never", 40, shard=False)
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_sampled_softmax_equals_a_head_of_the_sampled_centers(folder, world_size):
+    """The reference is a head of the sampled centers alone; all other centers must not change."""
+    parts = [results["sampled"] for results in load_results(folder, world_size)]
+    slices = [bounds(40, rank, world_size) for rank in range(world_size)]
+    reference = Training(make_run(), folder / "unused", 40, shard=False)
     momentum = torch.zeros(40, 512)
     for step in range(2):
         x, label = batch(step)
-        rows = torch.cat([bounds(40, rank, world)[0] + part[step][1] for rank, part in enumerate(parts)])
-        sizes = [bounds(40, rank, world)[1] - bounds(40, rank, world)[0] for rank in range(world)]
-        assert [len(part[step][1]) for part in parts] == [max(6, math.ceil(0.3 * size)) for size in sizes]
+        rows = torch.cat([first + part[step][1] for (first, _), part in zip(slices, parts)])
+        expected_counts = [max(6, math.ceil(0.3 * (end - first))) for first, end in slices]
+        assert [len(part[step][1]) for part in parts] == expected_counts
         assert set(label.tolist()) < set(rows.tolist()) and rows.tolist() == sorted(set(rows.tolist()))
-        before = reference.weight.detach().clone()
-        reference.weight.data = before[rows]
+        centers = reference.weight.detach().clone()
+        reference.weight.data = centers[rows]
         column = (rows == label[:, None]).int().argmax(1)
         loss, _ = reference.head(reference.net(x), column, step=step)
         reference.optimizer.zero_grad()
         loss.backward()
-        momentum[rows] = 0.9 * momentum[rows] + reference.weight.grad + 5e-4 * before[rows]
-        before[rows] -= 0.1 * momentum[rows]
-        reference.weight.grad = None
-        reference.optimizer.step()                                   # the net's part
-        reference.weight.data = before
+        momentum[rows] = 0.9 * momentum[rows] + reference.weight.grad + 5e-4 * centers[rows]
+        centers[rows] -= 0.1 * momentum[rows]
+        reference.weight.grad = None                        # the optimizer must update the network only
+        reference.optimizer.step()
+        reference.weight.data = centers
         for part in parts:
             torch.testing.assert_close(part[step][0], loss.detach(), atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(torch.cat([part[step][2] for part in parts]), before, atol=1e-5, rtol=1e-5)
-    assert parts[0][0][1].tolist() != parts[0][1][1].tolist()        # every step draws anew
-    assert all(part["resumed exactly"] for part in found(folder, world))
+        torch.testing.assert_close(torch.cat([part[step][2] for part in parts]), centers, atol=1e-5, rtol=1e-5)
+    assert parts[0][0][1].tolist() != parts[0][1][1].tolist()    # every step draws a new sample
+    assert all(results["resumed exactly"] for results in load_results(folder, world_size))
 
 
 def test_more_processes_than_identities_is_an_error():
@@ -207,11 +220,11 @@ def test_more_processes_than_identities_is_an_error():
 
 
 def test_training_with_a_sharded_head_equals_one_process(main, casia, tmp_path):
-    args = [*options(casia, tmp_path), "--net", "sphere20a", "--epochs", "0.34", "--no-mirror"]
-    assert main("sphereFace", *args[:5], tmp_path / "one", *args[6:])[0] == 0
-    double = torchrun("sphereFace", *args, "--shard-head", "--accumulate", "2")
-    assert double.returncode == 0, double.stderr
-    one, two = assert_same_model(tmp_path / "one", tmp_path / "run")
+    args = ["--net", "sphere20a", "--epochs", "0.34", "--no-mirror"]
+    assert main("sphereFace", *options(casia, tmp_path, "one"), *args)[0] == 0
+    sharded = torchrun("sphereFace", *options(casia, tmp_path, "two"), *args, "--shard-head", "--accumulate", "2")
+    assert sharded.returncode == 0, sharded.stderr
+    one, two = assert_same_model(tmp_path / "one", tmp_path / "two")
     assert one["step"] == two["step"] == 2 and two["head"]["weight"].shape == (6, 512)
 
 
@@ -221,4 +234,4 @@ def test_each_training_step_samples_its_own_centers(main, casia, tmp_path, monke
     args = [*options(casia, tmp_path), "--net", "sphere20a", "--epochs", "0.34", "--sample-centers"]
     assert main("cosFace", *args, "0")[0] == 2
     assert main("cosFace", *args, "0.5")[0] == 0 and steps == [0, 1]
-    assert main("cosFace", *args, "0.6", "--resume")[0] == 2         # another fraction is another training
+    assert main("cosFace", *args, "0.6", "--resume")[0] == 2    # a resumed run must keep its fraction

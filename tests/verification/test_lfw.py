@@ -1,4 +1,4 @@
-"""LFW: reading pairs, and lfw_eval.py on a tiny synthetic set."""
+"""LFW: pairs files, alignment, and lfw_eval.py on a tiny synthetic set."""
 import json
 import os
 import re
@@ -25,7 +25,7 @@ from faces.verification.metrics import best_threshold
 from faces.verification.weights import load_weights
 from mtcnn.landmark_lists import find_landmarks
 
-REAL = ROOT.parent / "shared" / "data" / "lfw"
+REAL_LFW = ROOT.parent / "shared" / "data" / "lfw"
 PAIRS = ["2\t2", "Ann\t1\t2", "Bob\t1\t3", "Ann\t1\tBob\t1", "Ann\t2\tEve\t1",
          "Bob\t2\t3", "Eve\t1\t2", "Bob\t2\tEve\t2", "Eve\t1\tAnn\t1", ""]
 LFWACC = re.compile(r"LFWACC=(\d\.\d{4}) std=(\d\.\d{4}) thd=(-?\d\.\d{4})")
@@ -38,7 +38,7 @@ def write_image(path, image):
 
 @pytest.fixture
 def lfw(tmp_path):
-    """Three people of three blurred noise pictures each, pairs.txt inside, landmarks beside."""
+    """Return a folder of pairs.txt and blurred noise images, three each of three people; landmarks.txt is beside it."""
     rng = np.random.default_rng(0)
     rows = []
     for name in ("Ann", "Bob", "Eve"):
@@ -54,7 +54,7 @@ def lfw(tmp_path):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """An untrained network's checkpoint, with batch statistics that let the input through."""
+    """Return the checkpoint of an untrained network whose batch statistics come from one forward pass."""
     torch.manual_seed(0)
     net = cosFace.net.faceNet().train()
     with torch.no_grad():
@@ -65,61 +65,61 @@ def model(tmp_path_factory):
     return path
 
 
-def test_pairs_are_read_in_order(lfw):
-    found = read_pairs(lfw)
-    assert found.paths == [f"{name}_{i:04d}.jpg" for name in ("Ann/Ann", "Bob/Bob", "Eve/Eve") for i in (1, 2, 3)
+def test_pairs_keep_the_order_of_the_file(lfw):
+    pairs = read_pairs(lfw)
+    assert pairs.paths == [f"{name}_{i:04d}.jpg" for name in ("Ann/Ann", "Bob/Bob", "Eve/Eve") for i in (1, 2, 3)
                            if (name, i) not in {("Ann/Ann", 3), ("Eve/Eve", 3)}]
-    first = [[found.paths[i] for i in pair] for pair in found.pairs[:3]]
-    assert first == [["Ann/Ann_0001.jpg", "Ann/Ann_0002.jpg"], ["Bob/Bob_0001.jpg", "Bob/Bob_0003.jpg"],
-                     ["Ann/Ann_0001.jpg", "Bob/Bob_0001.jpg"]]
-    assert found.same.tolist() == [True, True, False, False] * 2
-    assert found.folds.tolist() == [0] * 4 + [1] * 4
+    assert [[pairs.paths[i] for i in pair] for pair in pairs.pairs[:3]] == [
+        ["Ann/Ann_0001.jpg", "Ann/Ann_0002.jpg"], ["Bob/Bob_0001.jpg", "Bob/Bob_0003.jpg"],
+        ["Ann/Ann_0001.jpg", "Bob/Bob_0001.jpg"]]
+    assert pairs.same.tolist() == [True, True, False, False] * 2
+    assert pairs.folds.tolist() == [0] * 4 + [1] * 4
 
 
-def test_pairs_beside_the_folder_short_header_other_extension(lfw):
+def test_pairs_txt_may_be_beside_the_folder_with_a_short_header_and_images_may_be_png(lfw):
     (lfw / "pairs.txt").unlink()
     (lfw.parent / "pairs.txt").write_text("\n".join(["2", *PAIRS[1:]]).replace("\t", " "))
     write_image(lfw / "Ann" / "Ann_0001.png", read_image(lfw / "Ann" / "Ann_0001.jpg"))
     assert read_pairs(lfw).paths[0] == "Ann/Ann_0001.jpg"
     (lfw / "Ann" / "Ann_0001.jpg").unlink()
-    found = read_pairs(lfw)
-    assert found.paths[0] == "Ann/Ann_0001.png" and found.folds.tolist() == [0] * 4 + [1] * 4
+    pairs = read_pairs(lfw)
+    assert pairs.paths[0] == "Ann/Ann_0001.png" and pairs.folds.tolist() == [0] * 4 + [1] * 4
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="needs the real LFW in ../shared/data/lfw")
-def test_pairs_of_the_real_set():
-    found = read_pairs(REAL)
-    assert len(found.paths) == 7701 and found.pairs.shape == (6000, 2)
-    assert np.bincount(found.folds, found.same).tolist() == [300] * 10
-    lines = (REAL / "pairs.txt").read_text().splitlines()
+@pytest.mark.skipif(not REAL_LFW.is_dir(), reason="needs the real LFW in ../shared/data/lfw")
+def test_pairs_of_the_real_lfw():
+    pairs = read_pairs(REAL_LFW)
+    assert len(pairs.paths) == 7701 and pairs.pairs.shape == (6000, 2)
+    assert np.bincount(pairs.folds, pairs.same).tolist() == [300] * 10
+    lines = (REAL_LFW / "pairs.txt").read_text().splitlines()
     name, i, other, j = lines[3456].split("\t")
-    assert [found.paths[k] for k in found.pairs[3455]] == [f"{name}/{name}_{int(i):04d}.jpg",
+    assert [pairs.paths[k] for k in pairs.pairs[3455]] == [f"{name}/{name}_{int(i):04d}.jpg",
                                                            f"{other}/{other}_{int(j):04d}.jpg"]
 
 
-@pytest.mark.parametrize("line, text, sentence", [
+@pytest.mark.parametrize("line, text, message", [
     (0, "", "LFW's header"),
     (0, "ten\t300", "LFW's header"),
     (0, "2\t0", "LFW's header"),
-    (0, "10\t300", "announces 10 x 600 = 6000 pairs but has 8"),
-    (0, "3", "announces 1 x 6 = 6 pairs but has 8"),
+    (0, "10\t300", "declares 10 x 600 = 6000 pairs but contains 8"),
+    (0, "3", "declares 1 x 6 = 6 pairs but contains 8"),
     (0, "1\t4", "1 fold"),
     (2, "Bob\t1", "line 3: expected"),
     (2, "Bob\t1\tthree", "line 3: expected"),
     (3, "Ann\t1\tBob\t0", "line 4: expected"),
-    (3, "Ann\t1\tAnn\t2", "line 4: an impostor pair of one person"),
-    (4, "Ann\t2\tZoe\t1", r"1 are not in .* \(Zoe/Zoe_0001\)"),
-    (4, "Ann\t2\t../Bob\t1", "1 are not in"),
+    (3, "Ann\t1\tAnn\t2", "line 4: the impostor pair names the same person twice"),
+    (4, "Ann\t2\tZoe\t1", r"lacks 1 of the 8 images named in .* \(Zoe/Zoe_0001\)"),
+    (4, "Ann\t2\t../Bob\t1", "lacks 1 of the 8 images"),
 ])
-def test_bad_pairs(lfw, line, text, sentence):
+def test_malformed_pairs_files_are_one_sentence_errors(lfw, line, text, message):
     lines = PAIRS.copy()
     lines[line] = text
     (lfw / "pairs.txt").write_text("\n".join(lines))
-    with pytest.raises(InputError, match=sentence):
+    with pytest.raises(InputError, match=message):
         read_pairs(lfw)
 
 
-def test_faces_are_aligned_by_their_own_landmarks(lfw):
+def test_each_face_is_aligned_with_its_own_landmarks(lfw):
     loaded = load_lfw(lfw, landmarks=lfw.parent / "landmarks.txt")
     assert loaded.faces.shape == (7, 112, 96, 3)
     fields = (lfw.parent / "landmarks.txt").read_text().splitlines()[4].split("\t")
@@ -128,7 +128,7 @@ def test_faces_are_aligned_by_their_own_landmarks(lfw):
     np.testing.assert_array_equal(loaded.faces[3], align(read_image(lfw / fields[0]), points))
 
 
-def test_the_list_of_lfw_landmark_is_used_by_default(lfw, tmp_path, monkeypatch):
+def test_the_list_that_lfw_landmark_wrote_is_used_by_default(lfw, tmp_path, monkeypatch):
     monkeypatch.setattr(landmarks, "CACHE", tmp_path / "cache")
     listed = landmarks.default_list(lfw, "lfw_landmark.txt")
     listed.parent.mkdir(parents=True)
@@ -138,18 +138,18 @@ def test_the_list_of_lfw_landmark_is_used_by_default(lfw, tmp_path, monkeypatch)
 
 def test_landmarks_are_detected_if_there_is_no_list(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(landmarks, "CACHE", tmp_path / "cache")
-    photo = skimage.data.astronaut()[:250, 100:350]  # read off by eye: her pupils are at (104, 101), (147, 103)
+    photo = skimage.data.astronaut()[:250, 100:350]
+    pupils = np.array([[104, 101], [147, 103]])  # measured by eye
     for name, shift in (("Ann", 0), ("Bob", 10)):
         for i in (1, 2):
             write_image(tmp_path / "lfw" / name / f"{name}_{i:04d}.jpg", np.roll(photo, shift, 1))
     (tmp_path / "pairs.txt").write_text("2 1\nAnn 1 2\nAnn 1 Bob 1\nBob 1 2\nAnn 2 Bob 2\n")
     loaded = load_lfw(tmp_path / "lfw", find_landmarks=find_landmarks)
-    said = capsys.readouterr().err
-    assert "detecting landmarks in 4 images now" in said and "no face in 0 of 4 images" in loaded.landmarks
-    assert abs(loaded.faces[0].astype(int) - loaded.faces[2]).mean() < 12  # the shift is gone
-    expected = similarity_transform(np.array([[104, 101], [147, 103]]), TEMPLATE[:2])
-    face = cv2.warpAffine(photo, expected, (96, 112))
-    assert np.corrcoef(face.ravel(), loaded.faces[0].ravel())[0, 1] > 0.8
+    err = capsys.readouterr().err
+    assert "detecting landmarks in 4 images now" in err and "no face in 0 of 4 images" in loaded.landmarks
+    assert abs(loaded.faces[0].astype(int) - loaded.faces[2]).mean() < 12  # alignment undoes the shift
+    expected = cv2.warpAffine(photo, similarity_transform(pupils, TEMPLATE[:2]), (96, 112))
+    assert np.corrcoef(expected.ravel(), loaded.faces[0].ravel())[0, 1] > 0.8
 
 
 def test_aligned_faces_need_no_landmarks(tmp_path):
@@ -160,32 +160,33 @@ def test_aligned_faces_need_no_landmarks(tmp_path):
     np.testing.assert_array_equal(faces, [image[:, 8:-8]] * 2)
 
 
-@pytest.mark.parametrize("folder, mirror, mean", [("cosFace", "concatenate", "--no-subtract-mean"),
-                                                  ("sphereFace", "none", "--subtract-mean")])
-def test_command_from_its_own_folder(lfw, model, folder, mirror, mean):
+@pytest.mark.parametrize("folder, mirror, mean_option", [("cosFace", "concatenate", "--no-subtract-mean"),
+                                                         ("sphereFace", "none", "--subtract-mean")])
+def test_the_command_works_in_its_own_folder(lfw, model, folder, mirror, mean_option):
     command = [sys.executable, "lfw_eval.py", "--model", model, "--net", "faceNet", "--lfw", lfw, "--device", "cpu",
                "--landmarks", lfw.parent / "landmarks.txt", "--output", lfw.parent / "out",
-               "--mirror", mirror, mean]
-    done = subprocess.run(command, cwd=ROOT / folder, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    accuracy, std, threshold = map(float, LFWACC.match(done.stdout).groups())
+               "--mirror", mirror, mean_option]
+    process = subprocess.run(command, cwd=ROOT / folder, capture_output=True, text=True,
+                             env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert process.returncode == 0, process.stderr
+    accuracy, std, threshold = map(float, LFWACC.match(process.stdout).groups())
     results = json.loads((lfw.parent / "out" / "results.json").read_text())
     assert [round(results[name], 4) for name in ("accuracy", "std", "threshold")] == [accuracy, std, threshold]
-    assert results["method"] == "CosFace"  # what the checkpoint says, whichever of the two commands reads it
+    assert results["method"] == "CosFace"  # comes from the checkpoint, whichever of the two commands reads it
     assert results["settings"]["mirror"] == mirror
-    assert results["settings"]["subtract_mean"] == (mean == "--subtract-mean")
+    assert results["settings"]["subtract_mean"] == (mean_option == "--subtract-mean")
     assert results["counts"] == {"pairs": 8, "genuine": 4, "images": 7}
     header, *rows = [line.split("\t") for line in (lfw.parent / "out" / "scores.tsv").read_text().splitlines()]
     assert header == ["left", "right", "same", "fold", "similarity"] and len(rows) == 8
     same, fold, similarity = np.array([row[2:] for row in rows], float).T
-    if mirror == "concatenate":  # with a mean per fold the threshold is not one of these similarities
-        chosen = [best_threshold(similarity[fold != k], same[fold != k]) for k in (0, 1)]
-        assert accuracy == np.mean((similarity > np.take(chosen, fold.astype(int))) == same)
+    # With --subtract-mean, thresholds are chosen on similarities that are not in scores.tsv.
+    if mean_option == "--no-subtract-mean":
+        thresholds = [best_threshold(similarity[fold != k], same[fold != k]) for k in (0, 1)]
+        assert accuracy == np.mean((similarity > np.take(thresholds, fold.astype(int))) == same)
     for picture in ("roc.png", "histogram.png"):
         assert read_image(lfw.parent / "out" / picture).std() > 5
     for row in ("AUC", "EER", "TAR@FAR=1e-3", "8 (4 genuine, 4 impostor)"):
-        assert row in done.stdout
+        assert row in process.stdout
 
 
 def test_options_change_the_similarities(lfw, model):
@@ -194,64 +195,64 @@ def test_options_change_the_similarities(lfw, model):
     load_weights(net, model)
     options = {"default": {}, "sum": {"mirror": "sum"}, "none": {"mirror": "none"}, "mean": {"subtract_mean": True},
                "small batches": {"batch_size": 3}}
-    scores = {name: evaluate(net, data, "cpu", progress=False, **chosen).similarities
-              for name, chosen in options.items()}
+    scores = {name: evaluate(net, data, "cpu", progress=False, **arguments).similarities
+              for name, arguments in options.items()}
     np.testing.assert_allclose(scores.pop("small batches"), scores["default"], atol=2e-6)
     different = list(scores.values())
     assert all(abs(a - b).max() > 1e-4 for i, a in enumerate(different) for b in different[:i])
 
 
-def spoil(lfw, model, what):
-    """Break one thing; return the options that are to be given besides the usual ones."""
-    beside = lfw.parent
-    if what == "unreadable image":
+def make_mistake(lfw, model, mistake):
+    """Make one mistake in the data or the command line; return the options that override the usual ones."""
+    parent = lfw.parent
+    if mistake == "unreadable image":
         (lfw / "Ann" / "Ann_0002.jpg").write_bytes(b"no image")
-    elif what == "absent image":
+    elif mistake == "missing image":
         (lfw / "Ann" / "Ann_0002.jpg").unlink()
-    elif what == "mirrored landmarks":
+    elif mistake == "mirrored landmarks":
         mirrored = TEMPLATE * (-1, 1) + (100, 0)
-        write_landmarks(beside / "landmarks.txt", [(path, mirrored) for path in read_pairs(lfw).paths])
-    elif what == "list lacks an image":
-        lines = (beside / "landmarks.txt").read_text().splitlines(keepends=True)
-        (beside / "landmarks.txt").write_text("".join(lines[1:]))
-    elif what == "nine numbers":
-        (beside / "landmarks.txt").write_text("Ann/Ann_0001.jpg" + "\t1.5" * 9 + "\n")
-    elif what == "no pairs":
+        write_landmarks(parent / "landmarks.txt", [(path, mirrored) for path in read_pairs(lfw).paths])
+    elif mistake == "list lacks an image":
+        lines = (parent / "landmarks.txt").read_text().splitlines(keepends=True)
+        (parent / "landmarks.txt").write_text("".join(lines[1:]))
+    elif mistake == "nine numbers":
+        (parent / "landmarks.txt").write_text("Ann/Ann_0001.jpg" + "\t1.5" * 9 + "\n")
+    elif mistake == "no pairs":
         (lfw / "pairs.txt").unlink()
-    elif what == "failed training":
+    elif mistake == "failed training":
         state = checkpoint.load(model)
         state["weights"]["fc5.bias"][0] = float("nan")
-        checkpoint.save(beside / "failed.pt", state)
-    return {"no folder": ("--lfw", beside / "absent"), "empty folder": ("--lfw", beside / "empty"),
-            "no landmarks": ("--landmarks", beside / "absent.txt"), "not aligned": ("--aligned",),
-            "no model": ("--model", beside / "absent.pt"), "no checkpoint": ("--model", beside / "landmarks.txt"),
-            "other network": ("--net", "sphere20a"), "other device": ("--device", "cuda:99"),
-            "failed training": ("--model", beside / "failed.pt"), "output is a file": ("--output", lfw / "pairs.txt")
-            }.get(what, ())
+        checkpoint.save(parent / "failed.pt", state)
+    return {"no folder": ("--lfw", parent / "missing"), "empty folder": ("--lfw", parent / "empty"),
+            "no landmarks": ("--landmarks", parent / "missing.txt"), "not aligned": ("--aligned",),
+            "no model": ("--model", parent / "missing.pt"), "not a checkpoint": ("--model", parent / "landmarks.txt"),
+            "other network": ("--net", "sphere20a"), "no such device": ("--device", "cuda:99"),
+            "failed training": ("--model", parent / "failed.pt"), "output is a file": ("--output", lfw / "pairs.txt")
+            }.get(mistake, ())
 
 
-@pytest.mark.parametrize("what, sentence", [
-    ("no folder", "absent does not exist"),
+@pytest.mark.parametrize("mistake, message", [
+    ("no folder", "missing does not exist"),
     ("empty folder", "no pairs.txt in"),
     ("no pairs", "no pairs.txt in"),
-    ("absent image", r"names 7 images of which 1 are not in .* \(Ann/Ann_0002\)"),
+    ("missing image", r"lacks 1 of the 7 images named in .* \(Ann/Ann_0002\)"),
     ("unreadable image", r"1 of 7 images in .* can't be used \(Ann/Ann_0002.jpg: not an image\)"),
     ("mirrored landmarks", "7 of 7 images in .*mirrored"),
     ("not aligned", "150x160 pixels is not the size of an aligned face"),
-    ("no landmarks", "absent.txt: No such file"),
+    ("no landmarks", "missing.txt: No such file"),
     ("list lacks an image", r"lacks 1 of the 7 images that are needed \(Ann/Ann_0001.jpg\)"),
     ("nine numbers", "line 1: expected 11"),
-    ("no model", "absent.pt: No such file"),
-    ("no checkpoint", "landmarks.txt is not a checkpoint"),
+    ("no model", "missing.pt: No such file"),
+    ("not a checkpoint", "landmarks.txt is not a checkpoint"),
     ("other network", "pass --net faceNet"),
-    ("other device", "--device cuda:99"),
+    ("no such device", "--device cuda:99"),
     ("failed training", "embeddings are not finite"),
     ("output is a file", "can't write"),
 ])
-def test_bad_input_is_one_sentence(lfw, model, capsys, what, sentence):
+def test_mistakes_are_one_sentence_errors(lfw, model, capsys, mistake, message):
     (lfw.parent / "empty").mkdir()
-    status, out, err = run_lfw_eval(capsys, "--model", model, "--lfw", lfw,
-                                "--landmarks", lfw.parent / "landmarks.txt", *spoil(lfw, model, what))
-    said = [line for line in re.split(r"[\r\n]+", err) if line.strip() and "face/s" not in line]  # beside progress bars
-    assert status == 2 and len(said) == 1 and "Traceback" not in err
-    assert re.match(rf"\S+: .*{sentence}", said[0])
+    status, _, err = run_lfw_eval(capsys, "--model", model, "--lfw", lfw, "--landmarks", lfw.parent / "landmarks.txt",
+                                  *make_mistake(lfw, model, mistake))
+    lines = [line for line in re.split(r"[\r\n]+", err) if line.strip() and "face/s" not in line]  # no progress bars
+    assert status == 2 and len(lines) == 1 and "Traceback" not in err
+    assert re.match(rf"\S+: .*{message}", lines[0])

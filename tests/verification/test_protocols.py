@@ -1,4 +1,4 @@
-"""View 1 of LFW, TAR at given FARs, identification, bootstrap over identities, contact sheet, several models."""
+"""View 1 of LFW, TAR at given FARs, identification, the bootstrap over identities, contact sheets, several models."""
 import itertools
 import json
 import pickle
@@ -35,12 +35,12 @@ IMPOSTOR = [f"P{p}\t1\tP{(p + d) % PEOPLE}\t{d}" for p in range(PEOPLE) for d in
 
 @pytest.fixture(scope="module")
 def lfw(tmp_path_factory):
-    """Six people of three aligned faces each, with the pairs of both views."""
+    """Return a folder of aligned faces, three each of six people, with the pairs files of both views."""
     root = tmp_path_factory.mktemp("lfw")
     for person, photo in itertools.product(range(PEOPLE), range(1, PHOTOS + 1)):
         write_image(root / f"P{person}" / f"P{person}_{photo:04d}.png", draw_face(person, photo, 112)[0])
-    folds = [line for k in range(3) for line in GENUINE[4 * k:4 * k + 4] + IMPOSTOR[4 * k:4 * k + 4]]
-    (root / "pairs.txt").write_text("\n".join(["3\t4", *folds]))
+    lines = [line for k in range(3) for line in GENUINE[4 * k:4 * k + 4] + IMPOSTOR[4 * k:4 * k + 4]]
+    (root / "pairs.txt").write_text("\n".join(["3\t4", *lines]))
     (root / "pairsDevTrain.txt").write_text("\n".join(["8", *GENUINE[:8], *IMPOSTOR[:8]]))
     (root / "pairsDevTest.txt").write_text("\n".join(["4", *GENUINE[8:], *IMPOSTOR[8:]]))
     return root
@@ -48,7 +48,7 @@ def lfw(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Two untrained networks."""
+    """Return the checkpoints of two untrained networks."""
     paths = [tmp_path_factory.mktemp("models") / name for name in ("a.pt", "b.pt")]
     for seed, path in enumerate(paths):
         torch.manual_seed(seed)
@@ -60,28 +60,29 @@ def models(tmp_path_factory):
 
 
 def random_pairs(seed=0, images=60, people=12, pairs=200):
+    """Return random embeddings, float (images, 16), and Pairs of them in five folds; at least half are genuine."""
     rng = np.random.default_rng(seed)
     identities = np.arange(images) % people
-    chosen = np.array([rng.choice(images, 2, replace=False) for _ in range(pairs)])
-    chosen[::2, 1] = (chosen[::2, 0] + people) % images  # every other pair is of one person
+    indices = np.array([rng.choice(images, 2, replace=False) for _ in range(pairs)])
+    indices[::2, 1] = (indices[::2, 0] + people) % images  # every other pair is genuine
     embeddings = rng.normal(size=(people, 16))[identities] + rng.normal(size=(images, 16))
-    same = identities[chosen[:, 0]] == identities[chosen[:, 1]]
-    return embeddings, Pairs([f"P{i % people}/{i}.jpg" for i in range(images)], chosen, same,
+    same = identities[indices[:, 0]] == identities[indices[:, 1]]
+    return embeddings, Pairs([f"P{i % people}/{i}.jpg" for i in range(images)], indices, same,
                              np.arange(pairs) // (pairs // 5), identities)
 
 
-def test_view_1_is_found_by_its_files(lfw):
+def test_view_1_is_selected_with_the_option_or_by_file_name(lfw):
     assert read_pairs(lfw).folds.tolist() == [0] * 8 + [1] * 8 + [2] * 8
-    for found in (read_pairs(lfw, view=1), read_pairs(lfw, lfw / "pairsDevTest.txt"),
+    for pairs in (read_pairs(lfw, view=1), read_pairs(lfw, lfw / "pairsDevTest.txt"),
                   read_pairs(lfw, lfw / "pairsDevTrain.txt")):
-        assert found.folds.tolist() == [-1] * 16 + [0] * 8
-        assert found.same.tolist() == [True] * 8 + [False] * 8 + [True] * 4 + [False] * 4
-        assert [found.paths[i] for i in found.judged().pairs[0]] == ["P4/P4_0001.png", "P4/P4_0002.png"]
-        assert [len(part) for part in found.judged()[1:4]] == [8, 8, 8]
-        assert [found.paths[i][:2] for i in range(18)] == [f"P{who}" for who in found.identities]
+        assert pairs.folds.tolist() == [-1] * 16 + [0] * 8
+        assert pairs.same.tolist() == [True] * 8 + [False] * 8 + [True] * 4 + [False] * 4
+        assert [pairs.paths[i] for i in pairs.judged().pairs[0]] == ["P4/P4_0001.png", "P4/P4_0002.png"]
+        assert [len(field) for field in pairs.judged()[1:4]] == [8, 8, 8]
+        assert [path[:2] for path in pairs.paths[:18]] == [f"P{person}" for person in pairs.identities]
 
 
-def test_view_1_without_pairs_txt_and_its_mistakes(lfw, tmp_path):
+def test_view_1_is_the_default_without_pairs_txt_and_its_errors_are_one_sentence(lfw, tmp_path):
     for path in (*lfw.rglob("*.png"), *lfw.glob("pairsDev*.txt")):
         (tmp_path / path.relative_to(lfw)).parent.mkdir(exist_ok=True)
         (tmp_path / path.relative_to(lfw)).symlink_to(path)
@@ -93,16 +94,16 @@ def test_view_1_without_pairs_txt_and_its_mistakes(lfw, tmp_path):
     (tmp_path / "pairsDevTest.txt").unlink()
     with pytest.raises(InputError, match="no pairsDevTest.txt"):
         read_pairs(tmp_path)
-    for text, sentence in (("", "does not start with"), ("3\t4", "does not start with"),
-                           ("4\nP0\t1\t2", "but has 1 and 0"),
-                           ("1\nP0\t1\tP1\t1\nP1\t1\tP2\t1", "1 genuine and 1 impostor pairs but has 0 and 2")):
+    for text, message in (("", "does not start with"), ("3\t4", "does not start with"),
+                          ("4\nP0\t1\t2", "but contains 1 and 0"),
+                          ("1\nP0\t1\tP1\t1\nP1\t1\tP2\t1", "1 genuine and 1 impostor pairs but contains 0 and 2")):
         (tmp_path / "pairsDevTest.txt").write_text(text)
-        with pytest.raises(InputError, match=sentence):
+        with pytest.raises(InputError, match=message):
             read_pairs(tmp_path)
 
 
 @pytest.mark.parametrize("subtract_mean", (False, True))
-def test_view_1_uses_the_threshold_of_its_training_pairs(subtract_mean):
+def test_view_1_chooses_the_threshold_on_its_training_pairs(subtract_mean):
     embeddings, pairs = random_pairs()
     pairs = pairs._replace(folds=np.where(pairs.folds < 3, -1, 0))
     train, test = pairs.folds < 0, pairs.folds == 0
@@ -118,7 +119,7 @@ def test_view_1_uses_the_threshold_of_its_training_pairs(subtract_mean):
 
 
 @pytest.mark.parametrize("decimals", (None, 1))
-def test_operating_point_is_the_best_within_its_far(decimals):
+def test_operating_point_has_the_highest_tar_within_its_far(decimals):
     rng = np.random.default_rng(3)
     same = np.arange(600) < 300
     similarity = rng.normal(0.4 * same, 0.2)
@@ -128,14 +129,14 @@ def test_operating_point_is_the_best_within_its_far(decimals):
         assert point.tar == tar_at_far(*roc(similarity, same), far) == np.mean(similarity[same] > point.threshold)
         assert point.accepted == (similarity[~same] > point.threshold).sum() <= far * 300
         assert point.resolved == (far >= 1 / 300)
-    # 1e-3 * 3000 is exactly three
+    # A rate of 1e-3 allows exactly three of 3,000 impostor pairs.
     assert operating_point(np.arange(6000) / 6000, np.arange(6000) < 3000, 1e-3).accepted == 3
     assert operating_point(similarity, same, 1 / 300).resolved
 
 
-def test_identification_by_hand():
+def test_identification_agrees_with_ranks_computed_by_sorting():
     embeddings, pairs = random_pairs()
-    identities = np.concatenate((pairs.identities[:40], [12, 13, 14]))   # three people of one image
+    identities = np.concatenate((pairs.identities[:40], [12, 13, 14]))   # three people with one image each
     gallery, probes = choose_gallery(identities, seed=5)
     assert sorted(identities[gallery]) == list(range(12)) and sorted((*gallery, *probes)) == list(range(40))
     assert any((gallery != choose_gallery(identities, seed)[0]).any() for seed in range(3))
@@ -144,113 +145,118 @@ def test_identification_by_hand():
     for probe in probes:
         order = sorted(gallery, key=lambda image: -unit[image] @ unit[probe])
         ranks.append(1 + [identities[image] for image in order].index(identities[probe]))
-    found = identify(embeddings[:43], identities, seed=5)
-    assert (found.gallery, found.probes) == (12, 28) and found.cmc[-1] == 1
-    np.testing.assert_allclose(found.cmc, [np.mean(np.array(ranks) <= rank) for rank in range(1, 13)])
-    assert found.cmc[0] > 1.5 / 12
-    assert identify(np.ones((43, 4)), identities).cmc.tolist() == [0] * 11 + [1]    # who knows nothing gains nothing
+    result = identify(embeddings[:43], identities, seed=5)
+    assert (result.gallery, result.probes) == (12, 28) and result.cmc[-1] == 1
+    np.testing.assert_allclose(result.cmc, [np.mean(np.array(ranks) <= rank) for rank in range(1, 13)])
+    assert result.cmc[0] > 1.5 / 12
+    # If all similarities are equal, every probe gets the last rank, because ties count against it.
+    assert identify(np.ones((43, 4)), identities).cmc.tolist() == [0] * 11 + [1]
     with pytest.raises(ValueError, match="two people"):
         identify(embeddings[:3], np.array([0, 0, 1]))
 
 
-def test_bootstrap_weights_are_the_counts_of_the_people():
+def test_bootstrap_weights_count_the_copies_of_each_pair():
     _, pairs = random_pairs(images=12, people=5, pairs=60)
-    who = pairs.identities[pairs.pairs]
-    drawn = draw(np.random.default_rng(1), 20, 5)
-    assert (drawn.sum(1) == 5).all()
-    weights = pair_weights(drawn, *who.T)
-    for counts, row in zip(drawn, weights):
-        people = [(person, copy) for person in range(5) for copy in range(int(counts[person]))]
-        for (a, b), weight in zip(who, row):
+    pair_identities = pairs.identities[pairs.pairs]
+    counts = draw(np.random.default_rng(1), 20, 5)
+    assert (counts.sum(1) == 5).all()
+    for draw_counts, weights in zip(counts, pair_weights(counts, *pair_identities.T)):
+        people = [(person, copy) for person in range(5) for copy in range(int(draw_counts[person]))]
+        for (a, b), weight in zip(pair_identities, weights):
             copies = [(x, y) for x in people for y in people if (x[0], y[0]) == (a, b) and (a != b or x == y)]
             assert weight == len(copies)
     correct = np.random.default_rng(2).random((2, 60)) < 0.8
-    by_hand = [[np.repeat(row, counts.astype(int)).mean() for counts in pair_weights(
-        draw(np.random.default_rng(7), 30, 5), *who.T)] for row in correct]
-    np.testing.assert_allclose(bootstrap(correct, who, 30, 7), by_hand, atol=1e-6)
+    expected = [[np.repeat(row, weights.astype(int)).mean() for weights in pair_weights(
+        draw(np.random.default_rng(7), 30, 5), *pair_identities.T)] for row in correct]
+    np.testing.assert_allclose(bootstrap(correct, pair_identities, 30, 7), expected, atol=1e-6)
 
 
 def test_interval_accounts_for_pairs_that_share_a_person():
     people = np.repeat(np.arange(200), 10)
-    who = np.stack((people, people), 1)
+    identities = np.stack((people, people), 1)
     rng = np.random.default_rng(0)
-    alone = rng.random(2000) < 0.8
-    together = np.repeat(rng.random(200) < 0.8, 10)
-    chance = np.sqrt(0.8 * 0.2 / 2000)
-    draws = bootstrap(np.stack((alone, together, together)), who, 2000, 1)
-    assert draws[0].std() == pytest.approx(chance, rel=0.15)
-    assert draws[1].std() == pytest.approx(chance * 10 ** 0.5, rel=0.15)
+    independent = rng.random(2000) < 0.8               # each pair is correct or not, regardless of the person
+    shared = np.repeat(rng.random(200) < 0.8, 10)      # all ten pairs of a person are correct, or all are wrong
+    binomial_std = np.sqrt(0.8 * 0.2 / 2000)
+    draws = bootstrap(np.stack((independent, shared, shared)), identities, 2000, 1)
+    assert draws[0].std() == pytest.approx(binomial_std, rel=0.15)
+    assert draws[1].std() == pytest.approx(binomial_std * 10 ** 0.5, rel=0.15)
     low, high = interval(draws[1])
-    assert low < together.mean() < high and high - low == pytest.approx(3.92 * draws[1].std(), rel=0.1)
+    assert low < shared.mean() < high and high - low == pytest.approx(3.92 * draws[1].std(), rel=0.1)
     assert interval(draws[1] - draws[2]) == (0, 0)
-    assert (bootstrap(alone[None], who, 50, 1) == draws[0, :50]).all()  # the draws depend on the seed alone
-    assert (bootstrap(alone[None], who, 50, 2) != draws[0, :50]).any()
+    assert (bootstrap(independent[None], identities, 50, 1) == draws[0, :50]).all()  # draws depend on the seed only
+    assert (bootstrap(independent[None], identities, 50, 2) != draws[0, :50]).any()
 
 
-def test_hardest_pairs_and_their_sheet(tmp_path):
+def test_the_hardest_pairs_and_their_contact_sheet(tmp_path):
     rng = np.random.default_rng(0)
     faces = rng.integers(0, 256, (60, 112, 96, 3), dtype=np.uint8)
     embeddings, pairs = random_pairs()
     pairs = pairs._replace(paths=[f"P/{'a very long name with $x^ ' * 3}{i}.jpg" for i in range(60)])
     scores = similarities(embeddings, pairs.pairs, np.zeros((1, 16)))[0]
-    rows = hardest(scores, pairs.same, True, 7)
-    assert len(rows) == 7 and pairs.same[rows].all() and (np.diff(scores[rows]) >= 0).all()
-    assert scores[rows[-1]] <= np.delete(scores, rows)[np.delete(pairs.same, rows)].min()
-    rows = hardest(scores, pairs.same, False, 7)
-    assert not pairs.same[rows].any() and scores[rows[0]] == scores[~pairs.same].max()
+    indices = hardest(scores, pairs.same, True, 7)
+    assert len(indices) == 7 and pairs.same[indices].all() and (np.diff(scores[indices]) >= 0).all()
+    assert scores[indices[-1]] <= np.delete(scores, indices)[np.delete(pairs.same, indices)].min()
+    indices = hardest(scores, pairs.same, False, 7)
+    assert not pairs.same[indices].any() and scores[indices[0]] == scores[~pairs.same].max()
     error_sheet(tmp_path / "errors.png", faces, pairs, scores, scores > 0.3)
-    first = pairs._replace(pairs=pairs.pairs[:2], same=np.array([True, False]), folds=pairs.folds[:2])
-    error_sheet(tmp_path / "two.png", faces, first, scores[:2], np.array([True, False]))
+    two = pairs._replace(pairs=pairs.pairs[:2], same=np.array([True, False]), folds=pairs.folds[:2])
+    error_sheet(tmp_path / "two.png", faces, two, scores[:2], np.array([True, False]))
     large, small = read_image(tmp_path / "errors.png"), read_image(tmp_path / "two.png")
     assert large.shape[1] == small.shape[1] and large.shape[0] > small.shape[0] and large.std() > 20
 
 
-def test_two_models_and_every_protocol(lfw, models, tmp_path, capsys):
+def test_two_models_with_every_protocol(lfw, models, tmp_path, capsys):
     status, out, err = run_lfw_eval(capsys, "--model", models[0], "--model", models[1], "--lfw", lfw,
-                                "--aligned", "--mirror", "none", "--protocol", "folds", "tar", "identification",
-                                "--far", 1e-3, 0.25, "--resamples", 200, "--output", tmp_path)
+                                    "--aligned", "--mirror", "none", "--protocol", "folds", "tar", "identification",
+                                    "--far", 1e-3, 0.25, "--resamples", 200, "--output", tmp_path)
     assert status == 0, err
     results = json.loads((tmp_path / "results.json").read_text())
     accuracies = [float(a) for a in re.findall(r"^LFWACC=(\S+) std=", out, re.M)]
-    assert accuracies == [round(one["accuracy"], 4) for one in results["models"]]
-    for i, one in enumerate(results["models"]):
-        place = tmp_path / f"model-{i + 1}"
-        assert json.loads((place / "results.json").read_text()) == one and one["settings"]["model"] == str(models[i])
-        low, high = one["interval_95"]
-        assert low <= one["accuracy"] <= high and f"95 % interval       {low:.4f} to {high:.4f} (200" in out
-        assert [(point["far"], point["resolved"]) for point in one["tar"]] == [(1e-3, False), (0.25, True)]
-        found = one["identification"]
-        assert found["gallery"] == PEOPLE and found["rank_1"] == pytest.approx(found["cmc"][0], abs=1e-6)
+    assert accuracies == [round(result["accuracy"], 4) for result in results["models"]]
+    for i, result in enumerate(results["models"]):
+        folder = tmp_path / f"model-{i + 1}"
+        assert json.loads((folder / "results.json").read_text()) == result
+        assert result["settings"]["model"] == str(models[i])
+        low, high = result["interval_95"]
+        assert low <= result["accuracy"] <= high and f"95 % interval       {low:.4f} to {high:.4f} (200" in out
+        assert [(point["far"], point["resolved"]) for point in result["tar"]] == [(1e-3, False), (0.25, True)]
+        identification = result["identification"]
+        assert identification["gallery"] == PEOPLE
+        assert identification["rank_1"] == pytest.approx(identification["cmc"][0], abs=1e-6)
         for picture in ("roc.png", "cmc.png", "histogram.png", "errors.png"):
-            assert read_image(place / picture).std() > 5
+            assert read_image(folder / picture).std() > 5
     assert out.count("too few to resolve this rate, which needs 1,000") == 2
     assert len(re.findall(r"^(TAR@FAR=1e-3|TAR@FAR=2.5e-1|rank 1 |rank 5 |gallery) ", out, re.M)) == 10
-    compared, = results["comparison"]
-    assert compared["difference"] == pytest.approx(results["models"][1]["accuracy"] - results["models"][0]["accuracy"])
-    assert f"{models[1]} minus {models[0]}: accuracy {compared['difference']:+.4f}, 95 % interval " in out
-    low, high = compared["interval_95"]
-    assert low <= compared["difference"] <= high and (tmp_path / "roc.png").exists() and (tmp_path / "cmc.png").exists()
+    comparison, = results["comparison"]
+    first, second = (result["accuracy"] for result in results["models"])
+    assert comparison["difference"] == pytest.approx(second - first)
+    assert f"{models[1]} minus {models[0]}: accuracy {comparison['difference']:+.4f}, 95 % interval " in out
+    low, high = comparison["interval_95"]
+    assert low <= comparison["difference"] <= high
+    assert (tmp_path / "roc.png").exists() and (tmp_path / "cmc.png").exists()
 
 
-def test_one_protocol_alone_and_a_bin_set(lfw, models, tmp_path, capsys):
+def test_a_single_protocol_and_a_bin_set(lfw, models, tmp_path, capsys):
     status, out, _ = run_lfw_eval(capsys, "--model", models[0], "--lfw", lfw, "--aligned", "--view", 1,
-                              "--protocol", "tar")
+                                  "--protocol", "tar")
     assert status == 0 and "LFWACC" not in out and "TAR@FAR=1e-2" in out and "8 (4 genuine, 4 impostor)" in out
     pairs = read_pairs(lfw)
-    files = [cv2.imencode(".png", read_image(lfw / path)[..., ::-1])[1].tobytes() for path in pairs.paths]
-    (tmp_path / "own.bin").write_bytes(pickle.dumps(([files[i] for i in pairs.pairs.ravel()], pairs.same.tolist()), 2))
+    images = [cv2.imencode(".png", read_image(lfw / path)[..., ::-1])[1].tobytes() for path in pairs.paths]
+    (tmp_path / "own.bin").write_bytes(pickle.dumps(([images[i] for i in pairs.pairs.ravel()], pairs.same.tolist()), 2))
     options = ("--model", models[0], "--mirror", "none", "--output")
-    status, out, _ = run_lfw_eval(capsys, *options, tmp_path, "--lfw", tmp_path / "own.bin")
+    status, out, _ = run_lfw_eval(capsys, *options, tmp_path / "bin", "--lfw", tmp_path / "own.bin")
     assert status == 0 and "over 10 folds" in out and "the faces in own.bin are aligned" in out
-    rows = [line.split("\t") for line in (tmp_path / "scores.tsv").read_text().splitlines()[1:]]
-    run_lfw_eval(capsys, *options, tmp_path / "f", "--lfw", lfw, "--aligned")
-    folder = [line.split("\t") for line in (tmp_path / "f" / "scores.tsv").read_text().splitlines()[1:]]
-    np.testing.assert_allclose([float(row[4]) for row in rows], [float(row[4]) for row in folder], atol=2e-6)
+    run_lfw_eval(capsys, *options, tmp_path / "folder", "--lfw", lfw, "--aligned")
+    scores = {source: [float(line.split("\t")[4])
+                       for line in (tmp_path / source / "scores.tsv").read_text().splitlines()[1:]]
+              for source in ("bin", "folder")}
+    np.testing.assert_allclose(scores["bin"], scores["folder"], atol=2e-6)
 
 
-@pytest.mark.parametrize("options, sentence", [
+@pytest.mark.parametrize("options, message", [
     (("--net", "faceNet", "--net", "sphere20a"), "--net was given 2 times for 1 models"), (("--far", "0"), "above 0"),
     (("--protocol", "roc"), "invalid choice"), (("--view", "1", "--pairs", "pairs.txt"), "does not belong to view 1")])
-def test_invalid_options_are_one_sentence(lfw, models, capsys, options, sentence):
+def test_invalid_options_are_one_sentence_errors(lfw, models, capsys, options, message):
     status, _, err = run_lfw_eval(capsys, "--model", models[0], "--lfw", lfw, "--aligned", *options)
-    assert status == 2 and sentence in err and "Traceback" not in err
+    assert status == 2 and message in err and "Traceback" not in err
