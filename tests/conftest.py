@@ -22,7 +22,7 @@ def script(name, *args, from_root=False):
     path = ROOT / name
     command, folder = (name, ROOT) if from_root else (path.name, path.parent)
     return subprocess.run([sys.executable, command, *map(str, args)], cwd=folder, text=True, capture_output=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "2"}, timeout=300)
+                          env={**os.environ, "OMP_NUM_THREADS": "2"}, timeout=900)
 
 
 TINY = ["--batch-size", "8", "--epochs", "2", "--checkpoint-every", "2", "--device", "cpu", "--precision", "float32"]
@@ -44,7 +44,7 @@ def torchrun(method, *args):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                "casia_train.py", *map(str, args)]
     return subprocess.run(command, cwd=ROOT / method, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
-                          capture_output=True, timeout=300)
+                          capture_output=True, timeout=900)
 
 
 def assert_same_model(one, two):

@@ -89,7 +89,7 @@ cache.CHUNK = 1                               # one journal line per face slows 
 print(cache.load_casia({str(casia)!r}, cache={str(tmp_path)!r}))"""
     processes = [subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE,
                                   stderr=subprocess.PIPE, text=True) for _ in range(3)]
-    outputs = [process.communicate(timeout=100) for process in processes]
+    outputs = [process.communicate(timeout=600) for process in processes]
     assert all(out.endswith("48 faces of 6 people\n") for out, _ in outputs), outputs
     assert sum("aligning 48 faces" in out for out, _ in outputs) == 1
     (tmp_path / "another").mkdir()

@@ -35,13 +35,13 @@ def interrupt(method, args, signal_number, checkpoint, step):
     process = subprocess.Popen([sys.executable, "casia_train.py", *map(str, args)], cwd=ROOT / method,
                                env={**os.environ, "OMP_NUM_THREADS": "2"},
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 900
     while process.poll() is None and time.monotonic() < deadline:
         if checkpoint.exists() and torch.load(checkpoint, weights_only=True)["step"] >= step:
             process.send_signal(signal_number)
             break
         time.sleep(0.05)
-    output, _ = process.communicate(timeout=200)
+    output, _ = process.communicate(timeout=900)
     return process.returncode, output.decode()
 
 

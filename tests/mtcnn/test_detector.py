@@ -113,7 +113,7 @@ before = peak()
 detector.detect(photo)
 print((peak() - before) / photo.nbytes)"""
     process = subprocess.run([sys.executable, "-c", program], cwd=ROOT, text=True, capture_output=True,
-                             timeout=300)
+                             timeout=900)
     assert process.returncode == 0, process.stderr
     assert float(process.stdout) < 1.5
 
