@@ -18,6 +18,7 @@ import numpy as np
 
 from cosFace.net import NETS
 from faces.align import load_face
+from faces.data.cache import find_landmark_list
 from faces.data.casia import Folder, TrainingList, read_casia
 from faces.device import pick_device
 from faces.figures import tsne_panels
@@ -39,10 +40,7 @@ def list_faces(root, landmarks=None):
         landmarks: landmark list with labels; None uses casia_landmark.txt in the folder, or else the list that
             mtcnn/casia_landmark.py wrote for it. If neither exists, the faces must already be aligned.
     """
-    root = Path(root).expanduser()
-    name = "casia_landmark.txt"
-    existing = next((path for path in (root / name, default_list(root, name)) if path.is_file()), None)
-    return read_casia(root, landmarks or existing)
+    return read_casia(root, landmarks or find_landmark_list(root))
 
 
 def list_lfw(root, landmarks=None):

@@ -85,7 +85,7 @@ def load_casia(root, landmarks=None, cache=CACHE, drop_lfw_overlap=False, labels
     Raises:
         InputError: the data set is malformed, more than 1 % of it is unusable, or the cache does not fit on the disk.
     """
-    listing = read_casia(root, landmarks or (None if labels else _default_landmarks(root)), labels)
+    listing = read_casia(root, landmarks or (None if labels else find_landmark_list(root)), labels)
     images, failed = build(listing, cache)
     keep = np.ones(len(listing.paths), bool)
     keep[[row for row, _ in failed]] = False
@@ -126,7 +126,7 @@ def build(listing, cache=CACHE):
     return np.memmap(folder / "faces.u8", np.uint8, "r", shape=shape), failed
 
 
-def _default_landmarks(root):
+def find_landmark_list(root):
     """Return the landmark list in the folder, or else the one that casia_landmark.py wrote for it, or else None."""
     root = Path(root).expanduser()
     return next((path for path in (root / LANDMARK_LIST, default_list(root, LANDMARK_LIST)) if path.is_file()), None)

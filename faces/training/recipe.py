@@ -162,7 +162,7 @@ def check_options(args):
                          "its own centers; use --shard-head alone.")
     if not (0 <= args.weight_decay < math.inf and 0 <= args.seed < 2**63 and (args.workers or 0) >= 0):
         raise InputError("--weight-decay, --seed and --workers must be at least 0 and finite.")
-    if not (0 < (args.lr or 1) < math.inf and 0 < (args.epochs or 1) < math.inf) or 0 in (args.lr, args.epochs):
+    if not all(value is None or 0 < value < math.inf for value in (args.lr, args.epochs)):
         raise InputError("--epochs and --lr must be greater than 0 and finite.")
     if not 0 <= args.jitter <= 16:
         raise InputError("--jitter must be 0 to 16 pixels.")

@@ -13,7 +13,7 @@ from faces.verification.bootstrap import bootstrap
 from faces.verification.embed import MIRROR, default_batch_size, embed
 from faces.verification.lfw import load_lfw
 from faces.verification.metrics import identify, operating_point, verify
-from faces.verification.weights import CHANNELS, load_weights
+from faces.verification.weights import add_channels_option, load_weights
 
 PRECISION = {"float32": torch.float32, "bf16": torch.bfloat16}
 PROTOCOLS = ("folds", "tar", "identification")
@@ -147,9 +147,7 @@ def _add_model_options(group, nets):
     group.add_argument("--net", choices=nets, action="append",
                        help="faceNet has batch normalization; sphere20a is the paper's network without it (default: "
                             "faceNet); once, or once per --model")
-    group.add_argument("--channels", choices=CHANNELS,
-                       help="channel order that the model was trained with (default: rgb for checkpoints of this "
-                            "project, bgr for all others, such as the released weights)")
+    add_channels_option(group)
 
 
 def _add_protocol_options(group):

@@ -53,6 +53,11 @@ def add_options(parser, nets):
     parser.add_argument("--net", choices=tuple(nets), default="faceNet",
                         help="faceNet has batch normalization; sphere20a is the paper's network without it "
                              "(default: faceNet)")
+    add_channels_option(parser)
+
+
+def add_channels_option(parser):
+    """Add the option --channels alone, for a command with a --net of its own."""
     parser.add_argument("--channels", choices=CHANNELS,
                         help="channel order that the model was trained with (default: rgb for checkpoints of this "
                              "project, bgr for all others, such as the released weights)")
