@@ -20,8 +20,9 @@ from torch import distributed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cosFace.net import CosFace
 from faces.files import InputError, command
+from faces.training.optimizer import SGD
 from faces.training.run import Run
-from faces.training.sharded_head import SGD, make_head
+from faces.training.sharded_head import make_head
 from sphereFace.net import SphereFace
 
 METHODS = {"cosFace": (CosFace, {"ramp": 1.0}), "sphereFace": (SphereFace, {"lam": 5.0})}   # head, its margin parameter

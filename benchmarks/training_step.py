@@ -37,8 +37,8 @@ from faces.cpu.training import for_training
 from faces.data.cache import load_casia
 from faces.device import has_bf16, keep_large_blocks, pick_device, to_input
 from faces.files import CACHE, InputError, command
+from faces.training.optimizer import SGD, parameter_groups
 from faces.training.recipe import Recipe
-from faces.training.sharded_head import SGD, parameter_groups
 from faces.verification.evaluate import evaluate
 from faces.verification.lfw import load_lfw
 

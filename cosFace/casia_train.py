@@ -19,9 +19,10 @@ from faces.data.cache import load_casia
 from faces.files import RUNS, command
 from faces.training.checkpoint import Checkpoints
 from faces.training.log import TrainingLog
-from faces.training.recipe import check_options, make_recipe, settings_of, training_parser
+from faces.training.optimizer import SGD, parameter_groups
+from faces.training.recipe import check_options, make_recipe, memory_advice, settings_of, start_line, training_parser
 from faces.training.run import Run, micro_batches
-from faces.training.sharded_head import SGD, make_head, parameter_groups
+from faces.training.sharded_head import make_head
 from faces.verification.probe import LfwEvaluator
 from mtcnn.landmark_lists import find_landmarks
 
@@ -45,40 +46,42 @@ def main(argv=None):
     args = parse_args(argv)
     settings = settings_of(args)
     run = Run(args.device, args.precision, args.seed)
+    lfw = LfwEvaluator(run, args.lfw, args.lfw_landmarks, find_landmarks)
     faces = load_casia(args.casia, args.landmarks, args.cache, args.drop_lfw_overlap, args.list)
     recipe = make_recipe(args, len(faces))
     run.print(f"{faces}\n{recipe}")
 
-    net = run.prepare(NETS[args.net](), args.compile)
+    faces_at_a_time = args.batch_size // (run.world_size * args.accumulate)
+    net = run.prepare(NETS[args.net](), faces_at_a_time, args.compile, args.sync_bn)
     method = partial(CosFace, s=args.scale, m=args.margin)
     head = make_head(method, faces.classes, run, args.shard_head, args.sample_centers, args.seed)
     optimizer = SGD(parameter_groups(net, head, args.weight_decay), head, lr=recipe.base_lr, momentum=0.9)
     checkpoints = Checkpoints(run, args.output, net, head, optimizer, faces, settings, args.keep_last)
-    lfw = LfwEvaluator(run, args.lfw, args.lfw_landmarks, find_landmarks)
     step = checkpoints.restore(args.resume)
     batches = Batches(faces, args.batch_size, recipe.steps, run.device, step, args.seed, args.mirror, args.jitter,
                       args.workers, run.rank, run.world_size)
+    run.print(start_line(args, run, head, batches))
 
-    with TrainingLog(run, args.output, recipe, step, settings) as log, run.stop_on_signals():
+    with TrainingLog(run, args.output, recipe, step, settings) as log, run.guard(memory_advice(args)):
         for images, labels in batches:                                        # (B, 3, 112, 96), (B,)
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate(step)
             ramp = min(1.0, step / args.margin_warmup) if args.margin_warmup else 1.0
             optimizer.zero_grad()
             for x, label in micro_batches(images, labels, args.accumulate, net, head):
-                with run.autocast():                                          # bf16 for the network only
+                with run.autocast():                                          # bf16 or fp16 for the network only
                     embedding = net(x)                                        # (B, 512)
                 loss, predicted = head(embedding, label, step=step, ramp=ramp)
-                (loss / args.accumulate).backward()
+                run.scaler.scale(loss / args.accumulate).backward()           # scaled in fp16 only
                 log.record(loss, predicted, embedding, label, head)
-            optimizer.step()
+            run.step(optimizer)
             log.end_step(learning_rate=recipe.learning_rate(step), margin=args.margin * ramp)
             step += 1
 
             last = run.should_stop() or step == recipe.steps
             if recipe.ends_epoch(step):
                 log.end_epoch(**lfw.evaluate(net))
-            if step % args.checkpoint_every == 0 or last:
+            if last or recipe.ends_epoch(step) or checkpoints.is_due(step):
                 log.flush()                                                   # stops if the loss is not finite
                 checkpoints.save(step, last)
             if last:

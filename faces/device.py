@@ -1,7 +1,8 @@
-"""Devices: which one to use, whether it is faster in bfloat16, and how aligned faces become network input on it."""
+"""Devices: which one to use, which number format is fastest there, and how aligned faces become network input on it."""
 import contextlib
 import ctypes
 import os
+import warnings
 from pathlib import Path
 
 import torch
@@ -41,6 +42,52 @@ def has_bf16(device):
     return False
 
 
+def fast_dtype(device):
+    """Return the fastest type for a network on this device that training is stable in: bfloat16, float16 or float32.
+
+    float16 is for NVIDIA GPUs with tensor cores but without bfloat16: V100, T4, RTX 20. It needs loss scaling.
+    """
+    if has_bf16(device):
+        return torch.bfloat16
+    has_tensor_cores = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
+    return torch.float16 if has_tensor_cores else torch.float32
+
+
+def autocast(device, dtype):
+    """Return the context in which a network computes in `dtype`; with float32, it changes nothing."""
+    device = torch.device(device)
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def can_autocast(device, dtype):
+    """Return whether matrix products really come out in `dtype`; some backends fall back to float32 with a warning."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with autocast(device, dtype):
+                ones = torch.ones(8, 8, device=device)
+                return (ones @ ones).dtype == dtype
+    except (RuntimeError, NotImplementedError):
+        return False
+
+
+def memory_format(device):
+    """Return the memory format in which convolutions are fast and correct on a device.
+
+    On Apple's MPS, channels_last convolutions are slower, and the gradient of batch normalization is wrong or an error,
+    depending on the release (pytorch issues 175189, 188371, 193349).
+    """
+    return torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
+
+
+def to_device(tensor, device):
+    """Copy a CPU tensor to a device without waiting for the device, as far as it supports that."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    # On MPS, an asynchronous copy reads the memory later, when it may have been reused.
+    return tensor.to(device, non_blocking=device.type != "mps")
+
+
 def _is_amd():
     try:
         return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
@@ -71,7 +118,8 @@ def to_input(faces, mirror=None):
         mirror: optional bool (N,), which faces to flip left to right.
 
     Returns:
-        float32 (N, 3, 112, 96) in channels_last memory format, (x - 127.5) / 128.
+        float32 (N, 3, 112, 96) in the memory format of the device, (x - 127.5) / 128.
     """
-    x = faces.permute(0, 3, 1, 2).float().sub_(127.5).div_(128)
+    x = faces.permute(0, 3, 1, 2).float().sub_(127.5).div_(128)        # in channels_last memory format
+    x = x.contiguous(memory_format=memory_format(faces.device))
     return x if mirror is None else torch.where(mirror[:, None, None, None], x.flip(3), x)

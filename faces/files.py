@@ -17,9 +17,17 @@ RUNS = ROOT / "runs"                          # training runs
 class InputError(Exception):
     """A mistake the user can fix. The message is one sentence that names the file and says what to do."""
 
+    status = 2    # exit status of the script
+
+
+class TemporaryError(InputError):
+    """A failure that is not the user's: the same command, or its continuation, may succeed later."""
+
+    status = 75    # EX_TEMPFAIL of sysexits.h, for job scripts that try again
+
 
 def command(main):
-    """Decorate a script's main(): InputError prints `script: sentence` and exits with status 2, Ctrl-C exits with 130.
+    """Decorate a script's main(): InputError prints `script: sentence` and exits with its status, Ctrl-C with 130.
 
     Any other exception is a bug of ours and keeps its traceback.
     """
@@ -30,7 +38,7 @@ def command(main):
             return main(*args, **kwargs)
         except InputError as error:
             print(f"{script}: {error}", file=sys.stderr)
-            sys.exit(2)
+            sys.exit(error.status)
         except KeyboardInterrupt:
             print(f"{script}: interrupted", file=sys.stderr)
             sys.exit(130)

@@ -2,7 +2,7 @@
 import contextlib
 import importlib
 import os
-import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +37,13 @@ def options(casia, folder, name="run"):
         name: name of the run's folder in it.
     """
     return ["--casia", casia, "--cache", folder / "cache", "--output", folder / name, *TINY]
+
+
+def free_port():
+    """Return a TCP port that no process listens on."""
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        return server.getsockname()[1]
 
 
 def torchrun(method, *args):
@@ -111,14 +118,14 @@ def run_lfw_eval(capsys, *options):
 @contextlib.contextmanager
 def file_size_limit(size):
     """Simulate a full disk: writing beyond `size` bytes in any file of this process raises OSError."""
-    import resource
-    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    import resource  # Python ignores SIGXFSZ, so that the write fails
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 def draw_face(person, photo, size=150):

@@ -1,19 +1,26 @@
 """Training batches: a new random order every epoch, random mirroring and shifts, resumable at any step."""
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from faces.align import HEIGHT, WIDTH
-from faces.device import to_input
+from faces.device import to_device, to_input
 
-MIRROR, SHIFT = 1, 3    # what a random generator is for; its seed is (seed, step, rank, purpose)
+MIRROR, SHIFT = 1, 3    # what a random generator is for; its seed is (seed, step, 0, purpose)
+THREADS = 2             # one delivers 100,000 faces/s from memory; several overlap their waits for a disk
 
 
 class Batches:
     """Batches on the device, one per step, from step `start` to step `steps`.
 
-    Which faces a step sees, which of them are mirrored and how far they are shifted depends on the seed, the step and
-    the rank alone, so a resumed run sees what the uninterrupted one would have seen.
+    Which faces a step sees, which of them are mirrored and how far they are shifted depends on the seed and the step
+    alone, so a resumed run sees what the uninterrupted one would have seen, on any number of processes.
+
+    Threads gather the faces of the next batches from the memory map, on CUDA into pinned memory. Copying releases the
+    interpreter lock, so processes would not be faster, and they would die with every signal to the process group.
 
     Args:
         faces: faces.data.cache.AlignedFaces.
@@ -24,7 +31,7 @@ class Batches:
         seed: of order, mirroring and shifts.
         mirror: whether to flip half of the faces.
         jitter: shift each face by up to this many pixels along both axes.
-        workers: processes that read batches; 0 reads in this one; None takes 4 with CUDA and 0 otherwise.
+        workers: threads that gather batches, None for THREADS.
         rank, world_size: index of this process, and number of processes.
 
     Yields:
@@ -34,28 +41,52 @@ class Batches:
     def __init__(self, faces, batch_size, steps, device, start=0, seed=0, mirror=True, jitter=0, workers=None,
                  rank=0, world_size=1):
         self.order = Order(len(faces), batch_size, steps, seed, start, rank, world_size)
-        self.faces, self.device = faces, device
-        self.workers = workers if workers is not None else 4 if device.type == "cuda" else 0
-        self.seed, self.mirror, self.jitter, self.rank = seed, mirror, jitter, rank
+        self.faces, self.device, self.batch_size = faces, device, batch_size
+        self.workers = max(1, THREADS if workers is None else workers)
+        self.seed, self.mirror, self.jitter, self.own = seed, mirror, jitter, slice(rank, None, world_size)
 
     def __iter__(self):
-        loader = DataLoader(_Rows(self.faces), sampler=self.order, batch_size=None, num_workers=self.workers,
-                            pin_memory=self.device.type == "cuda", prefetch_factor=4 if self.workers else None)
-        for step, (images, labels) in enumerate(loader, self.order.start):
-            images = images.to(self.device, non_blocking=True)    # uint8: a quarter of the bytes of float32
-            yield self._augment(images, step), labels.to(self.device, non_blocking=True)
+        ahead = deque()
+        with ThreadPoolExecutor(self.workers, "batches", _use_device, (self.device,)) as pool:
+            try:
+                for step, rows in enumerate(self.order, self.order.start):
+                    ahead.append(pool.submit(self._gather, step, rows))
+                    if len(ahead) > self.workers:
+                        yield self._on_device(*ahead.popleft().result())
+                while ahead:
+                    yield self._on_device(*ahead.popleft().result())
+            finally:
+                pool.shutdown(cancel_futures=True)
 
-    def _augment(self, images, step):
+    def rate(self, seconds=0.1):
+        """Return how many faces per second one thread gathers here and now, measured for about `seconds`."""
+        rng, count, start = np.random.default_rng(), 0, time.perf_counter()
+        while not count or time.perf_counter() - start < seconds:
+            self._gather(0, rng.integers(len(self.faces), size=min(self.batch_size, 64)))
+            count += min(self.batch_size, 64)
+        return count / (time.perf_counter() - start)
+
+    def _gather(self, step, rows):
+        """Return faces and labels on the CPU, and which faces to mirror and how far to shift them, or None."""
+        images = torch.empty(len(rows), HEIGHT, WIDTH, 3, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        _, labels = self.faces.batch(rows, out=images.numpy())
+        mirror = shifts = None
+        if self.mirror:
+            mirror = torch.from_numpy(self._random(step, MIRROR).random(self.batch_size) < 0.5)[self.own]
         if self.jitter:
-            shifts = self._random(step, SHIFT).integers(-self.jitter, self.jitter, (len(images), 2), endpoint=True)
-            images = shift_faces(images, torch.from_numpy(shifts).to(self.device, non_blocking=True))
-        if not self.mirror:
-            return to_input(images)
-        mirror = self._random(step, MIRROR).random(len(images)) < 0.5
-        return to_input(images, torch.from_numpy(mirror).to(self.device, non_blocking=True))
+            shifts = self._random(step, SHIFT).integers(-self.jitter, self.jitter, (self.batch_size, 2), endpoint=True)
+            shifts = torch.from_numpy(shifts)[self.own]
+        return images, torch.from_numpy(labels), mirror, shifts
+
+    def _on_device(self, *tensors):
+        images, labels, mirror, shifts = (tensor if tensor is None else to_device(tensor, self.device)
+                                          for tensor in tensors)
+        if shifts is not None:
+            images = shift_faces(images, shifts)
+        return to_input(images, mirror), labels    # faces travel as uint8, a quarter of the bytes of float32
 
     def _random(self, step, purpose):
-        return np.random.default_rng((self.seed, step, self.rank, purpose))
+        return np.random.default_rng((self.seed, step, 0, purpose))
 
 
 class Order:
@@ -81,13 +112,10 @@ class Order:
             yield order[first + self.rank:first + self.batch_size:self.world_size]
 
 
-class _Rows(Dataset):
-    def __init__(self, faces):
-        self.faces = faces
-
-    def __getitem__(self, rows):
-        images, labels = self.faces.batch(rows)
-        return torch.from_numpy(images), torch.from_numpy(labels)
+def _use_device(device):
+    """Let a thread pin memory for its process's own GPU; by default, it would open a context on GPU 0."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def shift_faces(faces, shifts):

@@ -1,26 +1,31 @@
-"""Training checkpoints: one file, written atomically, that loads without unpickling any code."""
+"""Training checkpoints: one file, written atomically, that loads without unpickling any code.
+
+All tensors in it are on the CPU, so torch.load(path, weights_only=True) opens it on any machine.
+"""
 import os
 import platform
 import shutil
 import sys
 import warnings
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from faces.files import InputError, atomic_write
+from faces.training.optimizer import copy_to_cpu
 from faces.training.run import unwrap
 
 FORMAT = "faces-checkpoint-1"
-MAX_BYTES = 8 * 10**9   # twice a million identities with momentum; checked before any memory is taken
+MAX_BYTES = 8 * 10**9   # of a file that has to be read as a whole; checked before any memory is taken
 # Settings in which a run and its continuation may differ, because they do not change what is computed.
 MAY_DIFFER = frozenset({"casia", "landmarks", "list", "cache", "output", "resume", "checkpoint_every", "device",
-                        "workers", "lfw", "lfw_landmarks", "shard_head", "keep_last"})
+                        "checkpoint_minutes", "workers", "lfw", "lfw_landmarks", "shard_head", "keep_last"})
 # How checkpoints of earlier versions are read: options that did not exist yet, with what runs did then, and former
 # names.
-ADDED = {"jitter": 0, "accumulate": 1, "compile": False}
+ADDED = {"jitter": 0, "accumulate": 1, "compile": False, "sync_bn": False}
 RENAMED = {"sample_centres": "sample_centers"}
 
 
@@ -30,12 +35,15 @@ class Checkpoints:
     With keep_last N, the N - 1 previous ones stay beside it, named by their steps: checkpoint-0001000.pt. Order,
     mirroring, learning rate and margin are functions of seed and step, so only the step has to be saved.
 
+    A thread writes the file from a copy of the tensors, while training goes on. Only the main process reads and writes
+    files, so that machines need no shared disk.
+
     Args:
         run: faces.training.run.Run.
         output: folder of the run.
         net: module, wrapped in DistributedDataParallel or not; the file is the same.
         head: WholeHead or ShardedHead.
-        optimizer: of both.
+        optimizer: faces.training.optimizer.SGD, of both.
         faces: faces.data.cache.AlignedFaces.
         settings: dict of the command line's options.
         keep_last: number of checkpoints to keep.
@@ -44,53 +52,101 @@ class Checkpoints:
     def __init__(self, run, output, net, head, optimizer, faces, settings, keep_last=1):
         self.run, self.path = run, Path(output) / "checkpoint.pt"
         self.net, self.head, self.optimizer = net, head, optimizer
-        self.faces, self.settings, self.keep_last = faces, settings, keep_last
-        self.saved_step = None
+        self.faces, self.settings, self.keep_last = faces, {**settings, "precision": run.precision}, keep_last
+        self.saved_step, self.saved_at = None, 0.0
+        self.writer, self.writing = ThreadPoolExecutor(1, "checkpoint"), None
 
     def restore(self, resume):
-        """Load the checkpoint if `resume` is set; return the step to start from.
+        """Load the checkpoint, depending on `resume`; return the step to start from.
+
+        Args:
+            resume: "always"; "auto", which starts a new run if there is no checkpoint; or "never".
 
         Raises:
-            InputError: nothing to resume; without `resume`, a checkpoint that would be overwritten; or other data or
+            InputError: nothing to resume; with "never", a checkpoint that would be overwritten; or other data or
                 settings than those of the checkpoint.
         """
-        if not resume:
-            if self.path.exists():
-                raise InputError(f"{self.path} already holds a run; continue it with --resume or choose another "
-                                 "--output.")
+        state = None
+
+        def read():
+            nonlocal state
+            state = self._read(resume)
+            if state is None:
+                return None
+            head, optimizer = self.head.shared(state["head"], state["optimizer"], self.optimizer)
+            return {**state, "head": head, "optimizer": optimizer}
+        shared = self.run.on_main(read)
+        if shared is None:
             return 0
-        state = load(self.path, mmap=True)  # a process with a part of the head reads only that part
-        self._check_same(state)
+        state = state or shared    # the main process has all of it
         unwrap(self.net).load_state_dict(state["weights"])
         self.head.load_state(state["head"], state["optimizer"], self.optimizer)
+        if state.get("scaler"):
+            self.run.scaler.load_state_dict(state["scaler"])
         self.saved_step = state["step"]
         self.run.print(f"resumed {self.path} at step {self.saved_step:,}")
         return self.saved_step
 
+    def _read(self, resume):
+        if resume == "never" and self.path.exists():
+            raise InputError(f"{self.path} already holds a run; continue it with --resume or choose another --output.")
+        if resume == "always" and not self.path.exists():
+            raise InputError(f"there is no {self.path} to resume; check --output, or leave out --resume to start a "
+                             "run (--resume auto does either).")
+        if resume == "never" or not self.path.exists():
+            return None
+        state = load(self.path)
+        self._check_same(state)
+        return state
+
+    def is_due(self, step):
+        """Return whether it is time for a checkpoint after this many steps, the same in all processes."""
+        by_steps = self.settings["checkpoint_every"] and step % self.settings["checkpoint_every"] == 0
+        return by_steps or self.run.clock - self.saved_at >= 60 * self.settings["checkpoint_minutes"]
+
     def save(self, step, last=False):
-        """Save the state after `step` steps; every process has to call it, the main process writes.
+        """Save the state after `step` steps; every process has to call it, and a thread of the main process writes.
 
         If the disk is full, the previous checkpoint stays and training continues until the next attempt.
 
         Args:
-            last: whether there will be no further attempt.
+            last: whether there will be no further attempt; then, wait until the file is written.
 
         Raises:
-            InputError: it can't be written, and it is the last.
+            InputError: the weights are not finite; or it can't be written, and it is the last.
         """
+        self._wait()
+        self.run.meet()    # while the previous checkpoint is written, nobody waits on a GPU
         head, optimizer = self.head.state(self.optimizer)
+        self.saved_at = self.run.clock
         if not self.run.is_main_process:
             return
+        self.writing = self.writer.submit(self._write, step, last, {
+            "method": type(self.head.module).__name__, "net": self.settings["net"], "step": step,
+            "weights": {name: copy_to_cpu(tensor) for name, tensor in unwrap(self.net).state_dict().items()},
+            "head": head, "optimizer": optimizer, "scaler": self.run.scaler.state_dict(),
+            "classes": self.faces.classes, "faces": self.faces.fingerprint, "settings": self.settings,
+            "versions": {"python": platform.python_version(), "torch": str(torch.__version__)}})
+        if last:
+            self._wait()
+
+    def _wait(self):
+        """Wait for the checkpoint that is being written, and raise what it raised."""
+        writing, self.writing = self.writing, None
+        if writing is not None:
+            writing.result()
+
+    def _write(self, step, last, state):
+        kept = "no earlier checkpoint exists" if self.saved_step is None else \
+            f"the checkpoint of step {self.saved_step:,} is kept"
+        tensors = [*state["weights"].values(), *state["head"].values()]
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+            raise InputError(f"the weights are not finite after step {step:,}; lower --lr, add --warmup, or try "
+                             f"--precision float32; {kept}.")
         try:
             self._keep_previous()
-            save(self.path, {
-                "method": type(self.head.module).__name__, "net": self.settings["net"], "step": step,
-                "weights": unwrap(self.net).state_dict(), "head": head, "optimizer": optimizer,
-                "classes": self.faces.classes, "faces": self.faces.fingerprint, "settings": self.settings,
-                "versions": {"python": platform.python_version(), "torch": str(torch.__version__)}})
+            save(self.path, state)
         except InputError as error:
-            kept = "no earlier checkpoint exists" if self.saved_step is None else \
-                f"the checkpoint of step {self.saved_step:,} is kept"
             if last:
                 raise InputError(f"{error} The last steps are lost; {kept}.") from None
             tqdm.write(f"step {step:,}: {error} Training continues; {kept}.", file=sys.stderr)
@@ -124,6 +180,8 @@ class Checkpoints:
             raise InputError(f"{self.path} was trained on another set of faces (another list, other labels or other "
                              "unusable images); resume with the same set.")
         settings = {**ADDED, **{RENAMED.get(name, name): value for name, value in state["settings"].items()}}
+        if settings["precision"] == "auto":    # as earlier versions saved it
+            settings["precision"] = self.settings["precision"]
         other = [name for name in self.settings if name not in MAY_DIFFER and settings.get(name) != self.settings[name]]
         if other:
             before = ", ".join(f"--{name.replace('_', '-')} {settings.get(name)}" for name in other)
@@ -146,36 +204,36 @@ def save(path, state):
         raise InputError(f"can't write {path}, most likely because the disk is full; free some space.") from None
 
 
-def load(path, mmap=False):
-    """Read a checkpoint of this project onto the CPU.
-
-    Args:
-        path: the file.
-        mmap: map the file into memory, so that only the tensors that are used are read.
+def load(path):
+    """Read a checkpoint of this project onto the CPU; see load_tensors().
 
     Raises:
         InputError: no such file, or not a checkpoint of this project.
     """
     path = Path(path)
-    state = load_tensors(path, mmap)
+    state = load_tensors(path)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise InputError(f"{path} is not a training checkpoint of this project; pass the checkpoint.pt of a run.")
     return state
 
 
-def load_tensors(path, mmap=False):
+def load_tensors(path):
     """Read any torch file onto the CPU with torch's restricted unpickler, which builds only tensors and containers.
 
+    A file as torch.save writes it is mapped into memory, so that only the tensors that are used are read.
+
     Raises:
-        InputError: no such file, not a torch file, over MAX_BYTES, or a file that would run code.
+        InputError: no such file, not a torch file, one that would run code, or over MAX_BYTES and not mappable.
     """
     path = Path(path)
     try:
-        if _unpacked_bytes(path) > MAX_BYTES:
-            raise InputError(f"{path} is larger than any checkpoint ({MAX_BYTES // 10**9} GB); pass a checkpoint file.")
+        size, mappable = _unpacked_bytes(path)
+        if size > MAX_BYTES and not mappable:
+            raise InputError(f"{path} is larger than {MAX_BYTES // 10**9} GB and has to be read as a whole; pass a "
+                             "checkpoint of casia_train.py or a smaller file.")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about unusual pickle protocols
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
     except InputError:
         raise
     except OSError as error:
@@ -186,8 +244,11 @@ def load_tensors(path, mmap=False):
 
 
 def _unpacked_bytes(path):
+    """Return how many bytes a file unpacks to, and whether it is stored as it is and can be mapped into memory."""
     size = path.stat().st_size
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            size = max(size, sum(entry.file_size for entry in archive.infolist()))
-    return size
+    if not zipfile.is_zipfile(path):
+        return size, False
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    unpacked = sum(entry.file_size for entry in entries)
+    return max(size, unpacked), unpacked <= size and all(e.compress_type == zipfile.ZIP_STORED for e in entries)

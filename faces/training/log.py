@@ -8,13 +8,14 @@ import time
 import cv2
 import numpy as np
 import torch
+from torch import distributed
 from tqdm import tqdm
 
 from faces.files import ROOT, InputError, atomic_write, write_json
-from faces.training.margin import ALL
+from faces.training.margin import ALL, where
 
 HISTOGRAMS, BINS = ("genuine", "impostor"), 100
-EVERY = 20  # steps between two readings of the loss; each reading makes the host wait for the device
+EVERY = 20  # steps between two readings of the loss; each makes the host wait for the device once
 
 
 class TrainingLog:
@@ -50,8 +51,7 @@ class TrainingLog:
             labels: int64 (B,).
             head: WholeHead or ShardedHead.
         """
-        self.loss += loss.detach()
-        self.correct += (predicted == labels).float().mean()
+        self.sums += torch.stack((loss.detach(), (predicted == labels).float().mean()))
         self.micro_batches += 1
         if self._is_read(self.count + 1, self.step + 1):
             self.geometry = geometry(*head.gather(embedding, labels))
@@ -81,7 +81,8 @@ class TrainingLog:
         seconds = time.monotonic() - self.epoch_start
         line = {"epoch": round(self.step / self.recipe.steps_per_epoch, 3), "step": self.step,
                 **{name: round(value, 5) for name, value in means.items()},
-                "images_per_second": round(self.epoch_steps * self.recipe.batch_size / seconds, 1), **figures}
+                "images_per_second": round(self.epoch_steps * self.recipe.batch_size / seconds, 1),
+                **self._memory(), **figures}
         if self.run.is_main_process:
             with open(self.output / "epochs.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
@@ -89,7 +90,7 @@ class TrainingLog:
             for name in figures:
                 self.board.add_scalar(name, figures[name], self.step)
             for name, counts in self.histograms.items():
-                _add_histogram(self.board, f"cosine/{name}", counts.tolist(), self.step)
+                _add_histogram(self.board, f"cosine/{name}", counts, self.step)
             self.bar.write("  ".join(f"{name} {value}" for name, value in line.items()))
         self._begin_epoch()
 
@@ -124,21 +125,21 @@ class TrainingLog:
         self.epoch_start, self.epoch_sums, self.epoch_steps, self.histograms = time.monotonic(), {}, 0, {}
 
     def _clear(self):
-        self.loss = torch.zeros((), device=self.run.device)
-        self.correct = torch.zeros((), device=self.run.device)
+        self.sums = torch.zeros(2, device=self.run.device)    # of the loss and the accuracy
         self.count, self.micro_batches, self.since, self.geometry = 0, 0, time.monotonic(), {}
 
     def _read(self, scalars):
-        loss, accuracy = self.loss.item() / self.micro_batches, self.correct.item() / self.micro_batches
+        loss, accuracy, geometry = self._fetch()
         if not math.isfinite(loss):
             raise InputError(f"the loss is not finite near step {self.step}; lower --lr, add --warmup, or try "
-                             "--precision float32. The last checkpoint is from before and is kept.")
+                             "--precision float32. Checkpoints from before are kept.")
         for name, value in (("loss", loss), ("accuracy", accuracy)):
             self.epoch_sums[name] = self.epoch_sums.get(name, 0.0) + value * self.count
         self.epoch_steps += self.count
         if self.board:
             rate = self.count * self.recipe.batch_size / (time.monotonic() - self.since)
-            figures = {"loss": loss, "accuracy": accuracy, "images_per_second": rate, **scalars, **self.geometry}
+            figures = {"loss": loss, "accuracy": accuracy, "images_per_second": rate, **scalars, **geometry,
+                       **self._memory()}
             for name, value in figures.items():
                 if name in HISTOGRAMS:
                     self.histograms[name] = self.histograms.get(name, 0) + value
@@ -146,6 +147,28 @@ class TrainingLog:
                     self.board.add_scalar(name, value, self.step)
         self.bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.3f}", refresh=False)
         self._clear()
+
+    def _memory(self):
+        """Return the most memory that tensors of this process have used on its GPU; nothing on other devices."""
+        if self.run.device.type != "cuda":
+            return {}
+        return {"gpu_memory_gb": round(torch.cuda.max_memory_allocated(self.run.device) / 1e9, 2)}
+
+    def _fetch(self):
+        """Return the mean loss and accuracy since the last reading, and the geometry, over all processes.
+
+        They travel as one tensor, so that the host waits for the device once.
+        """
+        names = list(self.geometry)
+        parts = [self.sums / self.micro_batches, *(self.geometry[name].reshape(-1) for name in names)]
+        figures = torch.cat(parts)
+        if self.run.world_size > 1:
+            distributed.all_reduce(figures)
+            figures /= self.run.world_size
+        figures = figures.cpu().numpy().astype(float)
+        values = np.split(figures, np.cumsum([len(part) for part in parts])[:-1])
+        geometry = {name: value if name in HISTOGRAMS else value.item() for name, value in zip(names, values[1:])}
+        return *values[0].tolist(), geometry
 
 
 @torch.no_grad()
@@ -167,26 +190,25 @@ def geometry(embedding, labels, weight, centers=ALL):
     embedding, weight = embedding.float(), weight.float()
     x = torch.nn.functional.normalize(embedding)                       # (B, 512)
     inverse_norm = 1 / weight.norm(dim=1).clamp_min(1e-12)             # (C,)
-    rows, columns = centers.targets(labels)
-    own = weight[columns] * inverse_norm[columns, None]                # (T, 512), unit length
-    own = centers.sum(torch.zeros_like(x).index_put((rows,), own))     # (B, 512)
+    columns, here = centers.targets(labels)
+    own = weight[columns] * inverse_norm[columns, None]                # (B, 512), unit length
+    own = centers.sum(where(None if here is None else here[:, None], own))
     cosine = x @ own.T                                                 # (B, B)
     target = cosine.diagonal().mean()
     total = centers.sum((x @ (inverse_norm @ weight)).mean())          # a sum of products is the product with the sum
-    count = centers.sum(inverse_norm.new_tensor(len(weight)))
+    count = centers.sum(torch.full_like(target, len(weight)))
+    # Values beyond the range are not counted. Selecting the others would make the host wait for their number.
+    impostor = torch.where(labels[:, None] == labels, 2, cosine.clamp(-1, 1))
     return {"target_cosine": target, "nontarget_cosine": (total - target) / (count - 1),
-            "embedding_norm": embedding.norm(dim=1).mean(), "genuine": _histogram(cosine.diagonal()),
-            "impostor": _histogram(cosine[labels[:, None] != labels])}
-
-
-def _histogram(cosines):
-    return torch.histc(cosines.clamp(-1, 1), BINS, -1, 1)
+            "embedding_norm": embedding.norm(dim=1).mean(),
+            "genuine": torch.histc(cosine.diagonal().clamp(-1, 1), BINS, -1, 1),
+            "impostor": torch.histc(impostor, BINS, -1, 1)}
 
 
 def _add_histogram(board, name, counts, step):
     """Write a histogram over -1 to 1 whose counts were added up over an epoch."""
     limits = np.linspace(-1, 1, BINS + 1)
-    middle, counts = (limits[:-1] + limits[1:]) / 2, np.array(counts)
+    middle = (limits[:-1] + limits[1:]) / 2
     board.add_histogram_raw(name, -1, 1, counts.sum(), counts @ middle, counts @ middle ** 2, limits[1:].tolist(),
                             counts.tolist(), step)
 
@@ -195,8 +217,7 @@ def _describe(run, recipe, start, settings):
     """Return what settings.json records about a run."""
     return {"settings": settings, "recipe": recipe._asdict(), "from_step": start, "git": _revision(),
             "started": time.strftime("%Y-%m-%d %H:%M:%S %z"), "processes": run.world_size,
-            "device": torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else run.device.type,
-            "precision": "bf16" if run.bf16 else "float32",
+            "device": run.devices, "precision": run.precision,
             "versions": {"python": platform.python_version(), "torch": str(torch.__version__),
                          "numpy": np.__version__, "opencv": cv2.__version__}}
 

@@ -6,8 +6,9 @@ kept, and no copy of the (C, 512) class centers is made. A second backward pass,
 import torch
 from torch.autograd.function import once_differentiable
 
-# The gradient of all class centers is processed in chunks, because a copy of it would be the largest tensor of a step.
-CHUNKS = 16
+# The gradient of all class centers is processed in chunks of rows, because a copy of it would be the largest tensor of
+# a step. On a CPU, a chunk fits in the cache; on a GPU, each chunk costs the launches of a few kernels.
+ROWS = {"cpu": 1024, "gpu": 65536}
 
 
 def float32(tensor):
@@ -23,8 +24,12 @@ class AllCenters:
     """
 
     def targets(self, label):
-        """Return the rows of the logits whose target is among the columns, and those columns; both int64 (T,)."""
-        return torch.arange(len(label), device=label.device), label
+        """Return the column of each row's target, int64 (N,), and whether it is here, bool (N,); None if all are.
+
+        If it is elsewhere, the column is any valid one. Shapes never depend on values, since the host would have to
+        wait for the device to know them.
+        """
+        return label, None
 
     def labels(self, columns):
         """Return the labels of columns; both int64 (N,)."""
@@ -67,7 +72,8 @@ class _CosineLogits(torch.autograd.Function):
         grad_x = grad.div(length) @ weight if ctx.needs_input_grad[0] else None
         grad_weight = grad.T @ x
         # The loss does not depend on the length of a center, so the component along the center is removed.
-        for chunk, w, norm in zip(grad_weight.chunk(CHUNKS), weight.chunk(CHUNKS), length.chunk(CHUNKS)):
+        rows = ROWS["cpu" if x.device.type == "cpu" else "gpu"]
+        for chunk, w, norm in zip(grad_weight.split(rows), weight.split(rows), length.split(rows)):
             along = (chunk * w).sum(1) / norm.square()
             chunk.addcmul_(w, along[:, None], value=-1).div_(norm[:, None])
         return grad_x, grad_weight
@@ -98,15 +104,17 @@ class _MarginSoftmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, label, margin, centers, *inputs):
         predicted = _label_of_largest(logits, centers)
-        rows, columns = centers.targets(label)
-        leaves = [tensor.detach().requires_grad_() for tensor in (logits[rows, columns], *(t[rows] for t in inputs))]
+        columns, here = centers.targets(label)
+        rows = torch.arange(len(label), device=label.device)
+        plain = logits[rows, columns]                                                          # (N,)
+        leaves = [tensor.detach().requires_grad_() for tensor in (plain, *inputs)]
         with torch.enable_grad():  # the graph of the margin alone, kept for the backward pass: N numbers per node
             target = margin(*leaves)
-        logits[rows, columns] = target.detach()
+        logits[rows, columns] = where(here, target.detach(), plain)
         largest = centers.max(logits.amax(1))                                                  # (N,)
         total = centers.sum(logits.sub_(largest[:, None]).exp_().sum(1))                       # (N,)
-        targets = centers.sum(_scatter(target.detach(), rows, len(label)))                     # (N,)
-        ctx.save_for_backward(logits, total, rows, columns)
+        targets = centers.sum(where(here, target.detach()))                                    # (N,)
+        ctx.save_for_backward(logits, total, rows, columns, here)
         ctx.leaves, ctx.target = leaves, target
         ctx.mark_non_differentiable(predicted)
         return (largest + total.log() - targets).mean(), predicted
@@ -114,14 +122,15 @@ class _MarginSoftmax(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss, _):
-        powers, total, rows, columns = ctx.saved_tensors
+        powers, total, rows, columns, here = ctx.saved_tensors
         count = len(powers)
         # Overwriting a saved tensor is safe: autograd notices and refuses a second backward pass.
         grad = powers.mul_((grad_loss / count / total)[:, None])       # (N, C): d loss / d logit_j = p_j - [j = y]
-        grad_target = grad[rows, columns] - grad_loss / count          # with respect to the logits with the margin
+        plain = grad[rows, columns]
+        grad_target = plain - grad_loss / count                        # with respect to the logits with the margin
         grad_logit, *grad_inputs = torch.autograd.grad(ctx.target, ctx.leaves, grad_target)
-        grad[rows, columns] = grad_logit
-        return grad, None, None, None, *(_scatter(values, rows, count) for values in grad_inputs)
+        grad[rows, columns] = where(here, grad_logit, plain)
+        return grad, None, None, None, *(where(here, values) for values in grad_inputs)
 
 
 def _label_of_largest(logits, centers):
@@ -130,6 +139,6 @@ def _label_of_largest(logits, centers):
     return centers.min(torch.where(value == centers.max(value.clone()), centers.labels(column), none))
 
 
-def _scatter(values, rows, count):
-    """Put values (T,) into these rows of a zero vector (count,)."""
-    return values.new_zeros(count).index_put((rows,), values)
+def where(condition, values, otherwise=0):
+    """Return torch.where(condition, values, otherwise); a condition of None is true everywhere."""
+    return values if condition is None else torch.where(condition, values, otherwise)

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+from faces.data.batches import THREADS
 from faces.files import CACHE, InputError
 
 # The authors' recipe (SphereFace's Caffe release; CosFace, section 4.1): 28k iterations of 512 images, with a learning
@@ -80,23 +81,32 @@ def _add_recipe_options(group):
 def _add_run_options(group, output):
     group.add_argument("--output", type=Path, default=output, metavar="DIR",
                        help=f"folder of this run (default: runs/{output.name} of this clone)")
-    group.add_argument("--resume", action="store_true", help="continue the run in --output exactly where it was saved")
-    group.add_argument("--checkpoint-every", type=int, default=1000, metavar="STEPS",
-                       help="steps between checkpoints; one is also saved when interrupted and at the end")
+    group.add_argument("--resume", nargs="?", choices=("always", "auto", "never"), const="always", default="never",
+                       help="continue the run in --output exactly where it was saved; with auto, start it if there is "
+                            "no checkpoint yet, for jobs that are requeued")
+    group.add_argument("--checkpoint-minutes", type=float, default=10, metavar="MINUTES",
+                       help="time between checkpoints, above 0; one is also saved after each epoch, when interrupted, "
+                            "and at the end; training goes on while it is written")
+    group.add_argument("--checkpoint-every", type=int, metavar="STEPS",
+                       help="also save a checkpoint each time so many steps are done, at least 1")
     group.add_argument("--keep-last", type=int, default=1, metavar="N",
                        help="checkpoints to keep: checkpoint.pt and the N - 1 before it, named by their steps")
     group.add_argument("--shard-head", action=argparse.BooleanOptionalAction, default=False,
                        help="spread the class centers over the processes of torchrun, so that a million identities "
                             "fit; does not change the result")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    group.add_argument("--precision", choices=("auto", "bf16", "float32"), default="auto",
-                       help="of the network; auto picks bf16 where it is faster: GPUs from Ampere on, CPUs with AMX, "
-                            "AMD CPUs from Zen 4 on")
+    group.add_argument("--precision", choices=("auto", "bf16", "fp16", "float32"), default="auto",
+                       help="of the network; auto picks bf16 where it is faster (GPUs from Ampere on, CPUs with AMX, "
+                            "AMD CPUs from Zen 4 on), and fp16 with loss scaling on older GPUs with tensor cores "
+                            "(V100, T4, RTX 20)")
     group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
                        help="compile the network with torch.compile, which takes minutes and needs Triton or a C++ "
                             "compiler; on a CPU, training is faster without it")
-    group.add_argument("--workers", type=int, metavar="N", help="processes that read batches (default: 4 with CUDA, "
-                                                                "else 0)")
+    group.add_argument("--sync-bn", action=argparse.BooleanOptionalAction, default=False,
+                       help="share the statistics of batch normalization among the GPUs of torchrun, which takes time; "
+                            "for fewer than about 32 faces per GPU")
+    group.add_argument("--workers", type=int, default=THREADS, metavar="N",
+                       help="threads that gather batches; more help on slow disks")
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -148,15 +158,19 @@ def check_options(args):
     Raises:
         InputError: a value out of range, or options that exclude each other.
     """
-    if args.batch_size < 2 or args.warmup < 0 or args.checkpoint_every < 1 or args.keep_last < 1:
-        raise InputError("--batch-size must be at least 2, --warmup at least 0, --checkpoint-every and --keep-last at "
-                         "least 1.")
+    if args.batch_size < 2 or args.warmup < 0 or args.keep_last < 1:
+        raise InputError("--batch-size must be at least 2, --warmup at least 0, and --keep-last at least 1.")
+    if (args.checkpoint_every is not None and args.checkpoint_every < 1) or not args.checkpoint_minutes > 0:
+        raise InputError("--checkpoint-every must be at least 1, and --checkpoint-minutes greater than 0.")
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if args.batch_size % processes:
         raise InputError(f"--batch-size {args.batch_size} is not divisible by {processes} processes.")
     if args.accumulate < 1 or args.batch_size % (processes * args.accumulate):
         raise InputError(f"--batch-size {args.batch_size} can't be split into {args.accumulate} micro-batches for "
                          f"each of {processes} process(es); change --accumulate.")
+    if args.net == "faceNet" and args.batch_size < 2 * processes * args.accumulate:
+        raise InputError(f"--batch-size {args.batch_size} leaves 1 face at a time, but batch normalization needs at "
+                         "least 2; choose a larger batch, or --net sphere20a.")
     if args.accumulate > 1 and args.sample_centers is not None:
         raise InputError("--accumulate and --sample-centers can't be combined, because each micro-batch would draw "
                          "its own centers; use --shard-head alone.")
@@ -185,6 +199,27 @@ def make_recipe(args, images):
     if steps < 1:
         raise InputError(f"--epochs {args.epochs:g} is less than one step of {args.batch_size} images; choose more.")
     return Recipe(args.batch_size, steps_per_epoch, steps, base_lr, args.warmup, args.schedule)
+
+
+def memory_advice(args):
+    """Return what to change if a step does not fit in the memory of a device, as part of a sentence."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    faces = args.batch_size // (processes * args.accumulate)
+    advice = f"a step of --batch-size {args.batch_size} processes {faces} faces at a time on each device"
+    split = next((k for k in range(args.accumulate + 1, args.batch_size + 1)
+                  if args.batch_size % (processes * k) == 0), None)
+    if args.sample_centers is not None or split is None:
+        return f"{advice}; choose a smaller --batch-size, or more devices"
+    fewer = args.batch_size // (processes * split)
+    effect = "" if args.net == "sphere20a" else f" (batch normalization then sees {fewer} faces, too)"
+    return (f"{advice}; pass --accumulate {split} for {fewer} at a time{effect}, or choose a smaller --batch-size or "
+            "more devices")
+
+
+def start_line(args, run, head, batches):
+    """Return what a run says about itself before its first step: method, precision, devices, folder and data rate."""
+    return (f"training {type(head.module).__name__} ({args.net}, {run.precision}) on {run.devices}, output "
+            f"{args.output}; a thread gathers {batches.rate():,.0f} faces/s")
 
 
 def settings_of(args):

@@ -19,8 +19,10 @@ from torch import distributed, nn
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
+from faces.device import to_device
 from faces.files import InputError
 from faces.training.margin import ALL, AllCenters
+from faces.training.optimizer import copy_to_cpu, load_momentum, map_momentum
 
 
 def make_head(method, classes, run, shard=False, sample=None, seed=0):
@@ -35,11 +37,17 @@ def make_head(method, classes, run, shard=False, sample=None, seed=0):
         seed: of the sampling.
 
     Raises:
-        InputError: fewer identities than processes, with `shard`.
+        InputError: fewer identities than processes, with `shard`; or more than fit in the memory of the device.
     """
-    if shard or sample is not None:
-        return ShardedHead(method, classes, run.rank, run.world_size, sample, seed).to(run.device)
-    return WholeHead(method(classes).to(run.device), run.world_size)
+    try:
+        if shard or sample is not None:
+            return ShardedHead(method, classes, run.rank, run.world_size, sample, seed).to(run.device)
+        return WholeHead(method(classes).to(run.device), run.world_size)
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
+        raise InputError(f"the centers of {classes:,} identities do not fit in the memory of {run.device}; spread them "
+                         "over more devices with torchrun and --shard-head.") from None
 
 
 class WholeHead(nn.Module):
@@ -50,7 +58,9 @@ class WholeHead(nn.Module):
     def __init__(self, head, world_size=1):
         super().__init__()
         self.module = head
-        self.parallel = DistributedDataParallel(head) if world_size > 1 else head
+        self.parallel = head
+        if world_size > 1:
+            self.parallel = DistributedDataParallel(head, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def forward(self, embedding, label, *, step, **margin):
         """Return loss and predicted labels of this process's faces; see the method's head. `step` is not used."""
@@ -61,13 +71,18 @@ class WholeHead(nn.Module):
         return embedding.detach(), label, self.module.weight.detach(), ALL
 
     def state(self, optimizer):
-        """Return the state dicts of head and optimizer for a checkpoint."""
-        return self.module.state_dict(), optimizer.state_dict()
+        """Return copies of the state dicts of head and optimizer for a checkpoint, on the CPU."""
+        head = {name: copy_to_cpu(tensor) for name, tensor in self.module.state_dict().items()}
+        return head, map_momentum(optimizer.state_dict(), lambda _, tensor: copy_to_cpu(tensor))
+
+    def shared(self, head_state, optimizer_state, optimizer):
+        """Return the part of what state() returned that each process needs as a whole."""
+        return head_state, optimizer_state
 
     def load_state(self, head_state, optimizer_state, optimizer):
         """Restore what state() returned, copying every tensor."""
         self.module.load_state_dict(head_state)
-        optimizer.load_state_dict(_map_tensors(optimizer_state, lambda _, tensor: tensor.clone()))
+        load_momentum(optimizer, map_momentum(optimizer_state, lambda _, tensor: tensor.clone()))
 
 
 class ShardedHead(nn.Module):
@@ -133,19 +148,31 @@ class ShardedHead(nn.Module):
         """Return the state dicts that a single process with all centers would have; every process has to call it.
 
         Returns:
-            (dict, dict); class centers and their momentum are on the CPU, and complete in process 0 only.
+            (dict, dict); tensors are copies on the CPU; class centers and their momentum are None but in process 0.
         """
-        state, index = optimizer.state_dict(), self._index(optimizer)
-        weight = self._collect(self.module.weight.detach())
-        momentum = self._collect(state["state"][index]["momentum_buffer"])
-        return {"weight": weight}, {**state, "state": {**state["state"], index: {"momentum_buffer": momentum}}}
+        index = self._index(optimizer)
+        momentum = optimizer.state[self.module.weight]["momentum_buffer"]
+        own = {name: self._collect(tensor.detach().cpu()) for name, tensor in
+               (("weight", self.module.weight), ("momentum", momentum))}
+        rest = map_momentum(optimizer.state_dict(),
+                            lambda i, tensor: own["momentum"] if i == index else copy_to_cpu(tensor))
+        return {"weight": own["weight"]}, rest
+
+    def shared(self, head_state, optimizer_state, optimizer):
+        """Return what state() returned without class centers and their momentum; see WholeHead.shared()."""
+        index = self._index(optimizer)
+        return {"weight": None}, map_momentum(optimizer_state, lambda i, tensor: None if i == index else tensor)
 
     def load_state(self, head_state, optimizer_state, optimizer):
-        """Restore this process's part of what state() returned under any number of processes, copying every tensor."""
-        index, own = self._index(optimizer), slice(self.first, self.end)
-        self.module.load_state_dict({"weight": head_state["weight"][own].clone()})
-        optimizer.load_state_dict(_map_tensors(
-            optimizer_state, lambda i, tensor: (tensor[own] if i == index else tensor).clone()))
+        """Restore what state() returned under any number of processes, copying every tensor.
+
+        Process 0 passes all of it, the others what shared() returned; every process has to call it.
+        """
+        index = self._index(optimizer)
+        self.module.load_state_dict({"weight": self._spread(head_state["weight"])})
+        momentum = self._spread(optimizer_state["state"][index]["momentum_buffer"])
+        load_momentum(optimizer, map_momentum(optimizer_state, lambda i, tensor: momentum if i == index
+                                               else tensor.clone()))
 
     def _whole_batch(self, embedding, label):
         """Gather (N / K, 512) and (N / K,) of all processes into float32 (N, 512), differentiable, and int64 (N,)."""
@@ -159,31 +186,38 @@ class ShardedHead(nn.Module):
     def _draw(self, label, step):
         """Draw the rows of the slice that take part in a step, sorted: those of the batch and random others."""
         size = self.end - self.first
-        random = np.random.default_rng((self.seed, step, self.rank, 2)).random(size, np.float32)
-        priority = torch.from_numpy(random).to(label.device)       # 0 <= priority < 1
-        priority[label[(label >= self.first) & (label < self.end)] - self.first] = 1
+        random = np.random.default_rng((self.seed, step, self.rank, 2)).random(size + 1, np.float32)
+        priority = to_device(torch.from_numpy(random), label.device)    # 0 <= priority < 1; the last one is a dummy
+        here = (label >= self.first) & (label < self.end)
+        priority.index_fill_(0, torch.where(here, label - self.first, size), 1)
         number = min(size, max(math.ceil(self.sample * size), len(label)))
-        return priority.topk(number, sorted=False).indices.sort().values
+        return priority[:size].topk(number, sorted=False).indices.sort().values
 
     def _index(self, optimizer):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         return next(i for i, p in enumerate(parameters) if p is self.module.weight)
 
-    def _collect(self, tensor):
-        """Bring the slices of all processes to process 0, one at a time, so that its device holds just one more."""
-        if self.world_size == 1:
-            return tensor
+    def _collect(self, own):
+        """Bring the slices of all processes, on the CPU, to process 0, one at a time; return None in the others."""
         if self.rank > 0:
-            distributed.send(tensor.contiguous(), 0)
+            distributed.send(own, 0)
             return None
-        whole = torch.empty(self.classes, *tensor.shape[1:])
-        whole[:self.end] = tensor
+        whole = torch.empty(self.classes, *own.shape[1:])
+        whole[:self.end] = own
         for rank in range(1, self.world_size):
             first, end = bounds(self.classes, rank, self.world_size)
-            received = torch.empty(end - first, *tensor.shape[1:], device=tensor.device)
-            distributed.recv(received, rank)
-            whole[first:end] = received
+            distributed.recv(whole[first:end], rank)
         return whole
+
+    def _spread(self, whole):
+        """Send each process its slice of a tensor that process 0 has, on the CPU; return this process's slice."""
+        if self.rank > 0:
+            own = torch.empty(self.end - self.first, 512)
+            distributed.recv(own, 0)
+            return own
+        for rank in range(1, self.world_size):
+            distributed.send(whole[slice(*bounds(self.classes, rank, self.world_size))].contiguous(), rank)
+        return whole[:self.end].clone()
 
 
 class SomeCenters(AllCenters):
@@ -193,9 +227,11 @@ class SomeCenters(AllCenters):
         self.first, self.end, self.world_size, self.rows = first, end, world_size, rows
 
     def targets(self, label):
-        here = ((label >= self.first) & (label < self.end)).nonzero().squeeze(1)
-        place = label[here] - self.first
-        return here, place if self.rows is None else torch.searchsorted(self.rows, place)
+        here = (label >= self.first) & (label < self.end)
+        column = (label - self.first).clamp(0, self.end - self.first - 1)
+        if self.rows is not None:
+            column = torch.searchsorted(self.rows, column).clamp_max(len(self.rows) - 1)
+        return column, here
 
     def labels(self, columns):
         return self.first + (columns if self.rows is None else self.rows[columns])
@@ -215,48 +251,6 @@ class SomeCenters(AllCenters):
         return tensor
 
 
-class SGD(torch.optim.SGD):
-    """torch.optim.SGD that updates only the class centers that the head has drawn, and touches no other memory of it.
-
-    Args:
-        params, settings: as torch.optim.SGD takes them.
-        head: WholeHead or ShardedHead; its `sampled` is read in every step. None for torch's plain SGD.
-    """
-
-    def __init__(self, params, head=None, **settings):
-        super().__init__(params, **settings)
-        self.head = head
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        if self.head is not None and self.head.sampled is not None:
-            rows, centers = self.head.sampled
-            weight = self.head.module.weight
-            group = next(group for group in self.param_groups if any(p is weight for p in group["params"]))
-            self._step_rows(weight, rows, centers, group)
-            self.head.sampled = None
-        return super().step(closure)  # skips parameters without a gradient, such as all class centers of a sampled head
-
-    def _step_rows(self, weight, rows, centers, group):
-        state = self.state[weight]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(weight)
-        grad = centers.grad.add(centers, alpha=group["weight_decay"])
-        momentum = state["momentum_buffer"][rows].mul_(group["momentum"]).add_(grad)
-        state["momentum_buffer"].index_copy_(0, rows, momentum)
-        weight.index_copy_(0, rows, centers.sub(momentum, alpha=group["lr"]))
-
-
-def parameter_groups(net, head, weight_decay):
-    """Return parameter groups for an optimizer: weight decay for matrices and convolutions, none for vectors.
-
-    The vectors are biases, the slopes of PReLU, and scales and shifts of batch normalization.
-    """
-    parameters = [*net.parameters(), *head.parameters()]
-    return [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]
-
-
 def bounds(classes, rank, world_size):
     """Return the first label of a process's slice and the one after its last; slices differ by at most one in size."""
     return rank * classes // world_size, (rank + 1) * classes // world_size
@@ -266,13 +260,6 @@ def _skip(rows):
     """Advance the random generator past the initial values of this many centers, a few megabytes at a time."""
     for start in range(0, rows, 4096):
         torch.randn(min(4096, rows - start), 512)
-
-
-def _map_tensors(optimizer_state, function):
-    """Replace each tensor of an optimizer's state dict by function(index of its parameter, tensor)."""
-    state = {i: {name: function(i, value) if isinstance(value, torch.Tensor) else value for name, value in
-             values.items()} for i, values in optimizer_state["state"].items()}
-    return {**optimizer_state, "state": state}
 
 
 def _all_gather(tensor, world_size):

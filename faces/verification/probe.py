@@ -1,6 +1,4 @@
 """LFW accuracy during training, for logging only; the set is read once, before the first step."""
-import torch
-
 from faces.training.run import unwrap
 from faces.verification.evaluate import evaluate
 from faces.verification.lfw import load_lfw
@@ -18,13 +16,20 @@ class LfwEvaluator:
 
     def __init__(self, run, lfw, landmarks=None, find_landmarks=None):
         self.run, self.lfw = run, None
-        if lfw and run.is_main_process:
-            self.lfw = load_lfw(lfw, landmarks=landmarks, find_landmarks=find_landmarks, device=run.device)
+        if lfw:
+            run.on_main(self._load, lfw, landmarks, find_landmarks)
+
+    def _load(self, lfw, landmarks, find_landmarks):
+        self.lfw = load_lfw(lfw, landmarks=landmarks, find_landmarks=find_landmarks, device=self.run.device)
 
     def evaluate(self, net):
-        """Return {"lfw": accuracy, "lfw_std": standard deviation over the folds}, or {} if no set was given."""
-        if self.lfw is None:
-            return {}
-        dtype = torch.bfloat16 if self.run.bf16 else torch.float32
-        result = evaluate(unwrap(net), self.lfw, self.run.device, dtype=dtype)
-        return {"lfw": round(result.accuracy, 5), "lfw_std": round(result.std, 5)}
+        """Return {"lfw": accuracy, "lfw_std": standard deviation over the folds}; {} without a set.
+
+        Every process has to call it. The main process evaluates; the others return {} once it is done.
+        """
+        figures = {}
+        if self.lfw is not None:
+            result = evaluate(unwrap(net), self.lfw, self.run.device, dtype=self.run.dtype)
+            figures = {"lfw": round(result.accuracy, 5), "lfw_std": round(result.std, 5)}
+        self.run.meet()
+        return figures

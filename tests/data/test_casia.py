@@ -1,6 +1,5 @@
 """The aligned cache: it is built from training sets in all formats, and mistakes in them are one-sentence errors."""
 import json
-import pickle
 import shutil
 import subprocess
 import sys
@@ -231,13 +230,6 @@ def test_malformed_lists_of_aligned_faces(aligned, tmp_path, text, message):
 def test_two_lists_are_refused(casia, tmp_path):
     with pytest.raises(InputError, match="pass only one of --landmarks and --list"):
         load_casia(casia, casia / "casia_landmark.txt", tmp_path / "cache", labels=tmp_path / "list.txt")
-
-
-def test_pickled_faces_share_the_memory_map(casia, tmp_path):
-    faces = load_casia(casia, cache=tmp_path)
-    pickled = pickle.dumps(faces)
-    assert len(pickled) < 10_000                                           # much less than the 1.5 MB of the faces
-    assert np.array_equal(pickle.loads(pickled).batch(np.arange(5))[0], faces.batch(np.arange(5))[0])
 
 
 def test_a_damaged_cache_is_detected(casia, tmp_path):

@@ -55,7 +55,7 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(method, casia, tmp
     status, _ = interrupt(method, args, signal.SIGKILL, checkpoint, 2)
     assert status == -signal.SIGKILL
     status, output = interrupt(method, [*args, "--resume"], signal.SIGTERM, checkpoint, 6)
-    assert status == 0 and "stopped after" in output, output    # clusters send SIGTERM, so the run saves and succeeds
+    assert status == 128 + signal.SIGTERM and "stopped after" in output, output
     last = script(f"{method}/casia_train.py", *args, "--resume", from_root=True)
     assert last.returncode == 0, last.stderr
     actual = torch.load(checkpoint, weights_only=True)
@@ -111,7 +111,7 @@ def test_options_are_checked_before_the_set_is_read(main, tmp_path, option, valu
 
 def test_a_run_is_never_overwritten_or_resumed_by_mistake(main, casia, tmp_path):
     args = [*options(casia, tmp_path), "--precision", "bf16", "--epochs", "0.4"]
-    assert "can't read" in error_of(main, *args, "--resume")    # no checkpoint exists yet
+    assert "checkpoint.pt to resume; check --output" in error_of(main, *args, "--resume")
     assert main("cosFace", *args)[0] == 0
     assert "already holds a run" in error_of(main, *args)
     assert "was trained with --seed 0" in error_of(main, *args, "--resume", "--seed", "1")

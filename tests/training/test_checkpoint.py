@@ -11,6 +11,7 @@ import sys
 import time
 
 import pytest
+import tiny_train
 import torch
 from conftest import ROOT, file_size_limit, options, tensors
 from torch import nn
@@ -20,24 +21,16 @@ from cosFace import casia_train
 from faces.device import has_bf16
 
 
-class TinyNet(nn.Sequential):
-    """Network with weights and batch statistics, like faceNet, that takes a millisecond per step."""
-
-    def __init__(self):
-        super().__init__(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 512), nn.BatchNorm1d(512))
-
-
 @pytest.fixture
 def tiny(monkeypatch):
     """Replace faceNet by TinyNet."""
-    monkeypatch.setitem(cosFace.net.NETS, "faceNet", TinyNet)
+    monkeypatch.setitem(cosFace.net.NETS, "faceNet", tiny_train.TinyNet)
 
 
 def train(args):
     """Train TinyNet silently, and end this process with the exit status."""
-    cosFace.net.NETS["faceNet"] = TinyNet
     sys.stdout = sys.stderr = open(os.devnull, "w")
-    sys.exit(casia_train.main(list(map(str, args))))
+    sys.exit(tiny_train.main(list(map(str, args))))
 
 
 @pytest.fixture
@@ -87,13 +80,13 @@ def saved_step(checkpoint):
 
 def test_a_full_disk_keeps_the_last_checkpoint_and_training_continues(tiny, main, casia, tmp_path, monkeypatch):
     """Writes fail from step 5 to step 8, as on a full disk on which someone then frees space."""
-    save, saved_steps = casia_train.Checkpoints.save, {}
+    write, saved_steps = casia_train.Checkpoints._write, {}
 
-    def save_with_limit(checkpoints, step, last=False):
+    def write_with_limit(checkpoints, step, last, state):
         with file_size_limit(50_000 if 5 <= step <= 8 else 10**9):
-            save(checkpoints, step, last)
+            write(checkpoints, step, last, state)
         saved_steps[step] = saved_step(checkpoints.path)
-    monkeypatch.setattr(casia_train.Checkpoints, "save", save_with_limit)
+    monkeypatch.setattr(casia_train.Checkpoints, "_write", write_with_limit)
     status, output = main("cosFace", *options(casia, tmp_path))
     assert status == 0 and saved_steps == {2: 2, 4: 4, 6: 4, 8: 4, 10: 10, 12: 12}
     assert "step 6: can't write" in output.err and "Training continues; the checkpoint of step 4 is kept." in output.err
@@ -121,7 +114,7 @@ def test_keep_last_keeps_and_prunes_older_checkpoints(tiny, main, casia, tmp_pat
 
 
 def test_compile_without_a_compiler_prints_one_sentence_and_continues(tiny, main, casia, tmp_path, monkeypatch):
-    def fail(net):
+    def fail(net, dynamic):
         raise RuntimeError("no C++ compiler\nand a long story")
     monkeypatch.setattr(nn.Module, "compile", fail)
     status, output = main("cosFace", *options(casia, tmp_path), "--compile")

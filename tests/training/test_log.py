@@ -38,7 +38,8 @@ def test_geometry_equals_statistics_of_all_cosines():
 
 def train(folder, start, steps, lfw=None):
     """Log steps start + 1 to start + steps; the loss of step i is i, and `lfw` is the LFW accuracy after each epoch."""
-    run = SimpleNamespace(is_main_process=True, device=torch.device("cpu"), world_size=1, bf16=False)
+    run = SimpleNamespace(is_main_process=True, device=torch.device("cpu"), world_size=1, devices="CPU",
+                          precision="float32")
     head = WholeHead(SphereFace(3))
     head.module.weight.data = torch.eye(3, 512)
     with TrainingLog(run, folder, RECIPE, start, {"lr": None, "seed": 3}) as log:
@@ -84,7 +85,8 @@ def test_a_resumed_run_logs_every_step_once(tmp_path):
 
 
 def test_only_the_main_process_writes(tmp_path):
-    run, head = SimpleNamespace(is_main_process=False, device=torch.device("cpu")), WholeHead(SphereFace(3))
+    run = SimpleNamespace(is_main_process=False, device=torch.device("cpu"), world_size=1)
+    head = WholeHead(SphereFace(3))
     with TrainingLog(run, tmp_path, RECIPE, 0, {}) as log:
         for _ in range(30):
             log.record(torch.tensor(1.0), torch.zeros(4), torch.ones(4, 512), torch.zeros(4).long(), head)

@@ -1,21 +1,24 @@
 """Tests of class centers spread over 2 and 3 processes: the results and checkpoints equal those of one process."""
 import math
+import os
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import assert_same_model, options, torchrun
+from conftest import assert_same_model, free_port, options, torchrun
 from torch import distributed, multiprocessing, nn
 
 from cosFace.net import CosFace
 from faces.files import InputError
 from faces.training.checkpoint import Checkpoints
 from faces.training.log import geometry
-from faces.training.run import data_parallel, unwrap
-from faces.training.sharded_head import SGD, ShardedHead, WholeHead, bounds, make_head
+from faces.training.optimizer import SGD
+from faces.training.run import Run, data_parallel, unwrap
+from faces.training.sharded_head import ShardedHead, WholeHead, bounds, make_head
 from sphereFace.net import SphereFace, SphereFaceR
 
+SETTINGS = {"net": "linear", "checkpoint_every": None, "checkpoint_minutes": 10}
 CLASSES = 7    # two processes hold 3 and 4 centers, three processes hold 2, 2 and 3
 LABEL = torch.tensor([0, 6, 3, 3, 2, 5])
 # Each entry holds the function that makes the head for a number of classes, and the margin's arguments for forward().
@@ -30,10 +33,9 @@ def batch(step=0):
     return torch.randn(6, 512, generator=generator), LABEL.roll(step)
 
 
-def make_run(rank=0, world_size=1):
-    """Return a stand-in for faces.training.run.Run."""
-    return SimpleNamespace(rank=rank, world_size=world_size, is_main_process=rank == 0, device=torch.device("cpu"),
-                           print=lambda *_: None)
+def make_run():
+    """Return this process's Run, in float32 on the CPU."""
+    return Run("cpu", "float32")
 
 
 def share(tensor, run):
@@ -70,7 +72,7 @@ class Training:
         self.optimizer = SGD([*self.net.parameters(), *self.head.parameters()], self.head, lr=0.1, momentum=0.9,
                              weight_decay=5e-4)
         faces = SimpleNamespace(classes=classes, fingerprint="unchanged")
-        self.checkpoints = Checkpoints(run, folder, self.net, self.head, self.optimizer, faces, {"net": "linear"})
+        self.checkpoints = Checkpoints(run, folder, self.net, self.head, self.optimizer, faces, SETTINGS)
 
     def train(self, *steps):
         """Train the given steps; return the loss of the last one and the rows of the centers it sampled, or None."""
@@ -80,7 +82,7 @@ class Training:
             rows = None if self.head.sampled is None else self.head.sampled[0]
             self.optimizer.zero_grad()
             loss.backward()
-            self.optimizer.step()
+            self.run.step(self.optimizer)
         return loss.detach(), rows
 
     @property
@@ -93,19 +95,19 @@ class Training:
         return [tensor.detach().clone() for tensor in (unwrap(self.net).weight, self.weight, momentum)]
 
 
-def run_process(rank, folder):
+def run_process(rank, folder, ports):
     """Run one of three processes: the first two write a checkpoint, from which all three continue."""
     torch.set_num_threads(1)
-    for world_size in (2, 3):
+    for world_size, port in zip((2, 3), ports):
         if rank < world_size:
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size),
+                              MASTER_ADDR="localhost", MASTER_PORT=str(port))
             train_and_save_results(rank, world_size, folder)
 
 
 def train_and_save_results(rank, world_size, folder):
     """Train as one of `world_size` processes, and save the results for load_results()."""
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/store{world_size}", rank=rank,
-                                   world_size=world_size)
-    run, results = make_run(rank, world_size), {}
+    run, results = make_run(), {}
     for name, (method, margin) in METHODS.items():
         torch.manual_seed(0)
         results[name] = one_step(ShardedHead(method, CLASSES, rank, world_size), run, margin)
@@ -113,18 +115,19 @@ def train_and_save_results(rank, world_size, folder):
     training = Training(run, folder / "exact", CLASSES)
     if world_size == 2:
         training.train(0, 1)
-        training.checkpoints.save(2)
+        training.checkpoints.save(2, last=True)
     else:
-        training.checkpoints.restore(resume=True)
+        training.checkpoints.restore("always")
     results["loss"], _ = training.train(2)
     results["state"] = training.state()
 
     training = Training(run, folder / f"sampled{world_size}", 40, sample=0.3)
     results["sampled"] = [(*training.train(step), training.weight.detach().clone()) for step in range(2)]
-    training.checkpoints.save(2)
+    training.checkpoints.save(2, last=True)
+    run.meet()
     training.train(2, 3)
     resumed = Training(run, folder / f"sampled{world_size}", 40, sample=0.3)
-    resumed.checkpoints.restore(resume=True)
+    resumed.checkpoints.restore("always")
     resumed.train(2, 3)
     results["resumed exactly"] = all(map(torch.equal, training.state(), resumed.state()))
     torch.save(results, folder / f"{world_size}-{rank}.pt")
@@ -137,7 +140,7 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("shard")
     for name in ("exact", "sampled2", "sampled3"):
         (path / name).mkdir()
-    multiprocessing.spawn(run_process, (path,), 3)
+    multiprocessing.spawn(run_process, (path, (free_port(), free_port())), 3)
     return path
 
 
@@ -171,7 +174,7 @@ def test_a_checkpoint_of_two_processes_resumes_on_one_and_on_three(folder, shard
     expected_loss, _ = uninterrupted.train(0, 1, 2)
     net_weight, centers, momentum = uninterrupted.state()
     resumed = Training(make_run(), folder / "exact", CLASSES, shard=shard)
-    assert resumed.checkpoints.restore(resume=True) == 2
+    assert resumed.checkpoints.restore("always") == 2
     loss, _ = resumed.train(2)
     for actual, expected in zip((loss, *resumed.state()), (expected_loss, net_weight, centers, momentum)):
         torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)

@@ -1,0 +1,108 @@
+"""Tests on a pretended GPU: training, embedding and detection mix no devices, and ordinary steps do not wait for it."""
+import numpy as np
+import pretended_device
+import pytest
+import skimage.data
+import torch
+from conftest import options, tensors
+from pretended_device import PretendedDevice
+from torch import nn
+
+import cosFace.net
+import sphereFace.net
+from cosFace.net import faceNet
+from faces.cpu import kernels
+from faces.training.run import Run
+from faces.verification.embed import embed
+from mtcnn.detector import Detector
+
+pytestmark = pytest.mark.skipif(not pretended_device.available(), reason="this PyTorch can't pretend a device")
+RUNS = {"CosFace": ("cosFace", []), "SphereFace": ("sphereFace", []),
+        "SphereFace-R": ("sphereFace", ["--scale", "30", "--margin", "1.5"]),
+        "sharded": ("cosFace", ["--shard-head"]), "sampled": ("cosFace", ["--sample-centers", "0.5"])}
+
+
+class SmallNet(nn.Sequential):
+    """A network with the kinds of layers that faceNet has, which takes milliseconds per step."""
+
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 8, 3, 4), nn.BatchNorm2d(8), nn.PReLU(8), nn.AdaptiveAvgPool2d(4), nn.Flatten(),
+                         nn.Linear(128, 512), nn.BatchNorm1d(512))
+
+
+@pytest.fixture(autouse=True)
+def simplified(monkeypatch):
+    """Train a small network, and let the CPU compute with PyTorch's own kernels, as the pretended device does."""
+    for method in (cosFace.net, sphereFace.net):
+        monkeypatch.setitem(method.NETS, "faceNet", SmallNet)
+    monkeypatch.setattr(kernels, "available", lambda: False)
+
+
+def model(folder):
+    """Return all tensors of a run's checkpoint, which must load without a GPU."""
+    return tensors(torch.load(folder / "checkpoint.pt", weights_only=True))
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_training_equals_the_cpu_and_ordinary_steps_do_not_wait(name, main, casia, tmp_path, monkeypatch):
+    method, extra = RUNS[name]
+    args = ["--epochs", "0.84", "--jitter", "2", "--checkpoint-every", "100", *extra]
+    assert main(method, *options(casia, tmp_path, "cpu"), *args)[0] == 0
+    step, waits = Run.step, []
+
+    def step_and_note_waits(run, optimizer):
+        step(run, optimizer)
+        waits.append(log.waits.copy())
+        log.waits.clear()
+    monkeypatch.setattr(Run, "step", step_and_note_waits)
+    with PretendedDevice() as log:
+        assert main(method, *options(casia, tmp_path, "gpu"), *args, "--device", "gpu:0")[0] == 0
+    # The first list is of all that comes before the first step, such as moving the network to the device.
+    assert len(waits) == 5 and waits[0] and not any(waits[1:])
+    assert len([operator for operator, place in log.waits if "log.py" in place]) == 1    # reads the loss of all steps
+    assert log.operators["aten.convolution_backward.default"] == 5 and not log.float64
+    expected, actual = model(tmp_path / "cpu"), model(tmp_path / "gpu")
+    assert expected.keys() == actual.keys()
+    for key, tensor in expected.items():
+        torch.testing.assert_close(actual[key], tensor, atol=1e-6, rtol=1e-4, msg=key)
+
+
+def test_a_run_moves_between_devices(main, casia, tmp_path):
+    args = [*options(casia, tmp_path), "--resume", "auto"]
+    assert main("cosFace", *options(casia, tmp_path, "cpu"))[0] == 0
+    with PretendedDevice(), pytest.MonkeyPatch.context() as patch:
+        should_stop = Run.should_stop
+        patch.setattr(Run, "should_stop", lambda run: should_stop(run) or stop_at(run, 5))
+        assert main("cosFace", *args, "--device", "gpu:0")[0] == 143
+    assert main("cosFace", *args)[0] == 0
+    expected, actual = model(tmp_path / "cpu"), model(tmp_path / "run")
+    for key, tensor in expected.items():
+        torch.testing.assert_close(actual[key], tensor, atol=1e-6, rtol=1e-4, msg=key)
+
+
+def stop_at(run, step):
+    """Pretend that the run is asked to stop after this many steps."""
+    run.steps_done = getattr(run, "steps_done", 0) + 1
+    run.stop_signal = 15 if run.steps_done == step else None
+    return run.stop_signal is not None
+
+
+def test_embeddings_equal_those_of_the_cpu():
+    faces = np.random.default_rng(0).integers(0, 256, (6, 112, 96, 3), np.uint8)
+    net = faceNet().eval()
+    expected = embed(net, faces, torch.device("cpu"), progress=False)
+    with PretendedDevice() as log:
+        actual = embed(net, faces, torch.device("gpu:0"), batch_size=4, progress=False)
+    np.testing.assert_allclose(actual, expected, atol=1e-4)
+    assert len(log.operators) > 5 and not log.float64
+
+
+def test_detection_equals_that_of_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch, "inference_mode", torch.no_grad)    # which a pretended device does not support
+    monkeypatch.setattr(Detector, "cascade", torch.no_grad()(Detector.cascade.__wrapped__))
+    photo = skimage.data.astronaut()
+    expected = Detector(device="cpu").detect(photo)
+    with PretendedDevice() as log:
+        actual = Detector(device="gpu:0").detect(photo)
+    assert len(actual.boxes) == len(expected.boxes) > 0 and not log.float64
+    np.testing.assert_allclose(actual.landmarks, expected.landmarks, atol=1e-2)
