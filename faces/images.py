@@ -1,27 +1,60 @@
 """Read image files as uint8 RGB (H, W, 3), or raise UnreadableImage with the reason.
 
 The whole project reads images through this module, so detection, training and evaluation see the same pixels. Photos
-are rotated according to their EXIF orientation.
+are rotated according to their EXIF orientation. A file that is damaged as far as its format tells is not an image.
 """
 import contextlib
+import functools
 import io
 import os
+import stat
 import warnings
-from pathlib import Path
+import zlib
+from collections import Counter
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".pgm", ".ppm", ".webp", ".tif", ".tiff", ".gif"})
-MAX_PIXELS = 128_000_000   # 384 MB when decoded; the header is checked before memory is allocated
-MAX_BYTES = 512_000_000
+from faces import jpeg
+
+EXTENSIONS = frozenset(""".jpg .jpeg .jpe .jfif .png .bmp .pbm .pgm .ppm .pnm .webp .tif .tiff .gif .avif
+    .jp2""".split())
+# Files that belong to the system or another program, and files beside photos that can't be photos.
+SYSTEM = frozenset("thumbs.db ehthumbs.db desktop.ini __macosx @eadir #recycle $recycle.bin lost+found".split())
+NO_PHOTOS = frozenset(""".txt .csv .tsv .json .jsonl .xml .md .html .htm .yaml .yml .log .pdf .py .ipynb .sh .npy .npz
+    .mat .pts .pkl .pickle .h5 .hdf5 .db .lst .list .idx .rec .bin .zip .tar .gz .tgz .7z .rar .url .lnk""".split())
+FORMATS = "JPEG", "MPO", "PNG", "BMP", "DIB", "PPM", "WEBP", "TIFF", "GIF", "AVIF", "JPEG2000"     # Pillow's names
+# The header is checked against these before memory is allocated.
+MAX_PIXELS = 128_000_000
+MAX_BYTES = 384_000_000      # an uncompressed file of that many pixels
+MAX_MEMORY = 1_000_000_000   # for the file, the image, and whatever else the decoder needs
+MAX_SCAN_PIXELS = 850_000_000    # in all scans of a progressive JPEG, which usually has ten scans
+# Bytes per pixel: 3 for the image, 3 for a rotated copy, and the decoder's own.
+LEAN, JPEG_WITH_SCANS, GREEDY = 6, 12, 17
 # OpenCV's warnings are turned off, because our own messages name the file. OpenCV 4.13 moved the function.
 (cv2.setLogLevel if hasattr(cv2, "setLogLevel") else cv2.utils.logging.setLogLevel)(0)
 
 
 class UnreadableImage(Exception):
     """The file can't be used as an image. The message is the reason, without the file's name."""
+
+
+class Scan(NamedTuple):
+    """What was found below a folder.
+
+    paths: relative paths of all images, sorted, with forward slashes.
+    ignored: Counter of what is left out because it is no photo, by its kind.
+    lost: Counter of what is left out although it may be a photo, by its kind.
+    """
+    paths: list
+    ignored: Counter
+    lost: Counter
+
+    def left_out(self):
+        """Return the counts in words, such as "2 x .heic, 1 x broken link", or an empty string."""
+        return ", ".join(f"{count:,} x {kind}" for kind, count in (*self.lost.items(), *self.ignored.items()))
 
 
 def read_image(source):
@@ -34,13 +67,19 @@ def read_image(source):
         uint8 (H, W, 3), RGB. Gray is repeated in all channels, transparency is dropped, and 16 bits are reduced to 8.
 
     Raises:
-        UnreadableImage: the file is missing, empty, truncated, over MAX_PIXELS, or not an image.
+        UnreadableImage: the file is missing, empty, damaged, not a regular file, not an image, or would need more than
+            MAX_MEMORY.
     """
     data = source if isinstance(source, bytes) else _read_bytes(source)
-    _check_header(data)
-    _check_complete(data)
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)  # applies the EXIF orientation
-    return _decode_with_pillow(data) if image is None else image  # a format that OpenCV can't decode
+    if not data:
+        raise UnreadableImage("empty file")
+    try:
+        header = jpeg.read_header(data)
+        return _decode_jpeg(data, *header) if header else _decode_other(data)
+    except cv2.error:            # for instance, more than 2**20 columns or rows
+        raise UnreadableImage("can't be decoded by OpenCV") from None
+    except MemoryError:
+        raise UnreadableImage("out of memory") from None
 
 
 @contextlib.contextmanager
@@ -55,68 +94,162 @@ def one_opencv_thread():
 
 
 def list_images(root):
-    """Return the relative paths of all images below `root`, sorted, with forward slashes; hidden files are ignored."""
-    root = Path(root)
-    return sorted(path.relative_to(root).as_posix() for path in root.rglob("*")
-                  if path.suffix.lower() in EXTENSIONS and path.is_file() and not path.name.startswith("."))
+    """Return the relative paths of all images below `root`, sorted, with forward slashes; see scan_images()."""
+    return scan_images(root).paths
+
+
+def scan_images(root):
+    """Return the Scan of a folder.
+
+    Links to folders are followed, but no folder is read twice. Hidden files and folders are left out.
+    """
+    scan, seen = Scan([], Counter(), Counter()), set()
+    folders, links = [""], []
+    while folders or links:
+        name = folders.pop() if folders else links.pop(0)
+        path = os.path.join(root, name)
+        try:
+            status = os.stat(path)
+            repeated = (status.st_dev, status.st_ino) in seen
+            entries = [] if repeated else sorted(os.scandir(path), key=lambda entry: entry.name)
+        except OSError:
+            scan.lost["folder that can't be read"] += 1
+            continue
+        if repeated:
+            scan.ignored["link to a folder that is read anyway"] += 1
+        seen.add((status.st_dev, status.st_ino))
+        for entry in entries:
+            relative = f"{name}/{entry.name}" if name else entry.name
+            if is_system_name(entry.name):
+                scan.ignored["hidden or system file"] += 1
+            elif _is(entry.is_dir):
+                (links if entry.is_symlink() else folders).append(relative)
+            elif _is(entry.is_file):
+                sort_in(relative, scan)
+            else:
+                scan.lost["broken link" if entry.is_symlink() else "pipe or other special file"] += 1
+    scan.paths.sort()
+    return scan
+
+
+def is_system_name(name):
+    """Return whether a file or folder is hidden, or belongs to the system and not to the data."""
+    return name.startswith(".") or name.lower() in SYSTEM
+
+
+def sort_in(path, scan):
+    """Add the path of a file to the part of a Scan where its extension belongs."""
+    extension = os.path.splitext(path)[1].lower()
+    if extension in EXTENSIONS:
+        scan.paths.append(path)
+    else:
+        (scan.ignored if extension in NO_PHOTOS else scan.lost)[extension or "file without extension"] += 1
+
+
+def _is(test):
+    try:
+        return test()
+    except OSError:    # for example, a link to itself
+        return False
 
 
 def _read_bytes(path):
+    # Opening a named pipe would wait for a writer forever without O_NONBLOCK, which regular files ignore.
+    def opener(path, flags):
+        return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
     try:
-        with open(path, "rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > MAX_BYTES:
+        with open(path, "rb", buffering=0, opener=opener) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise UnreadableImage("not a regular file")
+            if status.st_size > MAX_BYTES:
                 raise UnreadableImage(f"over {MAX_BYTES // 10**6} MB")
-            return file.read(size)
+            return file.read(status.st_size)
     except OSError as error:
         raise UnreadableImage(error.strerror or str(error)) from None
+    except ValueError:           # a NUL character in the name
+        raise UnreadableImage("not a file name") from None
 
 
-def _check_header(data):
-    if not data:
-        raise UnreadableImage("empty file")
-    width, height = _jpeg_size(data) or _size_from_pillow(data)
+def _decode_jpeg(data, width, height, progressive, scans):
+    # If a file has several scans, the decoder keeps all coefficients, of two bytes each.
+    _check_size(data, width, height, JPEG_WITH_SCANS if progressive or scans > 1 else LEAN)
+    if scans * width * height > MAX_SCAN_PIXELS:    # each scan of a few bytes can take a pass over the whole image
+        raise UnreadableImage(f"{width} x {height} in {scans} scans takes too long to decode")
+    if jpeg.is_truncated(data):
+        raise UnreadableImage("truncated JPEG")
+    image, corruption = jpeg.decode(data)
+    if corruption or image is None:
+        raise UnreadableImage(corruption or "damaged JPEG")
+    return image
+
+
+def _decode_other(data):
+    format, width, height = _header_from_pillow(data)
+    if format in ("JPEG", "MPO"):    # with an unusual header
+        return _decode_jpeg(data, width, height, True, data.count(b"\xff\xda"))
+    _check_size(data, width, height, LEAN if format in ("PNG", "BMP", "PPM", "WEBP") else GREEDY)
+    if format == "PNG":
+        _check_png(data)
+    if format == "TIFF":             # OpenCV decodes damaged ones without a word
+        _decode_with_pillow(data)
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)    # applies the EXIF orientation
+    if image is not None:
+        return image
+    if format == "WEBP":
+        raise UnreadableImage("damaged WebP")
+    _check_size(data, width, height, GREEDY)
+    return _decode_with_pillow(data)    # a format that OpenCV can't decode
+
+
+def _check_size(data, width, height, bytes_per_pixel):
+    if not width * height:
+        raise UnreadableImage("no pixels")
     if width * height > MAX_PIXELS:
         raise UnreadableImage(f"{width} x {height} is over {MAX_PIXELS // 10**6} megapixels")
+    if len(data) + bytes_per_pixel * width * height > MAX_MEMORY:
+        raise UnreadableImage(f"{width} x {height} needs over {MAX_MEMORY // 10**9} GB to decode in this format")
 
 
-def _jpeg_size(data):
-    """Return (width, height) of a JPEG with an ordinary header, or else None. This is ten times as fast as Pillow."""
-    position = 2 if data[:2] == b"\xff\xd8" else len(data)
-    while position + 9 <= len(data) and data[position] == 0xff:
-        marker, length = data[position + 1], int.from_bytes(data[position + 2:position + 4], "big")
-        if marker in (0xc0, 0xc1, 0xc2):  # start of frame: baseline, extended or progressive
-            height, width = data[position + 5:position + 7], data[position + 7:position + 9]
-            return int.from_bytes(width, "big"), int.from_bytes(height, "big")
-        if marker not in (0xc4, 0xdb, 0xdd, 0xfe, *range(0xe0, 0xf0)) or length < 2:  # not metadata or a table
-            return None
-        position += 2 + length
-    return None
+@functools.cache
+def _formats():
+    Image.init()
+    return [format for format in FORMATS if format in Image.OPEN]
 
 
-def _size_from_pillow(data):
+def _header_from_pillow(data):
+    """Return (format, width, height)."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns about sizes that are refused here anyway
-            with Image.open(io.BytesIO(data)) as image:
-                return image.size
+            with Image.open(io.BytesIO(data), formats=_formats()) as image:
+                return image.format, *image.size
     except Image.DecompressionBombError:
         raise UnreadableImage(f"over {MAX_PIXELS // 10**6} megapixels") from None
     except Exception as error:  # Pillow's plugins can raise any exception on malformed data
         raise UnreadableImage("not an image") from error
 
 
-def _check_complete(data):
-    # OpenCV silently fills the missing part of a truncated JPEG with gray, so look for the end marker. In a complete
-    # file it follows the last start of scan, and neither of these two-byte values can occur inside the compressed data.
-    # Almost every file ends with the end marker, so that is checked first.
-    if data[:2] == b"\xff\xd8" and data[-2:] != b"\xff\xd9" and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
-        raise UnreadableImage("truncated JPEG")
+def _check_png(data):
+    """Check the lengths and the checksums of all chunks; decoders ignore some of them or allocate what they claim."""
+    position, kind = 8, None
+    while kind != b"IEND":
+        length, kind = int.from_bytes(data[position:position + 4], "big"), data[position + 4:position + 8]
+        end = position + 8 + length
+        if end + 4 > len(data):
+            raise UnreadableImage("truncated PNG")
+        optional = kind[0] & 32
+        if not optional and zlib.crc32(memoryview(data)[position + 4:end]) != int.from_bytes(data[end:end + 4], "big"):
+            raise UnreadableImage("damaged PNG")
+        position = end + 4
 
 
 def _decode_with_pillow(data):
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data), formats=_formats()) as image:
+                return np.array(ImageOps.exif_transpose(image).convert("RGB"))
     except Exception as error:
         raise UnreadableImage(f"can't be decoded ({error})") from error

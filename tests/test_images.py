@@ -1,12 +1,17 @@
 """read_image() returns every image as uint8 RGB, or raises UnreadableImage with the reason."""
 import io
+import os
+import struct
+import sys
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from faces import images
-from faces.images import MAX_PIXELS, UnreadableImage, read_image
+from faces import images, jpeg
+from faces.images import MAX_PIXELS, UnreadableImage, list_images, read_image, scan_images
 
 RGB = np.zeros((40, 30, 3), np.uint8)
 RGB[:20] = (250, 10, 20)          # red above blue
@@ -65,10 +70,104 @@ def test_size_is_checked_before_memory_is_allocated():
                                      {"quality": 100, "subsampling": 0, "icc_profile": b"x" * 70_000}])
 def test_size_of_a_jpeg_is_read_from_its_header(options):
     data = encoded(Image.fromarray(RGB), "JPEG", **options)
-    assert images._jpeg_size(data) == (30, 40)
+    assert jpeg.read_header(data)[:2] == (30, 40)
     large = bytearray(data)
     position = max(data.find(b"\xff\xc0\x00\x11"), data.find(b"\xff\xc2\x00\x11"))
     large[position + 5:position + 9] = b"\xff\xdc\xff\xdc"         # claims 65,500 x 65,500 pixels
     with pytest.raises(UnreadableImage, match="megapixels"):
         read_image(bytes(large))
-    assert images._jpeg_size(data[:position]) is None and images._jpeg_size(data[:position] + b"junk" * 9) is None
+    assert jpeg.read_header(data[:position]) is None and jpeg.read_header(data[:position] + b"junk" * 9) is None
+
+
+def noise(format, size=120, **options):
+    pixels = np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8)
+    return encoded(Image.fromarray(pixels), format, **options)
+
+
+def overwrite(data, start, replacement):
+    return data[:start] + replacement + data[start + len(replacement):]
+
+
+def reason(source):
+    """Return why an image is unreadable, or None."""
+    try:
+        read_image(source)
+    except UnreadableImage as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("format, options", [("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}),
+                                             ("TIFF", {"compression": "tiff_deflate"})])
+def test_damaged_pixels_are_not_decoded(format, options):
+    data = noise(format, **options)
+    assert reason(data) is None
+    assert reason(overwrite(data, len(data) // 2, bytes(64)))                  # zeros in the middle
+    assert reason(data[:len(data) // 2] + b"\xff\xd9")                         # for a JPEG, cut but with an end marker
+
+
+def test_a_corrupt_jpeg_is_told_from_those_decoded_at_the_same_time(capfd):
+    whole = noise("JPEG")
+    corrupt = overwrite(whole, len(whole) // 2, bytes(64))
+    with jpeg.watched_stderr(), ThreadPoolExecutor(4) as pool:
+        print("progress", file=sys.stderr)
+        reasons = list(pool.map(reason, [corrupt if i % 5 == 0 else whole for i in range(200)]))
+        os.write(2, b"a message of another library\n")
+    assert [i for i, found in enumerate(reasons) if found] == list(range(0, 200, 5)) and "Corrupt JPEG" in reasons[0]
+    assert capfd.readouterr().err.splitlines() == ["progress", "a message of another library"]
+
+
+def png_chunk(kind, data, length=None):
+    return (struct.pack(">I", len(data) if length is None else length) + kind + data
+            + struct.pack(">I", zlib.crc32(kind + data)))
+
+
+def test_hostile_files_are_refused_before_they_take_memory_or_time():
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 48, 40, 8, 6, 0, 0, 0))
+    announced = b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", zlib.compress(bytes(48 * 4 * 40 + 40)), 0xff000000)
+    assert reason(announced) == "truncated PNG"
+    progressive = encoded(Image.new("L", (3000, 3000)), "JPEG", progressive=True)
+    scan = progressive[progressive.rfind(b"\xff\xda"):-2]
+    assert "scans takes too long" in reason(progressive[:-2] + 200 * scan + b"\xff\xd9")
+    assert "1 GB" in reason(encoded(Image.new("1", (9000, 9000)), "TIFF", compression="group4"))
+    assert reason(encoded(Image.new("1", (2**20 + 1, 1)), "BMP")) == "can't be decoded by OpenCV"
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"        # for which Pillow would run Ghostscript
+    assert reason(postscript) == "not an image"
+
+
+def test_only_regular_files_are_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    assert reason(tmp_path / "pipe.jpg") == "not a regular file"
+    assert reason(tmp_path) and reason("a\0b")
+
+
+def test_a_scan_counts_what_it_leaves_out(tmp_path, monkeypatch):
+    root, elsewhere = tmp_path / "set", tmp_path / "elsewhere"
+    for name in ("a/1.jpg", "a/2.JFIF", "a/3.jpe", "a/4.heic", "a/noname", "a/._1.jpg", "a/Thumbs.db", "list.txt",
+                 ".ipynb_checkpoints/1.jpg", "a/@eaDir/1.jpg", "__MACOSX/a/1.jpg", "locked/1.jpg"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"")
+    elsewhere.mkdir()
+    (elsewhere / "5.png").write_bytes(b"")
+    (root / "b").symlink_to(elsewhere)
+    (root / "again").symlink_to(root / "a")
+    (root / "a/loop").symlink_to(root)
+    (root / "a/6.jpg").symlink_to(elsewhere / "5.png")
+    (root / "a/7.jpg").symlink_to(elsewhere / "absent.png")
+    (root / "a/8.jpg").symlink_to(root / "a/8.jpg")
+    os.mkfifo(root / "a/9.jpg")
+    monkeypatch.setattr(images.os, "scandir", deny_locked(os.scandir))
+    scan = scan_images(root)
+    assert scan.paths == ["a/1.jpg", "a/2.JFIF", "a/3.jpe", "a/6.jpg", "b/5.png"] == list_images(root)
+    assert scan.ignored == {"hidden or system file": 5, ".txt": 1, "link to a folder that is read anyway": 2}
+    assert scan.lost == {".heic": 1, "file without extension": 1, "broken link": 2, "pipe or other special file": 1,
+                         "folder that can't be read": 1}
+    assert "1 x .heic" in scan.left_out()
+
+
+def deny_locked(scandir):
+    """Return os.scandir() as it is for a user who may not read folders named `locked`."""
+    def denied(path):
+        if str(path).endswith("locked"):
+            raise PermissionError
+        return scandir(path)
+    return denied

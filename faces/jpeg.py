@@ -1,0 +1,160 @@
+"""Decode JPEG files, and notice when their data are corrupt.
+
+Libjpeg decodes whatever it can of a damaged file, fills the rest with gray or noise, and reports success. It says so
+only in a line such as "Corrupt JPEG data: premature end of data segment" on file descriptor 2, and no decoder for
+Python passes that on. Therefore the descriptor is redirected to a temporary file while a JPEG is decoded.
+"""
+import contextlib
+import os
+import re
+import sys
+import tempfile
+import threading
+
+import cv2
+import numpy as np
+
+FRAMES = {0xc0: False, 0xc1: False, 0xc2: True}      # start of frame: baseline, extended; and progressive
+TABLES = frozenset({0xc4, 0xdb, 0xdd, 0xfe, *range(0xe0, 0xf0)})     # metadata and tables
+CORRUPT = re.compile(r"Corrupt JPEG data.*|Premature end of JPEG.*")
+
+
+def read_header(data):
+    """Return (width, height, progressive, scans) of a JPEG with an ordinary header, or None for any other file.
+
+    The scans are counted after the header, so those of a thumbnail in the metadata don't count.
+    """
+    position = 2 if data[:2] == b"\xff\xd8" else len(data)
+    while position + 9 <= len(data) and data[position] == 0xff:
+        marker, length = data[position + 1], int.from_bytes(data[position + 2:position + 4], "big")
+        if marker in FRAMES:
+            height, width = (int.from_bytes(data[position + i:position + i + 2], "big") for i in (5, 7))
+            return width, height, FRAMES[marker], data.count(b"\xff\xda", position)
+        if marker not in TABLES or length < 2:
+            return None
+        position += 2 + length
+    return None
+
+
+def is_truncated(data):
+    """Return whether the end marker is missing.
+
+    In a complete file it follows the last start of scan, and neither of these two-byte values can occur inside the
+    compressed data. Almost every file ends with the end marker, so that is checked first.
+    """
+    return data[-2:] != b"\xff\xd9" and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda")
+
+
+def decode(data):
+    """Return (uint8 (H, W, 3), RGB, or None if it can't be decoded; what libjpeg says about corrupt data, or None).
+
+    The EXIF orientation is applied. Several threads may call this at once.
+    """
+    array = np.frombuffer(data, np.uint8)
+    with watched_stderr():
+        with _watch.together():
+            before = _watch.size()
+            image = cv2.imdecode(array, cv2.IMREAD_COLOR_RGB)
+            silent = _watch.size() == before
+        if silent:
+            return image, None
+        # Another thread may have caused the message, so this image is decoded again while no other one is.
+        with _watch.alone():
+            before = _watch.size()
+            image = cv2.imdecode(array, cv2.IMREAD_COLOR_RGB)
+            found = CORRUPT.search(_watch.read(before))
+    return image, found and found[0].strip()
+
+
+@contextlib.contextmanager
+def watched_stderr():
+    """Redirect file descriptor 2 to a temporary file inside a `with` block; these blocks may overlap.
+
+    Python's sys.stderr keeps writing to where it did, if it is looked up inside the block. What else was written to the
+    descriptor follows at the end of the block.
+    """
+    _watch.enter()
+    try:
+        yield
+    finally:
+        _watch.leave()
+
+
+class _Watch:
+    def __init__(self):
+        self.changed = threading.Condition()
+        self.users = self.decoding = 0       # blocks of watched_stderr(), and images being decoded
+        self.exclusive = False
+        self.log = None                      # None also if the descriptor can't be redirected; then nothing is noticed
+        self.file = self.process = None
+
+    def enter(self):
+        with self.changed:
+            self.users += 1
+            if self.users > 1:
+                return
+            try:
+                if self.process != os.getpid():      # processes must not share the file
+                    self.file, self.process = tempfile.TemporaryFile(), os.getpid()
+                self.saved = os.dup(2)
+            except OSError:                          # no descriptor 2, or no folder for temporary files
+                return
+            self.python, self.log = sys.stderr, self.file
+            with contextlib.suppress(AttributeError, OSError, ValueError):
+                self.python.flush()
+                if self.python.fileno() == 2:
+                    sys.stderr = open(self.saved, "w", encoding=self.python.encoding, errors=self.python.errors,
+                                      buffering=1, closefd=False)
+            os.dup2(self.log.fileno(), 2)
+
+    def leave(self):
+        with self.changed:
+            self.users -= 1
+            if self.users or self.log is None:
+                return
+            if sys.stderr is not self.python:
+                sys.stderr.flush()
+                sys.stderr = self.python
+            os.dup2(self.saved, 2)
+            others = [line for line in self.read(0).splitlines(True) if not CORRUPT.match(line)]
+            with contextlib.suppress(OSError):
+                os.write(2, "".join(others).encode("latin-1"))
+            os.close(self.saved)
+            self.log.seek(0)
+            self.log.truncate()
+            self.log = None
+
+    @contextlib.contextmanager
+    def together(self):
+        with self.changed:
+            self.changed.wait_for(lambda: not self.exclusive)
+            self.decoding += 1
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.decoding -= 1
+                self.changed.notify_all()
+
+    @contextlib.contextmanager
+    def alone(self):
+        with self.changed:
+            self.changed.wait_for(lambda: not self.exclusive)
+            self.exclusive = True
+            self.changed.wait_for(lambda: not self.decoding)
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.exclusive = False
+                self.changed.notify_all()
+
+    def size(self):
+        return 0 if self.log is None else os.fstat(self.log.fileno()).st_size
+
+    def read(self, start):
+        self.log.seek(start)
+        return self.log.read().decode("latin-1")
+
+
+_watch = _Watch()
