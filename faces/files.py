@@ -34,6 +34,9 @@ def command(main):
     @functools.wraps(main)
     def run(*args, **kwargs):
         script = os.path.basename(sys.argv[0])
+        for stream in (sys.stdout, sys.stderr):    # names of files may have letters that the console lacks
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
         try:
             return main(*args, **kwargs)
         except InputError as error:

@@ -25,6 +25,7 @@ EXTENSIONS = frozenset(""".jpg .jpeg .jpe .jfif .png .bmp .pbm .pgm .ppm .pnm .w
 SYSTEM = frozenset("thumbs.db ehthumbs.db desktop.ini __macosx @eadir #recycle $recycle.bin lost+found".split())
 NO_PHOTOS = frozenset(""".txt .csv .tsv .json .jsonl .xml .md .html .htm .yaml .yml .log .pdf .py .ipynb .sh .npy .npz
     .mat .pts .pkl .pickle .h5 .hdf5 .db .lst .list .idx .rec .bin .zip .tar .gz .tgz .7z .rar .url .lnk""".split())
+LISTS = frozenset("casia_landmark.txt lfw_landmark.txt pairs.txt pairsDevTrain.txt pairsDevTest.txt".split())
 FORMATS = "JPEG", "MPO", "PNG", "BMP", "DIB", "PPM", "WEBP", "TIFF", "GIF", "AVIF", "JPEG2000"     # Pillow's names
 # The header is checked against these before memory is allocated.
 MAX_PIXELS = 128_000_000
@@ -45,16 +46,16 @@ class Scan(NamedTuple):
     """What was found below a folder.
 
     paths: relative paths of all images, sorted, with forward slashes.
-    ignored: Counter of what is left out because it is no photo, by its kind.
-    lost: Counter of what is left out although it may be a photo, by its kind.
+    ignored: Counter of what is left out because it is no photo, by its kind, see count_of().
+    lost: Counter of what is left out although it may be a photo.
     """
     paths: list
     ignored: Counter
     lost: Counter
 
     def left_out(self):
-        """Return the counts in words, such as "2 x .heic, 1 x broken link", or an empty string."""
-        return ", ".join(f"{count:,} x {kind}" for kind, count in (*self.lost.items(), *self.ignored.items()))
+        """Return the counts in words, such as "2 .heic files, 1 broken link", or an empty string."""
+        return ", ".join(count_of(number, kind) for kind, number in (*self.lost.items(), *self.ignored.items()))
 
 
 def read_image(source):
@@ -80,6 +81,22 @@ def read_image(source):
         raise UnreadableImage("can't be decoded by OpenCV") from None
     except MemoryError:
         raise UnreadableImage("out of memory") from None
+
+
+def summarize(failures, count=3):
+    """Return the most frequent reasons in words, with one image of each.
+
+    Args:
+        failures: list of (name, reason).
+        count: maximum number of reasons.
+    """
+    names, reasons = {}, Counter()
+    for name, reason in failures:
+        names.setdefault(reason, name)
+        reasons[reason] += 1
+    shown = [f"{names[reason]}: {reason}" + (f" (and {number - 1:,} like it)" if number > 1 else "")
+             for reason, number in reasons.most_common(count)]
+    return "; ".join(shown) + ("; ..." if len(reasons) > count else "")
 
 
 @contextlib.contextmanager
@@ -113,23 +130,28 @@ def scan_images(root):
             repeated = (status.st_dev, status.st_ino) in seen
             entries = [] if repeated else sorted(os.scandir(path), key=lambda entry: entry.name)
         except OSError:
-            scan.lost["folder that can't be read"] += 1
+            scan.lost["folder~ that can't be read"] += 1
             continue
         if repeated:
-            scan.ignored["link to a folder that is read anyway"] += 1
+            scan.ignored["link~ to a folder that is read anyway"] += 1
         seen.add((status.st_dev, status.st_ino))
         for entry in entries:
             relative = f"{name}/{entry.name}" if name else entry.name
             if is_system_name(entry.name):
-                scan.ignored["hidden or system file"] += 1
+                scan.ignored["hidden or system file~"] += 1
             elif _is(entry.is_dir):
                 (links if entry.is_symlink() else folders).append(relative)
             elif _is(entry.is_file):
                 sort_in(relative, scan)
             else:
-                scan.lost["broken link" if entry.is_symlink() else "pipe or other special file"] += 1
+                scan.lost["broken link~" if entry.is_symlink() else "special file~ such as a pipe"] += 1
     scan.paths.sort()
     return scan
+
+
+def count_of(number, kind):
+    """Return such as "1 link" or "2 links" for the kind "link~"."""
+    return f"{number:,} {kind.replace('~', '' if number == 1 else 's')}"
 
 
 def is_system_name(name):
@@ -142,8 +164,9 @@ def sort_in(path, scan):
     extension = os.path.splitext(path)[1].lower()
     if extension in EXTENSIONS:
         scan.paths.append(path)
-    else:
-        (scan.ignored if extension in NO_PHOTOS else scan.lost)[extension or "file without extension"] += 1
+    elif path not in LISTS:
+        kind = f"{extension} file~" if extension else "file~ without extension"
+        (scan.ignored if extension in NO_PHOTOS else scan.lost)[kind] += 1
 
 
 def _is(test):

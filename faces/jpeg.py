@@ -4,6 +4,7 @@ Libjpeg decodes whatever it can of a damaged file, fills the rest with gray or n
 only in a line such as "Corrupt JPEG data: premature end of data segment" on file descriptor 2, and no decoder for
 Python passes that on. Therefore the descriptor is redirected to a temporary file while a JPEG is decoded.
 """
+import atexit
 import contextlib
 import os
 import re
@@ -96,6 +97,7 @@ class _Watch:
             try:
                 if self.process != os.getpid():      # processes must not share the file
                     self.file, self.process = tempfile.TemporaryFile(), os.getpid()
+                    atexit.register(self.file.close)
                 self.saved = os.dup(2)
             except OSError:                          # no descriptor 2, or no folder for temporary files
                 return

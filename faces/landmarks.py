@@ -3,12 +3,15 @@
 A landmark list is tab-separated, `path x1 y1 ... x5 y5` (LFW) or `path label x1 y1 ... x5 y5` (CASIA-WebFace). A list
 of aligned faces has lines of `path label`.
 """
+import codecs
 import hashlib
+import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from faces.align import arrangement_problem
 from faces.files import CACHE, InputError, atomic_write, inside
 
 # Error messages use these: the name of the kind of list, and how to get one.
@@ -40,7 +43,7 @@ def read_landmarks(path, labeled):
 
     Raises:
         InputError: the file can't be read or is empty; a line has the wrong number of fields, a value that is not a
-            finite number, or a path that leaves the folder or occurs twice.
+            finite number, or a path that leaves the folder or occurs twice; or the landmarks can't be those of faces.
     """
     columns = 12 if labeled else 11
     paths, labels, points = [], [], []
@@ -50,18 +53,23 @@ def read_landmarks(path, labeled):
             raise InputError(f"{path}, line {number}: expected {columns} tab-separated fields (path, "
                              f"{'label, ' if labeled else ''}ten numbers) but found {len(fields)}; correct the line.")
         try:
-            inside(Path(path).parent, fields[0])
+            name = _relative_path(path, fields[0])
             label = _label(fields[1]) if labeled else 0
             values = np.array(fields[columns - 10:], np.float32)
             if not np.isfinite(values).all():
                 raise ValueError
         except ValueError:
             raise InputError(f"{path}, line {number}: a value is not a valid number; correct the line.") from None
-        paths.append(fields[0])
+        paths.append(name)
         labels.append(label)
         points.append(values)
     _check_paths(paths, path, *LANDMARKS)
-    return LandmarkList(paths, np.array(labels, np.int64) if labeled else None, np.array(points).reshape(-1, 5, 2))
+    points = np.array(points).reshape(-1, 5, 2)
+    problem = arrangement_problem(points)
+    if problem:
+        raise InputError(f"{path} is not a usable landmark list: {problem}; expected x1 y1 ... x5 y5 in pixels for "
+                         f"the image-left eye, the other eye, the nose, and both corners of the mouth; {LANDMARKS[1]}.")
+    return LandmarkList(paths, np.array(labels, np.int64) if labeled else None, points)
 
 
 def read_labels(path):
@@ -81,8 +89,7 @@ def read_labels(path):
     for number, line in _lines(path, *ALIGNED):
         name, *label = line.strip().rsplit(maxsplit=1)
         try:
-            inside(Path(path).parent, name)
-            paths.append(name)
+            paths.append(_relative_path(path, name))
             labels.append(_label(*label))
         except (ValueError, TypeError):
             raise InputError(f"{path}, line {number}: expected a path and a whole number as its label; correct the "
@@ -98,7 +105,7 @@ def write_landmarks(path, rows):
         path: the file.
         rows: iterable of (path, points) or (path, label, points); points float (5, 2).
     """
-    with atomic_write(path, "w", encoding="utf-8") as file:
+    with atomic_write(path, "w", encoding="utf-8", errors="surrogateescape") as file:
         for row in rows:
             file.write(format_line(*row))
 
@@ -122,14 +129,52 @@ def format_line(path, *label_and_points):
     return "\t".join([path, *map(str, label), *(f"{v:.2f}" for v in np.ravel(points))]) + "\n"
 
 
+def read_text(path):
+    """Return the text of a file in UTF-8, or in UTF-16 if it starts with a byte-order mark.
+
+    Names of files are not always UTF-8; their bytes are kept, as os.fsdecode() does.
+
+    Args:
+        path: Path of a regular file, or anything else that has read_bytes() and is_file().
+
+    Raises:
+        OSError: the file can't be read.
+        ValueError: it is not text.
+    """
+    if not path.is_file():      # reading a named pipe would wait forever
+        raise OSError(0, "not a regular file" if path.exists() else "No such file or directory")
+    return decode_text(path.read_bytes())
+
+
+def decode_text(data):
+    """Return the text of a file's bytes; see read_text()."""
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data.decode("utf-16")
+    if b"\0" in data:
+        raise ValueError("not a text file")
+    return data.decode("utf-8-sig", "surrogateescape")
+
+
+def normal_form(name):
+    """Return a name for comparisons: macOS may store an accented letter as two characters, most lists have one."""
+    return unicodedata.normalize("NFC", name)
+
+
 def _lines(path, kind, advice):
     """Return the lines that are not blank, as a list of (line number, line)."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(Path(path))
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "not a text file"
         raise InputError(f"can't read the {kind} {path}: {reason}; {advice}.") from None
     return [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+
+
+def _relative_path(path, name):
+    """Return a path that the list `path` names, with forward slashes; raise InputError if it leaves the folder."""
+    name = name.replace("\\", "/")
+    inside(Path(path).parent, name)
+    return name
 
 
 def _label(text):

@@ -3,13 +3,15 @@
 A cache is a folder. faces.u8 holds N faces of 112x96x3 bytes in the order of the list, and failed.txt lists the images
 that could not be used. During the build, journal.jsonl records which chunks of faces.u8 are done, so a killed build
 continues where it stopped. cache.json is written last and marks the cache as complete. The folder's name contains a
-hash of the list and the template, so each list has its own cache.
+hash of the list and the template, and another one of the sizes and modification times of the images, so each list has
+its own cache, and a changed image makes a new one.
 """
 import hashlib
 import json
 import os
 import re
 import shutil
+import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,11 +19,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from faces.align import HEIGHT, TEMPLATE, WIDTH, crop_aligned, similarity_transforms, warp
-from faces.data.casia import read_casia, without_lfw_overlap
+from faces import align
+from faces.align import HEIGHT, TEMPLATE, WIDTH, crop_aligned
+from faces.data.casia import Folder, people_count, read_casia, without_lfw_overlap
 from faces.device import count_cpus
 from faces.files import CACHE, InputError, atomic_write, locked, write_json
-from faces.images import UnreadableImage, one_opencv_thread, read_image
+from faces.images import UnreadableImage, one_opencv_thread, read_image, summarize
+from faces.jpeg import watched_stderr
 from faces.landmarks import default_list
 
 FACE_SHAPE, FACE_BYTES = (HEIGHT, WIDTH, 3), HEIGHT * WIDTH * 3
@@ -95,12 +99,13 @@ def load_casia(root, landmarks=None, cache=CACHE, drop_lfw_overlap=False, labels
     if not len(rows):
         raise InputError(f"{listing.source} has no images left to train on; leave out --drop-lfw-overlap or "
                          "choose another set.")
-    summary = f"{listing.source}: {len(rows):,} faces of {len(np.unique(listing.labels[rows])):,} people"
+    people = np.unique(listing.labels[rows])
+    summary = f"{listing.source}: {len(rows):,} {'face' if len(rows) == 1 else 'faces'} of {people_count(len(people))}"
     if failed:
         summary += f"; {len(failed)} unusable images left out, see failed.txt in the cache"
     if drop_lfw_overlap:
         summary += f"; {overlap.sum():,} images of people in LFW dropped"
-    return AlignedFaces(images, listing, rows, summary)
+    return AlignedFaces(images, listing, rows, "\n  ".join((summary, *listing.notes, _describe(images))))
 
 
 def build(listing, cache=CACHE):
@@ -115,7 +120,8 @@ def build(listing, cache=CACHE):
     """
     name = Path(str(listing.source)).resolve()
     key = _hash_list([str(name), *listing.paths], None, listing.points)[:12]
-    folder = Path(cache).expanduser() / f"{name.stem}-{key}"
+    versions = hashlib.sha256(listing.source.versions(listing.paths).tobytes()).hexdigest()[:8]
+    folder = Path(cache).expanduser() / f"{name.stem}-{key}-{versions}"
     if not (folder / "cache.json").is_file():
         with locked(folder / ".lock", f"aligning the faces of {listing.source} into {folder}"):
             if not (folder / "cache.json").is_file():    # another process may have built it while this one waited
@@ -127,6 +133,20 @@ def build(listing, cache=CACHE):
     return np.memmap(folder / "faces.u8", np.uint8, "r", shape=shape), failed
 
 
+def _describe(images):
+    """Return when a cache was built, and where it is."""
+    folder = Path(images.filename).parent
+    finished = time.localtime((folder / "cache.json").stat().st_mtime)
+    return f"aligned on {time.strftime('%Y-%m-%d at %H:%M', finished)}, cache {folder}"
+
+
+def _outdated(folder):
+    """Return the complete caches of the same list from before its images changed."""
+    list_name = folder.name.rpartition("-")[0]
+    return [other for other in sorted(folder.parent.iterdir()) if other != folder and (other / "cache.json").is_file()
+            and other.name.rpartition("-")[0] == list_name]
+
+
 def find_landmark_list(root):
     """Return the landmark list in the folder, or else the one that casia_landmark.py wrote for it, or else None."""
     root = Path(root).expanduser()
@@ -135,7 +155,7 @@ def find_landmark_list(root):
 
 def _hash_list(names, labels, points):
     digest = hashlib.sha256(b"aligned-1" + TEMPLATE.tobytes())
-    digest.update("\n".join(names).encode())
+    digest.update("\n".join(names).encode(errors="surrogateescape"))    # names of files need not be UTF-8
     for array in (labels, points):
         digest.update(b"" if array is None else array.tobytes())
     return digest.hexdigest()
@@ -143,29 +163,36 @@ def _hash_list(names, labels, points):
 
 def _build(listing, folder):
     total = len(listing.paths)
+    for other in _outdated(folder):
+        print(f"the images have changed since the cache {other} was built; delete it unless you need it")
     _allocate(folder, total * FACE_BYTES)
     done, failed = _read_journal(folder), []
     chunks = (range(start, min(start + CHUNK, total)) for start in range(0, total, CHUNK))
     missing = [rows for rows in chunks if rows not in done]
+    centers = np.full((total, 2), np.nan, np.float32)
     print(f"aligning {total:,} faces of {listing.source} into the cache {folder}")
     try:
         # The pool already has a thread per CPU, with which OpenCV's own threads would compete.
         with open(folder / "faces.u8", "r+b") as file, open(folder / "journal.jsonl", "a") as journal, \
-                one_opencv_thread(), ThreadPoolExecutor(count_cpus()) as pool, ThreadPoolExecutor(1) as writer, \
+                one_opencv_thread(), watched_stderr(), ThreadPoolExecutor(count_cpus()) as pool, \
+                ThreadPoolExecutor(1) as writer, \
                 tqdm(total=total, unit="img", unit_scale=True, dynamic_ncols=True) as bar:
             pending_write = writer.submit(int)  # returns at once: the first chunk has no write to wait for
             bar.update(total - sum(map(len, missing)))
-            for rows, chunk, chunk_failed in _align(listing, missing, pool):
+            for rows, chunk, chunk_failed in _align(listing, missing, pool, centers):
                 failed += chunk_failed
                 if len(failed) > MAX_FAILED * total:
                     raise InputError(_failure_message(listing, failed))
+                problem = align.position_problem(centers)
+                if problem:
+                    raise InputError(_position_message(listing, problem))
                 pending_write.result()  # a chunk is written while the next one is aligned; at most one write is pending
                 pending_write = writer.submit(_store, chunk, rows, file, None if chunk_failed else journal)
                 bar.update(len(rows))
             pending_write.result()
     except OSError as error:
         raise _write_error(folder, error) from None
-    with atomic_write(folder / "failed.txt", "w", encoding="utf-8") as file:
+    with atomic_write(folder / "failed.txt", "w", encoding="utf-8", errors="surrogateescape") as file:
         file.writelines(f"{listing.paths[row]}\t{reason}\n" for row, reason in failed)
     write_json(folder / "cache.json", {"faces": total, "failed": failed})
     (folder / "journal.jsonl").unlink()
@@ -190,7 +217,7 @@ def _write_error(folder, error):
                       "some space and start again, and the build will continue where it stopped.")
 
 
-def _align(listing, chunks, pool):
+def _align(listing, chunks, pool, centers):
     """Align chunks of rows; yield (rows, uint8 (len(rows), 112, 96, 3), list of (row, reason) of unusable images).
 
     Each chunk is submitted before the previous one is complete, so that the threads of the pool never run out of work.
@@ -199,7 +226,7 @@ def _align(listing, chunks, pool):
     for rows in chunks:
         chunk = np.empty((len(rows), *FACE_SHAPE), np.uint8)
         blocks = [slice(start, start + BLOCK) for start in range(0, len(rows), BLOCK)]
-        tasks = [pool.submit(_fill_block, chunk[block], listing, rows[block]) for block in blocks]
+        tasks = [pool.submit(_fill_block, chunk[block], listing, rows[block], centers) for block in blocks]
         pending.append((rows, chunk, tasks))
         if len(pending) > 1:
             yield _collect(*pending.popleft())
@@ -210,19 +237,21 @@ def _collect(rows, chunk, tasks):
     return rows, chunk, sum((task.result() for task in tasks), [])
 
 
-def _fill_block(faces, listing, rows):
+def _fill_block(faces, listing, rows, centers):
     """Align the images of `rows` into `faces`; return a list of (row, reason) of unusable images.
+
+    The mean of the landmarks goes into `centers`, as a fraction of the image's width and height.
 
     Only decoding and warping release the interpreter lock, so the transforms are computed for all rows at once.
     """
     transforms = reasons = [None] * len(rows)
     if listing.points is not None:
-        transforms, reasons = similarity_transforms(listing.points[rows.start:rows.stop])
+        transforms, reasons = align.similarity_transforms(listing.points[rows.start:rows.stop])
     return [(row, reason) for face, row, *transform in zip(faces, rows, transforms, reasons)
-            if (reason := _fill(face, listing, row, *transform))]
+            if (reason := _fill(face, listing, row, *transform, centers))]
 
 
-def _fill(face, listing, row, transform, reason):
+def _fill(face, listing, row, transform, reason, centers):
     """Align the image of a row into `face`; return None, or the reason why the image can't be used."""
     try:
         if reason:
@@ -231,7 +260,9 @@ def _fill(face, listing, row, transform, reason):
         if transform is None:
             face[:] = crop_aligned(image)
         else:
-            warp(image, transform, out=face)
+            align.check_inside(listing.points[row], image)
+            align.warp(image, transform, out=face)
+            centers[row] = listing.points[row].mean(0) / image.shape[1::-1]
     except (UnreadableImage, ValueError) as error:
         face[:] = 0
         return str(error)
@@ -260,6 +291,15 @@ def _read_journal(folder):
 
 
 def _failure_message(listing, failed):
-    examples = "; ".join(f"{listing.paths[row]}: {reason}" for row, reason in failed[:3])
-    return (f"more than {MAX_FAILED:.0%} of the {len(listing.paths):,} images of {listing.source} can't be used "
-            f"({examples}); check the folder and the landmark list.")
+    examples = summarize([(listing.paths[row], reason) for row, reason in failed])
+    total = len(listing.paths)
+    if listing.points is None and "landmarks are needed" in examples and isinstance(listing.source, Folder):
+        return (f"{listing.source} has photos that are not aligned faces ({examples}); run "
+                f"`python mtcnn/casia_landmark.py --casia {listing.source}` first.")
+    return (f"more than {MAX_FAILED:.0%} of the {total:,} {'image' if total == 1 else 'images'} of {listing.source} "
+            f"can't be used ({examples}); check the folder and the landmark list.")
+
+
+def _position_message(listing, problem):
+    return (f"the landmarks of {listing.source} are in {problem}; use the images that the landmark list was made for, "
+            "or create a list for these with mtcnn/casia_landmark.py.")

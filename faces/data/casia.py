@@ -1,80 +1,25 @@
 """List the images of CASIA-WebFace in any of its common formats: person folders or a zip of them with a landmark list,
 or aligned faces in folders, in a zip, or in InsightFace's RecordIO."""
-import os
-import zipfile
+import re
+from collections import Counter
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
 
 from faces.data.recordio import Records
+from faces.data.sources import Folder, Zip, is_zip, open_source
 from faces.files import InputError, folder
-from faces.images import EXTENSIONS, MAX_BYTES, UnreadableImage, list_images
-from faces.landmarks import read_labels, read_landmarks
+from faces.images import count_of
+from faces.landmarks import normal_form, read_labels, read_landmarks
 
+MAX_LOST = 0.01     # fraction of the files that may be photos but can't be read; more of them suggest a wrong folder
+MAX_STRAYS = 10     # photos outside the person folders, beyond which the layout is not what it seems
 # These identities are in both CASIA-WebFace and LFW. The set is the union of the lists in the FaceDatasets and
 # AM-Softmax repositories.
 LFW_OVERLAP = frozenset("""
     0000513 0004539 0004763 0005009 0005082 0005172 0166921 0208962 0430107 0454042 0662519 0706787 0955471 1056413
     1091782 1193098 1303492 2425974 3478560""".split())
-
-
-class Folder:
-    """The images in a folder and its subfolders."""
-
-    def __init__(self, root):
-        self.root = Path(root)
-
-    def __str__(self):
-        return str(self.root)
-
-    def names(self):
-        """Return the relative paths of all images, sorted."""
-        return list_images(self.root)
-
-    def open(self, name):
-        """Return the path of the image `name`, to pass to read_image(); the name was checked when the list was read."""
-        return os.path.join(self.root, name)
-
-
-class Zip:
-    """The images in a zip, read without unpacking it. Names omit a single top folder around all person folders."""
-
-    def __init__(self, path):
-        self.path = Path(path)
-        try:
-            self.archive = zipfile.ZipFile(self.path)
-        except (OSError, zipfile.BadZipFile) as error:
-            raise InputError(f"{path} is not a readable zip file ({error}); download it again.") from None
-        members = {info.filename: info for info in self.archive.infolist()
-                   if PurePosixPath(info.filename).suffix.lower() in EXTENSIONS}
-        top_folders = {name.split("/")[0] for name in members}
-        nested = all(name.count("/") >= 2 for name in members)
-        prefix = len(top_folders.pop()) + 1 if len(top_folders) == 1 and nested else 0
-        self.members = {name[prefix:]: info for name, info in members.items()}
-
-    def __str__(self):
-        return str(self.path)
-
-    def names(self):
-        """Return the relative paths of all images, sorted."""
-        return sorted(self.members)
-
-    def open(self, name):
-        """Return the bytes of the image `name`.
-
-        Raises:
-            UnreadableImage: the member is missing, damaged, or over MAX_BYTES.
-        """
-        info = self.members.get(name)
-        if info is None:
-            raise UnreadableImage("not in the zip")
-        if info.file_size > MAX_BYTES:
-            raise UnreadableImage(f"over {MAX_BYTES // 10**6} MB")
-        try:
-            return self.archive.read(info)
-        except Exception as error:  # decompressors raise many kinds of exceptions on damaged members
-            raise UnreadableImage(f"damaged in the zip ({error})") from error
 
 
 class TrainingList(NamedTuple):
@@ -84,11 +29,13 @@ class TrainingList(NamedTuple):
     paths: the N names of the images in `source`.
     labels: int64 (N,), 0..C-1.
     points: float32 (N, 5, 2), landmarks; None if the faces are already aligned.
+    notes: sentences about what was left out or changed.
     """
     source: Folder | Zip | Records
     paths: list
     labels: np.ndarray
     points: np.ndarray | None
+    notes: tuple = ()
 
     def face(self, row):
         """Return the arguments of faces.align.load_face() for a row: the image, and its landmarks or None."""
@@ -105,9 +52,11 @@ def read_casia(root, landmarks=None, labels=None):
         labels: list `path label` of aligned faces; None numbers the person folders in sorted order. A RecordIO
             folder has its own labels and takes neither list.
 
+    Labels are renumbered from 0 if they have gaps.
+
     Raises:
-        InputError: the data set is missing or unreadable, a list is malformed, both lists were passed, the labels have
-            gaps, or the set has fewer than two people.
+        InputError: the data set is missing or unreadable, a list is malformed, both lists were passed, or the set has
+            fewer than two people, is LFW, or has too many files that can't be read.
     """
     source, labels_from = _open(root), labels or landmarks
     if landmarks is not None and labels is not None:
@@ -116,31 +65,114 @@ def read_casia(root, landmarks=None, labels=None):
         if labels_from is not None:
             raise InputError(f"{source.path} already contains labels and aligned faces; leave out {labels_from}.")
         paths, labels, points, labels_from = source.names(), source.labels, None, source.path
-    elif labels is not None:
-        (paths, labels), points = read_labels(labels), None
-    elif landmarks is not None:
-        paths, labels, points = read_landmarks(landmarks, labeled=True)
+        notes = ()
+    elif labels_from is None:
+        paths, notes = list_photos(source)
+        labels, points = np.unique([person(path) for path in paths], return_inverse=True)[1].astype(np.int64), None
+        labels_from = source
     else:
-        return _list_person_folders(source)
-    _check_labels(labels, labels_from)
-    return TrainingList(source, paths, labels, points)
+        paths, labels, points = (*read_labels(labels), None) if labels is not None else read_landmarks(landmarks, True)
+        refuse_lfw(source, paths)
+        listed = set(map(normal_form, paths))
+        unlisted = sum(normal_form(path) not in listed for path in source.names())
+        notes = _left_out_notes(source, unlisted, "photo~ not in the list")
+    labels, more_notes = _renumber(labels, labels_from)
+    return TrainingList(source, paths, labels, points, (*notes, *more_notes))
+
+
+def person(path):
+    """Return the person in a photo of a set without a list: the folder that directly holds it, such as part/0000045."""
+    return path.rpartition("/")[0]
+
+
+def people_count(count):
+    """Return "1 person", "2 people" and so on."""
+    return f"{count:,} {'person' if count == 1 else 'people'}"
+
+
+def list_photos(source):
+    """List the photos in the person folders of a set; every program that has no list of them takes these.
+
+    Person folders are all at one level, below `source` or deeper. Photos elsewhere belong to nobody and are left out.
+
+    Args:
+        source: Folder or Zip.
+
+    Returns:
+        (sorted relative paths, tuple of sentences about what was left out).
+
+    Raises:
+        InputError: there are fewer than two person folders, or the set is LFW; or more than MAX_LOST of the files or
+            MAX_STRAYS photos would be left out.
+    """
+    levels = Counter(path.count("/") for path in source.names())
+    level = max(levels, key=levels.get, default=0)
+    paths = [path for path in source.names() if path.count("/") == level]
+    strays = [path for path in source.names() if path.count("/") != level]
+    people = set(map(person, paths))
+    if len(people) < 2:
+        where = ", because they are not in folders" if paths and not level else ""
+        left_out = f"; left out: {source.scan.left_out()}" if source.scan.left_out() else ""
+        raise InputError(f"{source} has {count_of(len(paths), 'photo~')} of {people_count(len(people))}{where}; pass a "
+                         f"folder with one folder per person, such as 0000045/001.jpg, of several people{left_out}.")
+    refuse_lfw(source, paths)
+    if len(strays) > max(MAX_STRAYS, MAX_LOST * len(paths)):
+        raise InputError(f"{source} has {len(paths):,} photos in folders such as {person(paths[0])}, but "
+                         f"{len(strays):,} at other levels, such as {strays[0]}; move all person folders to one level.")
+    _refuse_lost(source)
+    left_out = _left_out_notes(source, len(strays), "photo~ outside the person folders")
+    return paths, left_out + _layout_notes(source, people)
+
+
+def refuse_lfw(source, paths):
+    """Raise InputError if the photos are those of LFW, the test set: Name/Name_0001.jpg, and a pairs.txt."""
+    sample = paths[::-(-len(paths) // 1000)] if paths else []
+    matching = sum(bool(re.search(r"(?:^|/)([^/]+)/\1_\d{4}\.\w+$", path)) for path in sample)
+    root = Path(str(source))
+    beside = [root.parent / "pairs.txt"] + ([root / "pairs.txt"] if isinstance(source, Folder) else [])
+    if matching > len(sample) / 2 and (any(path.is_file() for path in beside)
+                                       or isinstance(source, Zip) and "pairs.txt" in source.members):
+        raise InputError(f"{source} is LFW, the test set, with photos such as {paths[0]} and a pairs.txt; training on "
+                         "it would make its evaluation meaningless; pass a training set such as CASIA-WebFace.")
 
 
 def _open(root):
     root = Path(root).expanduser()
-    if root.suffix.lower() == ".zip" and root.is_file():
-        return Zip(root)
-    root = folder(root, "CASIA-WebFace")
-    return Records(root) if (root / "train.rec").is_file() else Folder(root)
+    if not is_zip(root):
+        root = folder(root, "CASIA-WebFace")
+        if (root / "train.rec").is_file():
+            return Records(root)
+    return open_source(root)
 
 
-def _list_person_folders(source):
-    paths = source.names()
-    people = [str(PurePosixPath(path).parent) for path in paths]
-    if len(set(people)) < 2:
-        raise InputError(f"{source} contains {len(paths)} images of {len(set(people))} people; expected person "
-                         "folders, such as 0000045/001.jpg, of at least two people.")
-    return TrainingList(source, paths, np.unique(people, return_inverse=True)[1].astype(np.int64), None)
+def _refuse_lost(source):
+    lost, total = sum(source.scan.lost.values()), len(source.names())
+    if lost > MAX_LOST * (total + lost):
+        raise InputError(f"{lost:,} of {total + lost:,} files in {source} can't be read ({source.scan.left_out()}); "
+                         "convert them to JPEG or PNG, make them readable, or remove them.")
+
+
+def _left_out_notes(source, unused, kind):
+    """Return a tuple with one sentence about what is left out of a set, or an empty tuple.
+
+    Args:
+        unused: number of photos that are left out.
+        kind: what they are, for the sentence.
+    """
+    counts = [count_of(unused, kind)] * (unused > 0) + [source.scan.left_out()] * bool(source.scan.left_out())
+    return (f"left out: {', '.join(counts)}",) if counts else ()
+
+
+def _layout_notes(source, people):
+    """Return a tuple of sentences about where the person folders are, unless they are directly in the set."""
+    parents, names = {person(name) for name in people}, {name.rpartition("/")[2] for name in people}
+    notes = ()
+    if len(parents) == 1 and "" not in parents:
+        notes += (f"the person folders are in {source}/{parents.pop()}",)
+    if len(names) < len(people):
+        notes += (f"{len(people):,} person folders have only {len(names):,} different names; folders of the same name "
+                  "in different folders count as different people",)
+    return notes
 
 
 def without_lfw_overlap(listing):
@@ -161,11 +193,12 @@ def without_lfw_overlap(listing):
     return np.array([LFW_OVERLAP.isdisjoint(PurePosixPath(path).parts) for path in listing.paths])
 
 
-def _check_labels(labels, path):
-    people = np.unique(labels)
-    if people[-1] >= len(people):
-        missing = int(np.flatnonzero(people != np.arange(len(people)))[0])
-        raise InputError(f"{path}: labels must be 0, 1, 2, ... without gaps, but {missing} is missing and the largest "
-                         f"is {people[-1]}; renumber the people.")
+def _renumber(labels, path):
+    """Return labels 0..C-1 in the same order, int64 (N,), and a tuple of at most one sentence that says so."""
+    people, renumbered = np.unique(labels, return_inverse=True)
     if len(people) < 2:
         raise InputError(f"{path} lists only one person; training needs at least two.")
+    if people[-1] == len(people) - 1:
+        return labels, ()
+    return renumbered.astype(np.int64), (f"the labels {people[0]} to {people[-1]} of {people_count(len(people))} are "
+                                         f"renumbered 0 to {len(people) - 1}",)

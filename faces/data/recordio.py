@@ -14,8 +14,10 @@ identities, which repeat the labels of the images and are not read. Otherwise ev
 
 property is an optional file of one line, `classes,height,width`.
 """
+import codecs
 import os
 import struct
+import threading
 import warnings
 import weakref
 from pathlib import Path
@@ -25,6 +27,7 @@ from tqdm import tqdm
 
 from faces.files import InputError
 from faces.images import MAX_BYTES, UnreadableImage
+from faces.landmarks import decode_text
 
 MAGIC = 0xCED7230A
 WHOLE, FIRST, MIDDLE, LAST = range(4)
@@ -43,7 +46,7 @@ class Records:
     Attributes:
         path: path of train.rec.
         keys, offsets: int64 (N,), keys of the images and byte offsets of their records, from train.idx.
-        labels: int64 (N,), not negative, and less than the number of classes if property gives one.
+        labels: int64 (N,), not negative; no more different ones than the classes that property gives.
 
     Raises:
         InputError: a file is missing, damaged or malicious.
@@ -52,9 +55,10 @@ class Records:
     def __init__(self, root):
         self.root, self.path = Path(root), Path(root) / "train.rec"
         try:
-            self.file = open(self.path, "rb", buffering=0)
+            self.file, self.lock = open(self.path, "rb", buffering=0), threading.Lock()
             weakref.finalize(self, self.file.close)
-            self.size = os.fstat(self.file.fileno()).st_size
+            status = os.fstat(self.file.fileno())
+            self.size, self.modified = status.st_size, status.st_mtime_ns
             self.keys, self.offsets = self._select_images(*_read_index(self.root / "train.idx", self.size))
             self.labels = self._read_labels(_read_classes(self.root / "property"))
         except OSError as error:
@@ -66,6 +70,10 @@ class Records:
     def names(self):
         """Return the names of the images, `key@offset`; the offset distinguishes sets that have the same keys."""
         return [f"{key}@{offset}" for key, offset in zip(self.keys.tolist(), self.offsets.tolist())]
+
+    def versions(self, names):
+        """Return int64 (N, 2), which changes when train.rec changes: its size and modification time."""
+        return np.tile(np.array([(self.size, self.modified)], np.int64), (len(names), 1))
 
     def open(self, name):
         """Return the bytes of the image `name`; several threads may call this at once.
@@ -97,10 +105,17 @@ class Records:
     def _read(self, offset, length):
         if offset + length > self.size:
             raise ValueError("extends past the end of the file")
-        data = os.pread(self.file.fileno(), length, offset)
+        data = self._read_at(offset, length)
         if len(data) != length:
             raise ValueError("can't be read completely")
         return data
+
+    def _read_at(self, offset, length):
+        if hasattr(os, "pread"):
+            return os.pread(self.file.fileno(), length, offset)
+        with self.lock:    # Windows has no pread()
+            self.file.seek(offset)
+            return self.file.read(length)
 
     def _select_images(self, keys, offsets):
         """Return the keys and offsets of the records that are images."""
@@ -125,15 +140,15 @@ class Records:
                 chunk = slice(start, start + CHUNK)
                 labels[chunk] = self._read_chunk_labels(self.keys[chunk], self.offsets[chunk])
                 bar.update(len(labels[chunk]))
-        if classes is not None and labels.max() >= classes:
-            row = labels.argmax()
-            problem = f"has the label {labels[row]}, but property gives {classes} classes"
-            raise InputError(self._damage_message(self.keys[row], problem))
+        people = len(np.unique(labels))    # a selection of people may have gaps in its labels
+        if classes is not None and people > classes:
+            raise InputError(f"{self.path} has {people:,} people, but {self.root / 'property'} gives {classes:,} "
+                             "classes; the files belong to different sets, so copy the set again.")
         return labels
 
     def _read_chunk_labels(self, keys, offsets):
         """Return the labels of up to CHUNK records, int64, after checking their headers."""
-        raw = b"".join(os.pread(self.file.fileno(), HEADER.itemsize, offset).ljust(HEADER.itemsize, b"\0")
+        raw = b"".join(self._read_at(offset, HEADER.itemsize).ljust(HEADER.itemsize, b"\0")
                        for offset in offsets.tolist())
         header = np.frombuffer(raw, HEADER)
         kind, length = _kind_and_length(header["word"].astype(np.int64))
@@ -188,11 +203,16 @@ def _read_index(path, size):
         size: size of train.rec in bytes.
     """
     try:
-        if path.stat().st_size > size:  # every line is shorter than the record it refers to
+        if not path.is_file():
+            raise OSError(0, "not a regular file" if path.exists() else "No such file or directory")
+        with open(path, "rb") as file:
+            start = file.read(2)
+        encoding = "utf-16" if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+        if path.stat().st_size > 2 * size:  # every line is shorter than the record it refers to
             raise ValueError("it is larger than train.rec")
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # numpy only warns about an empty file and about fractions
-            keys, offsets = np.loadtxt(path, np.int64, comments=None, delimiter="\t", ndmin=2, encoding="ascii").T
+            keys, offsets = np.loadtxt(path, np.int64, comments=None, delimiter="\t", ndmin=2, encoding=encoding).T
     except OSError as error:
         raise InputError(f"can't read {path}: {error.strerror or error}; it must be next to train.rec.") from None
     except (ValueError, OverflowError, Warning) as error:
@@ -212,13 +232,17 @@ def _read_index(path, size):
 
 def _read_classes(path):
     """Return the number of classes given by property, or None if the file does not exist."""
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is not a regular file; copy the set again.")
     try:
         with open(path, "rb") as file:
-            fields = file.read(100).split(b",")
+            fields = decode_text(file.read(200)).split(",")
     except FileNotFoundError:
         return None
     except OSError as error:
         raise InputError(f"can't read {path}: {error.strerror}; check its permissions.") from None
-    if len(fields) != 3 or not all(field.strip().isdigit() for field in fields):
+    except ValueError:
+        fields = []
+    if len(fields) != 3 or not all(field.strip().isascii() and field.strip().isdigit() for field in fields):
         raise InputError(f"{path} must be one line such as 10572,112,112 (classes, height, width); copy it again.")
     return int(fields[0])

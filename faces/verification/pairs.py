@@ -11,8 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from faces.data.sources import Folder, Zip, open_source
 from faces.files import InputError, folder
-from faces.images import list_images
+from faces.images import UnreadableImage
+from faces.landmarks import normal_form, read_text
 
 VIEW_1_FILES = ("pairsDevTrain.txt", "pairsDevTest.txt")
 TRAINING_ONLY = -1   # fold number of the pairs that are used only to choose the threshold
@@ -47,7 +49,7 @@ def read_pairs(root, file=None, view=None):
     """Read the pairs and find their images.
 
     Args:
-        root: folder of `Name/Name_0001.jpg`; every extension in faces.images works, and .jpg takes precedence.
+        root: folder or zip of `Name/Name_0001.jpg`; every extension in faces.images works, and .jpg takes precedence.
         file: pairs.txt, or one of the two files of view 1; None searches `root` and its parent folder.
         view: view of LFW, 1 or 2; None determines it from the names of the files, and prefers view 2.
 
@@ -58,20 +60,20 @@ def read_pairs(root, file=None, view=None):
         InputError: the folder or a file is missing, a line is malformed, the number of lines differs from the header,
             or images are missing.
     """
-    root = folder(root, "LFW images as Name/Name_0001.jpg")
+    source = open_images(root)
     file = None if file is None else Path(file)
-    if (view or _detect_view(root, file)) == 1:
-        source, named_pairs, same, folds = _read_view_1(root, file)
+    if (view or _detect_view(source, file)) == 1:
+        lists, named_pairs, same, folds = _read_view_1(source, file)
     else:
-        source = file or _find(root, "pairs.txt")
-        named_pairs, same, folds = _read_view_2(source)
+        lists = file or _find(source, "pairs.txt")
+        named_pairs, same, folds = _read_view_2(lists)
     path_of = {}
-    for path in sorted(list_images(root), key=lambda path: not path.endswith(".jpg")):
-        path_of.setdefault(path.rpartition(".")[0], path)
+    for path in sorted(source.names(), key=lambda path: not path.endswith(".jpg")):
+        path_of.setdefault(normal_form(path.rpartition(".")[0]), path)
     names = sorted({name for pair in named_pairs for name in pair})
     missing = [name for name in names if name not in path_of]
     if missing:
-        raise InputError(f"{root} lacks {len(missing)} of the {len(names)} images named in {source} "
+        raise InputError(f"{source} lacks {len(missing)} of the {len(names)} images named in {lists} "
                          f"({shorten(missing)}); pass the complete folder of Name/Name_0001.jpg.")
     index = {name: i for i, name in enumerate(names)}
     pairs = np.array([(index[a], index[b]) for a, b in named_pairs])
@@ -79,33 +81,60 @@ def read_pairs(root, file=None, view=None):
     return Pairs([path_of[name] for name in names], pairs, same, folds, identities)
 
 
+def open_images(root):
+    """Return the faces.data.sources.Folder or Zip of a verification set; raise InputError if there is none."""
+    root = Path(root).expanduser()
+    return open_source(root if root.is_file() else folder(root, "LFW images as Name/Name_0001.jpg"))
+
+
 def shorten(items, separator=", ", count=3):
     """Return the first `count` items as text, followed by an ellipsis if there are more."""
     return separator.join(items[:count]) + (f"{separator}..." if len(items) > count else "")
 
 
-def _detect_view(root, file):
+class _Member(NamedTuple):
+    """A text file in a zip, with the methods of a Path that read_text() needs."""
+    source: Zip
+    name: str
+
+    def __str__(self):
+        return f"{self.source}/{self.name}"
+
+    def is_file(self):
+        return self.name in self.source.members
+
+    exists = is_file
+
+    def read_bytes(self):
+        try:
+            return self.source.open(self.name)
+        except UnreadableImage as error:
+            raise OSError(0, str(error)) from None
+
+
+def _detect_view(source, file):
     if file is not None:
         return 1 if file.name in VIEW_1_FILES else 2
-    return 1 if _search(root, VIEW_1_FILES[0]) and not _search(root, "pairs.txt") else 2
+    return 1 if _search(source, VIEW_1_FILES[0]) and not _search(source, "pairs.txt") else 2
 
 
-def _search(root, name):
-    """Return the path of a file in `root` or its parent folder, or None if neither contains it."""
-    candidates = (root / name, root.resolve().parent / name)
+def _search(source, name):
+    """Return a text file in the folder or zip of images, or else beside it; or None."""
+    root = Path(str(source))
+    candidates = root / name if isinstance(source, Folder) else _Member(source, name), root.resolve().parent / name
     return next((candidate for candidate in candidates if candidate.is_file()), None)
 
 
-def _find(root, name):
+def _find(source, name):
     """Return the path that _search() finds; raise InputError if it finds nothing."""
-    path = _search(root, name)
+    path = _search(source, name)
     if path is None:
-        raise InputError(f"there is no {name} in {root} or its parent folder; download it, or pass a file with "
+        raise InputError(f"there is no {name} in {source} or its parent folder; download it, or pass a file with "
                          "--pairs.")
     return path
 
 
-def _read_view_1(root, file):
+def _read_view_1(source, file):
     """Return a description of the files of view 1, followed by what _read_view_2() returns for their pairs.
 
     The pairs of pairsDevTrain.txt have the fold TRAINING_ONLY.
@@ -113,7 +142,7 @@ def _read_view_1(root, file):
     if file is not None and file.name not in VIEW_1_FILES:
         raise InputError(f"{file} does not belong to view 1, which consists of {' and '.join(VIEW_1_FILES)}; pass one "
                          "of them with --pairs, or use --view 2.")
-    files = [_find(root, name) if file is None else file.with_name(name) for name in VIEW_1_FILES]
+    files = [_find(source, name) if file is None else file.with_name(name) for name in VIEW_1_FILES]
     (train, train_same), (test, test_same) = (_read_view_1_file(file) for file in files)
     folds = np.repeat((TRAINING_ONLY, 0), (len(train), len(test)))
     return f"view 1 ({', '.join(map(str, files))})", train + test, np.concatenate((train_same, test_same)), folds
@@ -136,11 +165,11 @@ def _read_view_1_file(file):
 def _read_fields(file):
     """Return a list of (line number, fields), counted from 1, without blank lines."""
     try:
-        text = Path(file).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(file)
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "not a text file"
         raise InputError(f"can't read the pairs in {file}: {reason}; pass a file like LFW's "
-                         f"{Path(file).name}.") from None
+                         f"{file.name}.") from None
     lines = ((number, line.split("\t" if "\t" in line else None)) for number, line in enumerate(text.splitlines(), 1))
     return [(number, [field.strip() for field in fields]) for number, fields in lines if any(fields)]
 
@@ -176,11 +205,14 @@ def _image_names(file, number, fields):
     elif len(fields) == 4 and fields[0] == fields[2]:
         raise InputError(f"{file}, line {number}: the impostor pair names the same person twice ({fields[0]}); correct "
                          "the line.")
-    if (len(fields) != 4 or not all(fields) or not _is_positive_integer(fields[1])
-            or not _is_positive_integer(fields[3])):
+    if len(fields) != 4 or not all(fields) or not _is_integer(fields[1]) or not _is_integer(fields[3]):
         raise InputError(f"{file}, line {number}: expected `Name i j` or `Name1 i Name2 j`; correct the line.")
-    return tuple(f"{name}/{name}_{int(i):04d}" for name, i in (fields[:2], fields[2:]))
+    return tuple(normal_form(f"{name}/{name}_{int(i):04d}") for name, i in (fields[:2], fields[2:]))
+
+
+def _is_integer(field):
+    return field.isascii() and field.isdigit() and len(field) <= 9
 
 
 def _is_positive_integer(field):
-    return field.isascii() and field.isdigit() and len(field) <= 9 and int(field) > 0
+    return _is_integer(field) and int(field) > 0

@@ -89,7 +89,7 @@ print(cache.load_casia({str(casia)!r}, cache={str(tmp_path)!r}))"""
     processes = [subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE,
                                   stderr=subprocess.PIPE, text=True) for _ in range(3)]
     outputs = [process.communicate(timeout=600) for process in processes]
-    assert all(out.endswith("48 faces of 6 people\n") for out, _ in outputs), outputs
+    assert all("48 faces of 6 people\n" in out for out, _ in outputs), outputs
     assert sum("aligning 48 faces" in out for out, _ in outputs) == 1
     (tmp_path / "another").mkdir()
     images, = (np.fromfile(path, np.uint8) for path in tmp_path.glob("*/faces.u8"))
@@ -158,7 +158,6 @@ def test_people_in_lfw_can_be_dropped(copy, tmp_path):
 
 @pytest.mark.parametrize("change, message", [
     (lambda lines: [lines[0].rsplit("\t", 1)[0], *lines[1:]], "line 1: expected 12 tab-separated fields .* found 11"),
-    (lambda lines: [line for line in lines if line.split("\t")[1] != "2"], "without gaps, but 2 is missing"),
     (lambda lines: [*lines, "../../etc/passwd\t5\t" + "1\t" * 10], "leaves"),
     (lambda lines: [*lines, lines[0]], "0000045/001.jpg twice"),
     (lambda lines: [lines[0].replace("\t0\t", "\tzero\t"), *lines[1:]], "line 1: a value is not a valid number"),
@@ -212,13 +211,12 @@ def test_aligned_faces_with_a_list(aligned, tmp_path):
     ("a.png 0\nd.png 1.0\n", "line 2: expected a path and a whole number"),
     ("a.png 0\nd.png -1\n", "line 2: expected a path and a whole number"),
     (f"a.png 0\nd.png {10**30}\n", "line 2: expected a path and a whole number"),
-    ("a.png 0\nd.png 2\n", "without gaps, but 1 is missing and the largest is 2"),
-    (f"a.png 0\nd.png {2**31 - 1}\n", "without gaps, but 1 is missing"),
     ("a.png 0\nd.png 0\n", "lists only one person"),
     ("a.png 0\na.png 1\n", "lists a.png twice"),
     ("a.png 0\n/etc/passwd 1\n", "leaves"),
     ("\n", "is empty; pass a text file with lines of `path label`"),
-    (b"\xff\xfe", "can't read the list .*: not a text file"),
+    (b"\xff\xfe", "is empty"),
+    (b"\x89PNG\0", "can't read the list .*: not a text file"),
     ("a.png 0\nno.png 1\n", r"more than 1% of the 2 images .*no.png: No such file"),
 ])
 def test_malformed_lists_of_aligned_faces(aligned, tmp_path, text, message):
