@@ -56,12 +56,15 @@ def command(main):
 def atomic_write(path, mode="wb", **kwargs):
     """Open a temporary file beside `path`; on success it is flushed to disk and renamed to `path`.
 
-    On any error, including a full disk, the temporary file is deleted and whatever was at `path` stays.
+    On any error, including a full disk, the temporary file is deleted and whatever was at `path` stays. Text may
+    contain names of files that are not UTF-8.
 
     Raises:
         InputError: the folder or the file can't be written.
     """
     path = Path(path)
+    if "b" not in mode:
+        kwargs.setdefault("errors", "surrogateescape")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")

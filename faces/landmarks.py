@@ -105,7 +105,7 @@ def write_landmarks(path, rows):
         path: the file.
         rows: iterable of (path, points) or (path, label, points); points float (5, 2).
     """
-    with atomic_write(path, "w", encoding="utf-8", errors="surrogateescape") as file:
+    with atomic_write(path, "w", encoding="utf-8") as file:
         for row in rows:
             file.write(format_line(*row))
 

@@ -192,7 +192,7 @@ def _build(listing, folder):
             pending_write.result()
     except OSError as error:
         raise _write_error(folder, error) from None
-    with atomic_write(folder / "failed.txt", "w", encoding="utf-8", errors="surrogateescape") as file:
+    with atomic_write(folder / "failed.txt", "w", encoding="utf-8") as file:
         file.writelines(f"{listing.paths[row]}\t{reason}\n" for row, reason in failed)
     write_json(folder / "cache.json", {"faces": total, "failed": failed})
     (folder / "journal.jsonl").unlink()

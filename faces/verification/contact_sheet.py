@@ -3,7 +3,10 @@
 It shows at a glance whether an error is due to a wrong label (the two faces are obviously different people), to a wrong
 alignment (the crop is tilted or shows no face), or to the network.
 """
+import functools
+
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -15,6 +18,10 @@ PAIRS_PER_ROW = 5
 GAP = 6                                   # pixels between the two faces of a pair
 CELL_WIDTH, CELL_HEIGHT = 2.15, 1.75      # size of a pair with its text, in inches
 TITLE_HEIGHT = 0.45                       # in inches
+# Fonts for names in scripts that matplotlib's own font lacks; those that are installed are used.
+FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han Sans SC",
+         "WenQuanYi Micro Hei", "Droid Sans Fallback", "Microsoft YaHei", "Malgun Gothic", "Yu Gothic", "PingFang SC",
+         "Hiragino Sans", "Apple SD Gothic Neo", "Arial Unicode MS", "Nirmala UI", "Noto Sans Thai")
 
 
 def error_sheet(path, faces, pairs, similarities, correct, count=10):
@@ -76,11 +83,23 @@ def _draw_pair(figure, left, bottom, faces, pairs, i, similarity, correct):
                    color=COLORS[0] if correct else COLORS[1])
     for image, offset in ((a, 0), (b, 0.14)):
         figure.text((left + CELL_WIDTH / 2) / width, (bottom + 0.24 - offset) / height, _caption(pairs.paths[image]),
-                    fontsize=7.5, ha="center", parse_math=False)
+                    fontsize=7.5, ha="center", parse_math=False, family=list(_fonts()))
 
 
 def _caption(path, length=34):
-    """Return the file name without its extension, or a name such as `lfw.bin#12`; a long one is cut in the middle."""
+    """Return the file name without its extension, or a name such as `lfw.bin#12`; a long one is cut in the middle.
+
+    A character that no font has becomes its code, such as \\u738b.
+    """
     name = path.rpartition("/")[2]
     stem = name if "#" in name else name.rpartition(".")[0]
-    return stem if len(stem) <= length else f"{stem[:length - 13]}…{stem[-12:]}"
+    stem = stem if len(stem) <= length else f"{stem[:length - 13]}…{stem[-12:]}"
+    return "".join(character if any(ord(character) in font.get_charmap() for font in _fonts().values())
+                   else character.encode("ascii", "backslashreplace").decode() for character in stem)
+
+
+@functools.cache
+def _fonts():
+    """Return the fonts of FONTS that are installed, as a dict from name to font."""
+    installed = {entry.name for entry in font_manager.fontManager.ttflist}
+    return {name: font_manager.get_font(font_manager.findfont(name)) for name in FONTS if name in installed}

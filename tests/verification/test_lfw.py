@@ -4,6 +4,8 @@ import os
 import re
 import subprocess
 import sys
+import unicodedata
+import zipfile
 
 import cv2
 import numpy as np
@@ -19,9 +21,11 @@ from faces.files import InputError
 from faces.images import read_image
 from faces.landmarks import write_landmarks
 from faces.training import checkpoint
+from faces.verification.contact_sheet import error_sheet
 from faces.verification.evaluate import evaluate
 from faces.verification.lfw import load_faces, load_lfw, read_pairs
 from faces.verification.metrics import best_threshold
+from faces.verification.pairs import Pairs
 from faces.verification.weights import load_weights
 from mtcnn.landmark_lists import find_landmarks
 
@@ -201,6 +205,65 @@ def test_options_change_the_similarities(lfw, model):
     np.testing.assert_allclose(scores.pop("small batches"), scores["default"], atol=2e-6)
     different = list(scores.values())
     assert all(abs(a - b).max() > 1e-4 for i, a in enumerate(different) for b in different[:i])
+
+
+def zip_folder(root, path, prefix=""):
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in root.rglob("*"):
+            if file.is_file():
+                archive.write(file, prefix + file.relative_to(root).as_posix())
+
+
+@pytest.mark.parametrize("pairs_are", ["in the folder of the zip", "at the top of the zip", "beside the zip"])
+def test_a_zip_is_read_without_unpacking_it(lfw, tmp_path, pairs_are):
+    expected = load_lfw(lfw, landmarks=tmp_path / "landmarks.txt")
+    text = (lfw / "pairs.txt").read_bytes()
+    if pairs_are != "in the folder of the zip":
+        (lfw / "pairs.txt").unlink()
+    zip_folder(lfw, tmp_path / "zipped.zip", "lfw/")
+    if pairs_are == "at the top of the zip":
+        with zipfile.ZipFile(tmp_path / "zipped.zip", "a") as archive:
+            archive.writestr("pairs.txt", text)
+    elif pairs_are == "beside the zip":
+        (tmp_path / "pairs.txt").write_bytes(text)
+    loaded = load_lfw(tmp_path / "zipped.zip", landmarks=tmp_path / "landmarks.txt")
+    assert np.array_equal(loaded.faces, expected.faces) and loaded.pairs.paths == expected.pairs.paths
+    with pytest.raises(InputError, match="no landmark list for .*zipped.zip; unpack it"):
+        load_lfw(tmp_path / "zipped.zip", find_landmarks=find_landmarks)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_names_and_numbers_that_are_written_differently(lfw, tmp_path, encoding):
+    """Decomposed letters on disk, composed ones in the lists, a byte-order mark, and images numbered from 0."""
+    on_disk, in_lists = unicodedata.normalize("NFD", "José"), unicodedata.normalize("NFC", "José")
+    (lfw / "Ann").rename(lfw / on_disk)
+    for i in (1, 2, 3):
+        (lfw / on_disk / f"Ann_{i:04d}.jpg").rename(lfw / on_disk / f"{on_disk}_{i - 1:04d}.jpg")
+    pairs = ["2\t2", "Ann\t0\t1", "Bob\t1\t3", "Ann\t0\tBob\t1", "Ann\t1\tEve\t1", *PAIRS[5:8], "Eve\t1\tAnn\t0"]
+    (lfw / "pairs.txt").write_text("\n".join(pairs).replace("Ann", in_lists), encoding=encoding)
+    text = re.sub(r"Ann/Ann_000(\d)", lambda m: f"{in_lists}/{in_lists}_{int(m[1]) - 1:04d}",
+                  (tmp_path / "landmarks.txt").read_text())
+    (tmp_path / "landmarks.txt").write_text(text, encoding=encoding)
+    loaded = load_lfw(lfw, landmarks=tmp_path / "landmarks.txt")
+    assert len(loaded.faces) == 7 and f"{on_disk}/{on_disk}_0000.jpg" in loaded.pairs.paths
+
+
+def test_landmarks_of_other_copies_of_the_images_are_refused(lfw, tmp_path):
+    rows = [(f"{name}/{name}_{i:04d}.jpg", TEMPLATE * 0.4) for name in ("Ann", "Bob", "Eve") for i in range(1, 6)]
+    for path, _ in rows:
+        write_image(lfw / path, np.zeros((160, 150, 3), np.uint8))
+    points = np.array([points for _, points in rows])
+    with pytest.raises(InputError, match="the landmarks of .* are in the upper left part of the images"):
+        load_faces(lfw, [path for path, _ in rows], points)
+
+
+@pytest.mark.filterwarnings("error")    # matplotlib warns about characters that become boxes
+def test_names_in_any_script_are_drawn(tmp_path):
+    names = ["王伟/王伟_0001.jpg", "Jos\udce9/Jos\udce9_0001.jpg", "محمد/محمد_0001.jpg", "José/José_0001.jpg"]
+    pairs = Pairs(names, np.array([[0, 1], [2, 3]]), np.array([True, False]), np.zeros(2, int), np.arange(4))
+    error_sheet(tmp_path / "sheet.png", np.zeros((4, 112, 96, 3), np.uint8), pairs, np.array([0.1, 0.9]),
+                np.array([False, False]))
+    assert read_image(tmp_path / "sheet.png").std() > 5
 
 
 def make_mistake(lfw, model, mistake):
