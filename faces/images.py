@@ -75,8 +75,9 @@ def read_image(source):
     if not data:
         raise UnreadableImage("empty file")
     try:
-        header = jpeg.read_header(data)
-        return _decode_jpeg(data, *header) if header else _decode_other(data)
+        with jpeg.watched_stderr():
+            header = jpeg.read_header(data)
+            return _decode_jpeg(data, *header) if header else _decode_other(data)
     except cv2.error:            # for instance, more than 2**20 columns or rows
         raise UnreadableImage("can't be decoded by OpenCV") from None
     except MemoryError:
@@ -220,8 +221,8 @@ def _decode_other(data):
     image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)    # applies the EXIF orientation
     if image is not None:
         return image
-    if format == "WEBP":
-        raise UnreadableImage("damaged WebP")
+    if format in ("GIF", "WEBP") and _opencv_reads(format):    # Pillow would decode damaged ones
+        raise UnreadableImage(f"damaged {format}")
     _check_size(data, width, height, GREEDY)
     return _decode_with_pillow(data)    # a format that OpenCV can't decode
 
@@ -233,6 +234,14 @@ def _check_size(data, width, height, bytes_per_pixel):
         raise UnreadableImage(f"{width} x {height} is over {MAX_PIXELS // 10**6} megapixels")
     if len(data) + bytes_per_pixel * width * height > MAX_MEMORY:
         raise UnreadableImage(f"{width} x {height} needs over {MAX_MEMORY // 10**9} GB to decode in this format")
+
+
+@functools.cache
+def _opencv_reads(format):
+    """Return whether this build of OpenCV reads a format."""
+    file = io.BytesIO()
+    Image.new("L", (8, 8)).save(file, format)
+    return cv2.imdecode(np.frombuffer(file.getvalue(), np.uint8), cv2.IMREAD_COLOR_RGB) is not None
 
 
 @functools.cache

@@ -18,6 +18,8 @@ import numpy as np
 FRAMES = {0xc0: False, 0xc1: False, 0xc2: True}      # start of frame: baseline, extended; and progressive
 TABLES = frozenset({0xc4, 0xdb, 0xdd, 0xfe, *range(0xe0, 0xf0)})     # metadata and tables
 CORRUPT = re.compile(r"Corrupt JPEG data.*|Premature end of JPEG.*")
+NOISE = re.compile(r"Corrupt JPEG|Premature end of JPEG|Inconsistent progression|Invalid SOS|Warning: unknown JFIF|"
+                   r"libpng |tempfile\.tif|TIFF|LZW|MissingRequired")    # decoders' messages; ours name the file
 
 
 def read_header(data):
@@ -71,8 +73,8 @@ def decode(data):
 def watched_stderr():
     """Redirect file descriptor 2 to a temporary file inside a `with` block; these blocks may overlap.
 
-    Python's sys.stderr keeps writing to where it did, if it is looked up inside the block. What else was written to the
-    descriptor follows at the end of the block.
+    Python's sys.stderr keeps writing to where it did, if it is looked up inside the block. What others wrote to the
+    descriptor follows at the end of the block; the messages of decoders are dropped.
     """
     _watch.enter()
     try:
@@ -118,7 +120,7 @@ class _Watch:
                 sys.stderr.flush()
                 sys.stderr = self.python
             os.dup2(self.saved, 2)
-            others = [line for line in self.read(0).splitlines(True) if not CORRUPT.match(line)]
+            others = [line for line in self.read(0).splitlines(True) if not NOISE.match(line)]
             with contextlib.suppress(OSError):
                 os.write(2, "".join(others).encode("latin-1"))
             os.close(self.saved)
