@@ -116,8 +116,7 @@ def position_problem(centers):
 def check_inside(landmarks, image):
     """Raise ValueError if most landmarks, float (5, 2), are outside the image; a face may extend past its border."""
     height, width = image.shape[:2]
-    x, y = np.asarray(landmarks).T
-    outside = int(((x < 0) | (x > width) | (y < 0) | (y > height)).sum())
+    outside = sum(not (0 <= x <= width and 0 <= y <= height) for x, y in np.asarray(landmarks).tolist())
     if outside > 2:
         raise ValueError(f"{outside} of 5 landmarks are outside the image ({width} x {height} pixels)")
 

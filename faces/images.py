@@ -75,9 +75,11 @@ def read_image(source):
     if not data:
         raise UnreadableImage("empty file")
     try:
-        with jpeg.watched_stderr():
-            header = jpeg.read_header(data)
-            return _decode_jpeg(data, *header) if header else _decode_other(data)
+        header = jpeg.read_header(data)
+        if header:
+            return _decode_jpeg(data, *header)
+        with jpeg.watched_stderr():    # decoders print messages about damaged files
+            return _decode_other(data)
     except cv2.error:            # for instance, more than 2**20 columns or rows
         raise UnreadableImage("can't be decoded by OpenCV") from None
     except MemoryError:

@@ -54,8 +54,8 @@ def decode(data):
     The EXIF orientation is applied. Several threads may call this at once.
     """
     array = np.frombuffer(data, np.uint8)
-    with watched_stderr():
-        with _watch.together():
+    with _watch:
+        with _watch.together:
             before = _watch.size()
             image = cv2.imdecode(array, cv2.IMREAD_COLOR_RGB)
             silent = _watch.size() == before
@@ -69,29 +69,44 @@ def decode(data):
     return image, found and found[0].strip()
 
 
-@contextlib.contextmanager
 def watched_stderr():
-    """Redirect file descriptor 2 to a temporary file inside a `with` block; these blocks may overlap.
+    """Return a context in which file descriptor 2 is redirected to a temporary file; several threads may be in it.
 
     Python's sys.stderr keeps writing to where it did, if it is looked up inside the block. What others wrote to the
     descriptor follows at the end of the block; the messages of decoders are dropped.
     """
-    _watch.enter()
-    try:
-        yield
-    finally:
-        _watch.leave()
+    return _watch
+
+
+class _Together:
+    """A context for the threads that decode at the same time; a class, because it is entered for every image."""
+
+    def __init__(self, watch):
+        self.watch, self.threads = watch, 0
+
+    def __enter__(self):
+        with self.watch.changed:
+            while self.watch.exclusive:
+                self.watch.changed.wait()
+            self.threads += 1
+
+    def __exit__(self, *_):
+        with self.watch.changed:
+            self.threads -= 1
+            if self.watch.exclusive:
+                self.watch.changed.notify_all()
 
 
 class _Watch:
     def __init__(self):
         self.changed = threading.Condition()
-        self.users = self.decoding = 0       # blocks of watched_stderr(), and images being decoded
+        self.together = _Together(self)
+        self.users = 0                       # blocks of watched_stderr()
         self.exclusive = False
         self.log = None                      # None also if the descriptor can't be redirected; then nothing is noticed
         self.file = self.process = None
 
-    def enter(self):
+    def __enter__(self):
         with self.changed:
             self.users += 1
             if self.users > 1:
@@ -111,7 +126,7 @@ class _Watch:
                                       buffering=1, closefd=False)
             os.dup2(self.log.fileno(), 2)
 
-    def leave(self):
+    def __exit__(self, *_):
         with self.changed:
             self.users -= 1
             if self.users or self.log is None:
@@ -129,24 +144,14 @@ class _Watch:
             self.log = None
 
     @contextlib.contextmanager
-    def together(self):
-        with self.changed:
-            self.changed.wait_for(lambda: not self.exclusive)
-            self.decoding += 1
-        try:
-            yield
-        finally:
-            with self.changed:
-                self.decoding -= 1
-                self.changed.notify_all()
-
-    @contextlib.contextmanager
     def alone(self):
+        """Wait until no other thread decodes, and keep them from it."""
         with self.changed:
             self.changed.wait_for(lambda: not self.exclusive)
             self.exclusive = True
-            self.changed.wait_for(lambda: not self.decoding)
         try:
+            with self.changed:
+                self.changed.wait_for(lambda: not self.together.threads)
             yield
         finally:
             with self.changed:

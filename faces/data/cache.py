@@ -169,7 +169,7 @@ def _build(listing, folder):
     done, failed = _read_journal(folder), []
     chunks = (range(start, min(start + CHUNK, total)) for start in range(0, total, CHUNK))
     missing = [rows for rows in chunks if rows not in done]
-    centers = np.full((total, 2), np.nan, np.float32)
+    sizes = np.full((total, 2), np.nan, np.float32)    # width and height of every image
     print(f"aligning {total:,} faces of {listing.source} into the cache {folder}")
     try:
         # The pool already has a thread per CPU, with which OpenCV's own threads would compete.
@@ -179,12 +179,11 @@ def _build(listing, folder):
                 tqdm(total=total, unit="img", unit_scale=True, dynamic_ncols=True) as bar:
             pending_write = writer.submit(int)  # returns at once: the first chunk has no write to wait for
             bar.update(total - sum(map(len, missing)))
-            for rows, chunk, chunk_failed in _align(listing, missing, pool, centers):
+            for rows, chunk, chunk_failed in _align(listing, missing, pool, sizes):
                 failed += chunk_failed
                 if len(failed) > MAX_FAILED * total:
                     raise InputError(_failure_message(listing, failed))
-                problem = align.position_problem(centers)
-                if problem:
+                if problem := listing.points is not None and align.position_problem(listing.points.mean(1) / sizes):
                     raise InputError(_position_message(listing, problem))
                 pending_write.result()  # a chunk is written while the next one is aligned; at most one write is pending
                 pending_write = writer.submit(_store, chunk, rows, file, None if chunk_failed else journal)
@@ -217,7 +216,7 @@ def _write_error(folder, error):
                       "some space and start again, and the build will continue where it stopped.")
 
 
-def _align(listing, chunks, pool, centers):
+def _align(listing, chunks, pool, sizes):
     """Align chunks of rows; yield (rows, uint8 (len(rows), 112, 96, 3), list of (row, reason) of unusable images).
 
     Each chunk is submitted before the previous one is complete, so that the threads of the pool never run out of work.
@@ -226,7 +225,7 @@ def _align(listing, chunks, pool, centers):
     for rows in chunks:
         chunk = np.empty((len(rows), *FACE_SHAPE), np.uint8)
         blocks = [slice(start, start + BLOCK) for start in range(0, len(rows), BLOCK)]
-        tasks = [pool.submit(_fill_block, chunk[block], listing, rows[block], centers) for block in blocks]
+        tasks = [pool.submit(_fill_block, chunk[block], listing, rows[block], sizes) for block in blocks]
         pending.append((rows, chunk, tasks))
         if len(pending) > 1:
             yield _collect(*pending.popleft())
@@ -237,10 +236,10 @@ def _collect(rows, chunk, tasks):
     return rows, chunk, sum((task.result() for task in tasks), [])
 
 
-def _fill_block(faces, listing, rows, centers):
+def _fill_block(faces, listing, rows, sizes):
     """Align the images of `rows` into `faces`; return a list of (row, reason) of unusable images.
 
-    The mean of the landmarks goes into `centers`, as a fraction of the image's width and height.
+    The width and height of each image go into `sizes`.
 
     Only decoding and warping release the interpreter lock, so the transforms are computed for all rows at once.
     """
@@ -248,10 +247,10 @@ def _fill_block(faces, listing, rows, centers):
     if listing.points is not None:
         transforms, reasons = align.similarity_transforms(listing.points[rows.start:rows.stop])
     return [(row, reason) for face, row, *transform in zip(faces, rows, transforms, reasons)
-            if (reason := _fill(face, listing, row, *transform, centers))]
+            if (reason := _fill(face, listing, row, *transform, sizes))]
 
 
-def _fill(face, listing, row, transform, reason, centers):
+def _fill(face, listing, row, transform, reason, sizes):
     """Align the image of a row into `face`; return None, or the reason why the image can't be used."""
     try:
         if reason:
@@ -262,7 +261,7 @@ def _fill(face, listing, row, transform, reason, centers):
         else:
             align.check_inside(listing.points[row], image)
             align.warp(image, transform, out=face)
-            centers[row] = listing.points[row].mean(0) / image.shape[1::-1]
+            sizes[row] = image.shape[1::-1]
     except (UnreadableImage, ValueError) as error:
         face[:] = 0
         return str(error)
