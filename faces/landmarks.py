@@ -5,6 +5,7 @@ of aligned faces has lines of `path label`.
 """
 import codecs
 import hashlib
+import os
 import unicodedata
 from pathlib import Path
 from typing import NamedTuple
@@ -117,7 +118,7 @@ def default_list(root, name):
     have the same name.
     """
     root = Path(root).expanduser().resolve()
-    return CACHE / f"{root.name}-{hashlib.sha256(str(root).encode()).hexdigest()[:8]}" / name
+    return CACHE / f"{root.name}-{hashlib.sha256(os.fsencode(root)).hexdigest()[:8]}" / name
 
 
 def format_line(path, *label_and_points):
@@ -156,7 +157,15 @@ def decode_text(data):
 
 
 def normal_form(name):
-    """Return a name for comparisons: macOS may store an accented letter as two characters, most lists have one."""
+    """Return a name for comparisons: macOS may store an accented letter as two characters, most lists have one.
+
+    Where Python takes names of files for ASCII, they are read as the UTF-8 that they usually are.
+    """
+    if not name.isascii():
+        try:
+            name = name.encode(errors="surrogateescape").decode()
+        except UnicodeError:
+            pass
     return unicodedata.normalize("NFC", name)
 
 
