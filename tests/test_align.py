@@ -52,3 +52,16 @@ def test_square_faces_are_eight_pixels_wider_on_each_side():
     assert np.array_equal(crop_aligned(square), align(image, points))
     with pytest.raises(ValueError, match="landmarks are needed"):
         crop_aligned(image)
+
+
+def test_faces_that_can_not_be_aligned_raise_value_error():
+    image, points = draw_face(1, 1)
+    assert align(image, points - (50, 0)).any()               # only the image-left eye and corner are outside
+    with pytest.raises(ValueError, match="5 of 5 landmarks are outside the image"):
+        align(image, points + 150)
+    with pytest.raises(ValueError, match="less than two pixels apart"):
+        similarity_transform(TEMPLATE / 40)
+    with pytest.raises(ValueError, match="not arranged like those of a face"):
+        similarity_transform(TEMPLATE[[2, 0, 1, 3, 4]] * (1, 0.2))
+    with pytest.raises(ValueError, match="too large to align"):
+        align(np.zeros((2, 40_000, 3), np.uint8), TEMPLATE * (1, 0.01))

@@ -295,8 +295,9 @@ def _failure_message(listing, failed):
     if listing.points is None and "landmarks are needed" in examples and isinstance(listing.source, Folder):
         return (f"{listing.source} has photos that are not aligned faces ({examples}); run "
                 f"`python mtcnn/casia_landmark.py --casia {listing.source}` first.")
+    suspects = "folder" if listing.points is None else "folder and the landmark list"
     return (f"more than {MAX_FAILED:.0%} of the {total:,} {'image' if total == 1 else 'images'} of {listing.source} "
-            f"can't be used ({examples}); check the folder and the landmark list.")
+            f"can't be used ({examples}); check the {suspects}.")
 
 
 def _position_message(listing, problem):
