@@ -105,6 +105,13 @@ def test_damaged_pixels_are_not_decoded(format, options):
     assert reason(data[:len(data) // 2] + b"\xff\xd9")                         # for a JPEG, cut but with an end marker
 
 
+def test_the_checksum_of_a_png_decides():
+    """A PNG whose compressed data are whole, but whose checksum says that they are not those that were written."""
+    data = noise("PNG")
+    position = data.rfind(b"IEND") - 8                                         # the checksum of the last IDAT chunk
+    assert reason(overwrite(data, position, bytes([data[position] ^ 1]))) == "damaged PNG"
+
+
 def test_a_corrupt_jpeg_is_told_from_those_decoded_at_the_same_time(capfd):
     whole = noise("JPEG")
     corrupt = overwrite(whole, len(whole) // 2, bytes(64))

@@ -95,12 +95,15 @@ def test_links_to_people_are_followed(aligned, tmp_path):
 
 def test_names_need_not_be_utf8(aligned, tmp_path):
     os.rename(os.fsencode(aligned / "p0"), os.fsencode(aligned) + b"/Jos\xe9")
-    (aligned / "p1/0.png").write_bytes(b"")
+    with open(os.fsencode(aligned) + b"/Jos\xe9/0.png", "wb"):
+        pass                                                       # an empty file, which failed.txt names
     for name in range(2, 120):
         shutil.copy(aligned / "p2/0.png", aligned / f"p2/{name}.png")
     faces = load(aligned, tmp_path)
     assert faces.classes == 3 and "1 unusable image" in str(faces)
-    (tmp_path / "list.txt").write_bytes(b"Jos\xe9/0.png\t0\np2/0.png\t1\n")
+    failed, = (tmp_path / "cache").glob("*/failed.txt")
+    assert failed.read_bytes() == b"Jos\xe9/0.png\tempty file\n"
+    (tmp_path / "list.txt").write_bytes(b"Jos\xe9/1.png\t0\np2/0.png\t1\n")
     assert load(aligned, tmp_path, labels=tmp_path / "list.txt").classes == 2
 
 
