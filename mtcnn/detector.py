@@ -28,7 +28,7 @@ from faces.files import InputError, atomic_write, command, write_json
 from faces.images import UnreadableImage, read_image
 from mtcnn.boxes import nms, nms_of_smaller, regress, squares
 from mtcnn.nets import load_nets
-from mtcnn.processes import in_processes
+from mtcnn.processes import in_processes, start_method
 from mtcnn.pyramid import CELL, Pyramid
 
 STRIDE = 2                   # pixels between neighboring cells of P-Net
@@ -76,6 +76,14 @@ class Detector:
         self.max_pixels = MAX_PIXELS["cpu" if self.device.type == "cpu" else "gpu"]
         self.nets = load_nets(self.device)
 
+    def __getstate__(self):
+        """Return everything but the networks; each process loads its own, because a GPU's memory can't be pickled."""
+        return {name: value for name, value in vars(self).items() if name != "nets"}
+
+    def __setstate__(self, state):
+        vars(self).update(state)
+        self.nets = load_nets(self.device)
+
     def detect(self, images, thresholds=None, workers=0):
         """Detect the faces in a list of images, or in one image.
 
@@ -99,7 +107,8 @@ class Detector:
         if workers > 1 and len(images) > 1:
             detect = partial(self.detect, thresholds=thresholds)
             batch_size = min(MAX_BATCH, -(-len(images) // (4 * workers)))
-            return [faces for batch in in_processes(detect, images, batch_size, workers) for faces in batch]
+            method = start_method(self.device)
+            return [faces for batch in in_processes(detect, images, batch_size, workers, method) for faces in batch]
         results = []
         for group in groups(map(as_rgb, images), lambda image: image.shape[0] * image.shape[1]):
             results += self.cascade(group, thresholds or self.thresholds)

@@ -1,42 +1,146 @@
 """Run a function on batches in several processes."""
-import cv2
-from torch.utils.data import DataLoader, Dataset
+import contextlib
+import multiprocessing
+import pickle
+import signal
+import sys
+import traceback
+from multiprocessing.connection import wait
 
+import cv2
+import torch
+
+from faces.files import InputError
 from faces.images import one_opencv_thread
 
+AHEAD = 8    # batches per process that may be finished before the one that is due, which bounds the memory
 
-def in_processes(function, items, batch_size, workers):
+
+def in_processes(function, items, batch_size, workers, method):
     """Yield function(batch) for the batches of `items`, in order.
 
-    The processes are the workers of a torch DataLoader: they have one thread each, and end when this process ends, even
-    by SIGKILL.
+    Each process has one thread and a pipe to this one. There is no shared memory, which is scarce in containers, and no
+    lock that a killed process could keep. A process ends when its pipe closes, which happens even if this process is
+    killed.
 
     Args:
-        function: takes a slice of `items`; it and its results must be picklable.
+        function: takes a slice of `items`; it and its results must be picklable. Each process unpickles it once.
         items: sequence that can be sliced.
         batch_size: items per batch.
         workers: number of processes.
+        method: how processes are started, see start_method().
+
+    Raises:
+        InputError: a process died or can't be started, or the GPU's memory is full.
+        Exception: whatever the function raises.
     """
-    batches = [items[start:start + batch_size] for start in range(0, len(items), batch_size)]
-    with one_opencv_thread():  # a forked process would wait forever for threads that OpenCV started in this one
-        yield from DataLoader(_Results(function, batches), batch_size=None, num_workers=min(workers, len(batches)),
-                              collate_fn=_unchanged, worker_init_fn=_one_thread)
+    starts = range(0, len(items), batch_size)
+    processes = {}  # by pipe
+    try:
+        _start(processes, min(workers, len(starts)), method)
+        for pipe in processes:
+            _send(pipe, function, processes)
+        idle, running, finished, sent = list(processes), {}, {}, 0
+        for due in range(len(starts)):
+            while True:
+                while idle and sent < min(len(starts), due + AHEAD * len(processes)):
+                    _send(idle[-1], items[starts[sent]:starts[sent] + batch_size], processes)
+                    running[idle.pop()] = sent
+                    sent += 1
+                if due in finished:
+                    break
+                for pipe in wait(list(running)):
+                    finished[running.pop(pipe)] = _receive(pipe, processes)
+                    idle.append(pipe)
+            yield finished.pop(due)
+    finally:
+        for process in processes.values():
+            process.kill()
+        for pipe, process in processes.items():
+            process.join()
+            pipe.close()
 
 
-class _Results(Dataset):
-    def __init__(self, function, batches):
-        self.function, self.batches = function, batches
+def start_method(device):
+    """Return how to start processes with networks on a torch.device: "fork", or "spawn", which takes seconds.
 
-    def __len__(self):
-        return len(self.batches)
-
-    def __getitem__(self, k):
-        return self.function(self.batches[k])
+    CUDA can't be used in a process that was forked after CUDA had started, and macOS does not support forks well.
+    """
+    return "fork" if torch.device(device).type == "cpu" and sys.platform == "linux" else "spawn"
 
 
-def _unchanged(batch):
-    return batch
+def _start(processes, count, method):
+    """Start processes and add them to the dict `processes`, by pipe."""
+    context = multiprocessing.get_context(method)
+    with one_opencv_thread(), _without_interrupts():  # a fork would wait forever for OpenCV's threads of this process
+        for _ in range(count):
+            try:
+                pipe, other_end = context.Pipe()
+                process = context.Process(target=_work, args=(other_end, pipe), daemon=True)
+                process.start()
+            except OSError as error:
+                raise InputError(f"can't start {count} worker processes: {error.strerror or error}; pass fewer "
+                                 "--workers.") from None
+            processes[pipe] = process
+            other_end.close()
 
 
-def _one_thread(_):
-    cv2.setNumThreads(1)  # needed if processes are not forked; the DataLoader sets the threads of torch
+@contextlib.contextmanager
+def _without_interrupts():
+    """Keep Ctrl-C from processes that are started inside a `with` block; it stops this process, which ends them."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _send(pipe, value, processes):
+    try:
+        pipe.send(value)
+    except OSError:
+        raise _death(processes[pipe]) from None
+
+
+def _receive(pipe, processes):
+    try:
+        worked, result, trace = pipe.recv()
+    except (EOFError, OSError):
+        raise _death(processes[pipe]) from None
+    if worked:
+        return result
+    if isinstance(result, torch.cuda.OutOfMemoryError):
+        raise InputError(f"the memory of the GPU is too small for {len(processes)} processes; pass fewer --workers.")
+    raise result from RuntimeError(f"in a worker process:\n{trace}")
+
+
+def _death(process):
+    """Return an InputError that says how a process ended."""
+    process.join(10)
+    code = process.exitcode
+    how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with status {code}"
+    return InputError(f"worker process {process.pid} {how}; run the command again, with fewer --workers if memory ran "
+                      "out.")
+
+
+def _work(pipe, other_end):
+    """Receive the function and then batches; send (True, result, "") or (False, exception, traceback) for each."""
+    other_end.close()  # or else this process would keep its own pipe open when the other one is killed
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    function = None
+    with contextlib.suppress(EOFError, ConnectionError):  # the other process has ended
+        while True:
+            message = pipe.recv_bytes()
+            try:
+                if function is None:
+                    function = pickle.loads(message)
+                    continue
+                answer = True, function(pickle.loads(message)), ""
+            except Exception as error:
+                answer = False, error, traceback.format_exc()
+            pipe.send(answer)

@@ -14,7 +14,7 @@ from faces.align import similarity_transform
 from faces.device import count_cpus
 from faces.images import UnreadableImage, read_image
 from mtcnn.detector import groups
-from mtcnn.processes import in_processes
+from mtcnn.processes import in_processes, start_method
 
 # Thresholds of the three networks, and width of the frame as a fraction of the image, for each attempt. On tight crops
 # of web photos (89 to 190 pixels), the frame finds nine in ten of the faces that the first attempt misses.
@@ -53,33 +53,33 @@ def search(root, paths, indices, detector, select="center", batch_size=32, worke
     Yields:
         For each batch, in order, (list of Find, {index: reason} of images that can't be read).
     """
-    job = _Job(root, paths, detector, select)
+    job, items = _Job(root, detector, select), [(i, paths[i]) for i in indices]
     if workers is None:
         workers = count_cpus() if detector.device.type == "cpu" else 0
-    if workers > 1 and len(indices) > batch_size:
-        yield from in_processes(job.search, indices, batch_size, workers)
+    if workers > 1 and len(items) > batch_size:
+        yield from in_processes(job.search, items, batch_size, workers, start_method(detector.device))
     else:
-        yield from map(job.find, prefetch(job.groups(indices)))
+        yield from map(job.find, prefetch(job.groups(items)))
 
 
 class _Job:
     """The parameters of a search, which every process needs."""
 
-    def __init__(self, root, paths, detector, select):
-        self.root, self.paths, self.detector, self.select = Path(root), paths, detector, select
+    def __init__(self, root, detector, select):
+        self.root, self.detector, self.select = Path(root), detector, select
 
-    def search(self, indices):
-        """Return (list of Find, {index: reason}) of a batch."""
+    def search(self, items):
+        """Return (list of Find, {index: reason}) of a batch of (index, path)."""
         finds, unreadable = [], {}
-        for group in self.groups(indices):
+        for group in self.groups(items):
             some_finds, some_unreadable = self.find(group)
             finds += some_finds
             unreadable |= some_unreadable
         return finds, unreadable
 
-    def groups(self, indices):
+    def groups(self, items):
         """Yield lists of (index, image or UnreadableImage) that fit in memory together."""
-        return groups(((int(i), read(self.root, self.paths[i])) for i in indices), lambda item: pixels(item[1]))
+        return groups(((i, read(self.root, path)) for i, path in items), lambda item: pixels(item[1]))
 
     def find(self, group):
         """Return (list of Find, {index: reason}) of a list that groups() yields."""
