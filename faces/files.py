@@ -92,15 +92,16 @@ def write_json(path, value):
 
 
 @contextlib.contextmanager
-def locked(path, activity):
+def locked(path, activity, wait=True):
     """Hold the lock file `path`. If another process holds it, say so once and wait.
 
     Args:
         path: the lock file; its folder is created.
         activity: what the holder is doing, for that message, such as "building the cache DIR".
+        wait: whether to wait for another process; otherwise, that is an error.
 
     Raises:
-        InputError: the lock file can't be written, or its file system has no locks.
+        InputError: the lock file can't be written, its file system has no locks, or it is held and `wait` is false.
     """
     lock = FileLock(path)
     try:
@@ -108,6 +109,8 @@ def locked(path, activity):
         try:
             lock.acquire(timeout=0)
         except Timeout:
+            if not wait:
+                raise InputError(f"another process is {activity}; let it finish, or choose another --output.") from None
             print(f"another process is {activity}; waiting for it to finish", flush=True)
             lock.acquire()
     except (OSError, NotImplementedError) as error:  # filelock raises the latter where there is no flock

@@ -9,35 +9,33 @@ people from 0 in sorted order, without gaps. An interrupted run continues where 
 """
 import argparse
 import sys
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from faces.files import InputError, command, folder
-from faces.images import list_images
 from faces.landmarks import default_list, write_landmarks
-from mtcnn.detector import make_detector
-from mtcnn.landmark_lists import add_list_options, find_all, median_or_stop, report
+from mtcnn import landmark_lists as lists
 
 
 def person(path):
-    """Return the name of the person folder that contains an image."""
-    return path.split("/")[0]
+    """Return the folder that directly contains an image: the person, as in faces.data.casia."""
+    return str(PurePosixPath(path).parent)
 
 
 def list_people(root):
     """Return the sorted paths of all images.
 
     Raises:
-        InputError: the folder contains no images, or an image is not in a person folder.
+        InputError: see lists.list_photos(), an image is not in a person folder, or there is only one person.
     """
-    paths = list_images(root)
-    if not paths:
-        raise InputError(f"{root} contains no images; pass the folder that holds one folder per person, such as "
-                         "0000045/001.jpg.")
+    paths = lists.list_photos(root, "0000045/001.jpg")
     for path in paths:
         if "/" not in path:
             raise InputError(f"{root / path} is not in a person folder; move it, or pass the folder that holds one "
                              "folder per person, such as 0000045/001.jpg.")
+    if len(set(map(person, paths))) < 2:
+        raise InputError(f"all {len(paths)} images in {root} are of one person, {person(paths[0])}; pass the folder "
+                         "that holds the folders of all people.")
     return paths
 
 
@@ -46,21 +44,23 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--casia", type=Path, required=True, metavar="DIR",
                         help="folder that holds one folder per person, such as 0000045/001.jpg")
-    add_list_options(parser)
+    lists.add_list_options(parser)
     args = parser.parse_args(argv)
     root = folder(args.casia, "one folder of photos per person, such as 0000045/001.jpg")
     paths = list_people(root)
     output = args.output or default_list(root, "casia_landmark.txt")
-    journal, unreadable = find_all(root, paths, output, make_detector(args), args)
-    median_or_stop(journal.finds(), root)
-    people = sorted({person(paths[find.index]) for find in journal.finds() if find.points})
-    label = {name: i for i, name in enumerate(people)}
-    write_landmarks(output, ((paths[find.index], label[person(paths[find.index])], find.points)
-                             for find in journal.finds() if find.points))
-    report(paths, journal, unreadable, output, "left out")
-    lost = sorted({person(path) for path in paths} - set(people))
-    print(f"{len(people)} people; people without any image left: {len(lost)} {' '.join(lost[:10])}".rstrip())
-    journal.remove()
+    with lists.reserve(output):
+        journal, unreadable = lists.find_all(root, paths, output, lists.list_detector(args), args)
+        lists.median_or_stop(journal.finds(), root)
+        people = sorted({person(paths[find.index]) for find in journal.finds() if find.points})
+        label = {name: i for i, name in enumerate(people)}
+        write_landmarks(output, ((paths[find.index], label[person(paths[find.index])], find.points)
+                                 for find in journal.finds() if find.points))
+        lists.report(paths, journal, unreadable, output, "left out")
+        lost = sorted({person(path) for path in paths} - set(people))
+        names = lists.printable(" ".join(lost[:10]))
+        print(f"{len(people)} people; people without any image left: {len(lost)} {names}".rstrip())
+        journal.remove()
 
 
 if __name__ == "__main__":

@@ -243,16 +243,16 @@ def strips(rows, columns, pixels):
     return [(top, min(top + height, rows)) for top in range(0, rows - CELL + STRIDE, height - CELL + STRIDE)]
 
 
-def add_options(parser):
-    """Add the options for make_detector() to a parser."""
+def add_options(parser, auto="the best available"):
+    """Add the options for make_detector() to a parser; `auto` says which device that is."""
     parser.add_argument("--min-face-size", type=float, default=20, metavar="PIXELS",
                         help="smallest face to look for, at least 4 and below 10000 (default: 20); doubling it is up "
                              "to four times as fast")
-    parser.add_argument("--device", default="auto", help="auto (default: the best available), cpu, cuda, cuda:1, mps")
+    parser.add_argument("--device", default="auto", help=f"auto (default: {auto}), cpu, cuda, cuda:1, mps")
 
 
-def make_detector(args):
-    """Return the Detector that the options ask for.
+def make_detector(args, device=None):
+    """Return the Detector that the options ask for, on `device` instead of args.device if it is given.
 
     Raises:
         InputError: an option is out of range, or the device is not available.
@@ -260,7 +260,7 @@ def make_detector(args):
     if not 4 <= args.min_face_size < 10000:
         raise InputError(f"--min-face-size {args.min_face_size:g} is out of range; it must be at least 4 and below "
                          "10000.")
-    return Detector(args.min_face_size, device=pick_device(args.device))
+    return Detector(args.min_face_size, device=pick_device(device or args.device))
 
 
 def draw(image, faces):

@@ -1,18 +1,21 @@
 """Find the landmarks of all images in a folder; shared by lfw_landmark.py and casia_landmark.py.
 
-Results are appended to a journal beside the list, `.NAME.partial`, from which an interrupted or killed run continues.
-The list itself is written atomically at the end.
+Results are appended to a journal beside the list, from which an interrupted or killed run continues. The list itself is
+written atomically at the end.
 """
 import hashlib
-import json
+import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from faces.files import InputError, atomic_write
-from mtcnn.detector import Detector, add_options
-from mtcnn.search import ATTEMPTS, RULES, Find, normalize_rule, search
+from faces.files import InputError, atomic_write, locked
+from faces.images import list_images
+from mtcnn.detector import Detector, add_options, make_detector
+from mtcnn.journal import Journal
+from mtcnn.search import ATTEMPTS, RULES, fastest_device, normalize_rule, search
 
 MAX_UNREADABLE = 0.01    # fraction of the images; a run with more of them stops
 MAX_SHOWN = 20           # names to print per kind of failure; .failed.txt lists all of them
@@ -41,8 +44,9 @@ def find_landmarks(root, paths, device=None, select="center"):
         InputError: an image can't be read, or none of them has a face.
     """
     detector, finds = Detector(device=device), []
+    workers = None if detector.device.type == "cpu" else 0  # starting processes on a GPU would take as long as it saves
     with tqdm(desc="detecting landmarks", total=len(paths), unit=" images") as bar:
-        for batch, unreadable in search(root, paths, range(len(paths)), detector, select):
+        for batch, unreadable in search(root, paths, range(len(paths)), detector, select, workers=workers):
             if unreadable:
                 i, reason = next(iter(unreadable.items()))
                 raise InputError(f"can't read {Path(root) / paths[i]}: {reason}; replace it.")
@@ -65,76 +69,6 @@ def median_or_stop(finds, root):
     return median
 
 
-class Journal:
-    """The results so far, on disk. A run with other settings starts a new journal.
-
-    Args:
-        output: the list that is being made.
-        settings: everything that results depend on, as JSON.
-        count: number of images.
-
-    Raises:
-        InputError: the journal can't be written.
-    """
-
-    def __init__(self, output, settings, count):
-        self.path = output.with_name(f".{output.name}.partial")
-        self.count = count
-        header = json.dumps(settings, sort_keys=True).encode() + b"\n"
-        try:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.path, "a+b")
-            self.file.seek(0)
-            if self.file.readline() != header:
-                self.file.truncate(0)
-                self.file.write(header)
-                self.file.flush()
-            self._drop_incomplete_line()
-        except OSError as error:
-            raise InputError(f"can't write {self.path}: {error.strerror}; choose another --output.") from None
-
-    def add(self, finds):
-        """Append finds, so that they survive even if this process is killed."""
-        try:
-            self.file.write(b"".join(json.dumps(find).encode() + b"\n" for find in finds))
-            self.file.flush()
-        except OSError as error:
-            raise InputError(f"can't write {self.path}: {error.strerror}; free some space and run the command "
-                             "again.") from None
-
-    def finds(self):
-        """Yield the Finds in the order of the images; only one number per image is kept in memory."""
-        for offset in self._offsets():
-            if offset >= 0:
-                self.file.seek(offset)
-                yield Find(*json.loads(self.file.readline()))
-
-    def missing(self):
-        """Return the indices of the images that are not in the journal, in increasing order."""
-        return np.flatnonzero(self._offsets() < 0).tolist()
-
-    def remove(self):
-        """Close the journal and delete it."""
-        self.file.close()
-        self.path.unlink()
-
-    def _offsets(self):
-        """Return the byte offset of each image's line, int64 (count,); -1 if it has none."""
-        offsets = np.full(self.count, -1, np.int64)
-        self.file.seek(0)
-        offset = len(self.file.readline())
-        for line in self.file:
-            offsets[json.loads(line)[0]] = offset
-            offset += len(line)
-        return offsets
-
-    def _drop_incomplete_line(self):
-        self.file.seek(0)
-        complete = sum(len(line) for line in self.file if line.endswith(b"\n"))
-        self.file.truncate(complete)
-        self.file.seek(0, 2)
-
-
 def add_list_options(parser):
     """Add the options that both scripts have."""
     parser.add_argument("--output", type=Path, metavar="FILE",
@@ -145,8 +79,54 @@ def add_list_options(parser):
     parser.add_argument("--batch-size", type=int, default=32, metavar="IMAGES",
                         help="images per batch for a worker process, at least 1 (default: 32)")
     parser.add_argument("--workers", type=int, metavar="N",
-                        help="worker processes (default: one per core; 0 on a GPU)")
-    add_options(parser)
+                        help="worker processes (default: one per core, but at most 8 with CUDA, which they share; 0 "
+                             "with mps)")
+    add_options(parser, auto="CUDA if available and there are fewer than 32 cores, because more are as fast; else the "
+                             "CPU")
+
+
+def list_detector(args):
+    """Return the Detector that the options ask for; `--device auto` is the device that is likely to be fastest.
+
+    Raises:
+        InputError: an option is out of range, or the device is not available.
+    """
+    return make_detector(args, fastest_device(args.device))
+
+
+def list_photos(root, example):
+    """Return the sorted paths of all images in a folder that holds one folder of photos per person.
+
+    Args:
+        root: the folder.
+        example: path of a photo in such a folder, for error messages.
+
+    Raises:
+        InputError: there are no images, or most of them are in `root` itself or in folders further down.
+    """
+    paths, wanted = list_images(root), f"the folder that holds one folder of photos per person, such as {example}"
+    if not paths:
+        raise InputError(f"{root} contains no images; pass {wanted}.")
+    depths = Counter(path.count("/") for path in paths)
+    if 2 * depths[0] > len(paths):
+        raise InputError(f"the photos in {root} are not in a person folder; pass {wanted}"
+                         + (f", perhaps {root.resolve().parent}." if depths[0] == len(paths) else "."))
+    if 2 * (depths[0] + depths[1]) < len(paths):
+        above = sorted({path.rsplit("/", 2)[0] for path in paths if path.count("/") > 1})  # the person folders
+        if len(above) == 1:
+            raise InputError(f"the person folders are not in {root} but further down; pass {root / above[0]}.")
+        raise InputError(f"the person folders are not in {root} but in {len(above)} folders below it; pass one of "
+                         f"them, such as {root / above[0]}, or move all person folders into one.")
+    return paths
+
+
+def reserve(output):
+    """Return a context manager that keeps other processes from making the list `output`.
+
+    Raises:
+        InputError: another process is making it.
+    """
+    return locked(output.with_name(f".{output.name}.lock"), f"making {output}", wait=False)
 
 
 def find_all(root, paths, output, detector, args):
@@ -169,10 +149,10 @@ def find_all(root, paths, output, detector, args):
         raise InputError(f"--batch-size {args.batch_size} is out of range; it must be at least 1.")
     if args.workers is not None and args.workers < 0:
         raise InputError(f"--workers {args.workers} is out of range; it must be 0 or more.")
-    names = "\n".join(paths).encode(errors="surrogateescape")
-    settings = {"folder": str(root.resolve()), "images": hashlib.sha256(names).hexdigest(),
+    settings = {"folder": str(root.resolve()), "images": digest(paths), "photos": digest(map(state_of(root), paths)),
                 "select": "centre" if args.select == "center" else args.select,    # earlier journals spell it this way
-                "min_face_size": detector.min_face_size, "factor": detector.factor, "attempts": ATTEMPTS}
+                "min_face_size": detector.min_face_size, "factor": detector.factor, "attempts": ATTEMPTS,
+                "device": detector.device.type}    # on a GPU, convolutions are less precise (TF32)
     journal, unreadable = Journal(output, settings, len(paths)), {}
     indices = journal.missing()
     if 0 < len(indices) < len(paths):
@@ -187,7 +167,25 @@ def find_all(root, paths, output, detector, args):
                                  f"{MAX_UNREADABLE:.0%} ({examples}); replace or remove them and run the command "
                                  "again.")
             bar.update(len(finds) + len(bad))
+    if journal.missing() != sorted(unreadable):
+        raise InputError(f"{journal.path} is incomplete; run the command again.")
     return journal, unreadable
+
+
+def digest(lines):
+    """Return a hash of some lines, joined by newlines."""
+    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
+
+
+def state_of(root):
+    """Return a function from a path below `root` to the size and modification time of the file, as a string."""
+    def state(path):
+        try:
+            found = os.stat(os.path.join(root, path))
+        except OSError:  # whatever is wrong with the file is reported when it is read
+            return ""
+        return f"{found.st_size} {found.st_mtime_ns}"
+    return state
 
 
 def report(paths, journal, unreadable, output, fate):
@@ -210,7 +208,12 @@ def report(paths, journal, unreadable, output, fate):
     for kind, names in kinds.items():
         print(f"  {kind}: {len(names)}")
         for name in names[:MAX_SHOWN]:
-            print("    " + name.encode(errors="backslashreplace").decode())
+            print(f"    {printable(name)}")
         if len(names) > MAX_SHOWN:
             print(f"    and {len(names) - MAX_SHOWN} more, see {failed}")
     print(f"landmarks: {output}")
+
+
+def printable(name):
+    """Return a file's name with escapes for bytes that are not UTF-8, which can't be printed."""
+    return name.encode(errors="backslashreplace").decode()

@@ -14,11 +14,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
-from faces.files import InputError, command, folder
-from faces.images import list_images
+from faces.files import command, folder
 from faces.landmarks import default_list, write_landmarks
-from mtcnn.detector import make_detector
-from mtcnn.landmark_lists import add_list_options, find_all, median_or_stop, report
+from mtcnn import landmark_lists as lists
 
 
 @command
@@ -26,18 +24,17 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lfw", type=Path, required=True, metavar="DIR",
                         help="folder of Name/Name_0001.jpg, or any set with the same layout")
-    add_list_options(parser)
+    lists.add_list_options(parser)
     args = parser.parse_args(argv)
     root = folder(args.lfw, "LFW images as Name/Name_0001.jpg")
-    paths = list_images(root)
-    if not paths:
-        raise InputError(f"{root} contains no images; pass the folder that holds Name/Name_0001.jpg.")
+    paths = lists.list_photos(root, "Name/Name_0001.jpg")
     output = args.output or default_list(root, "lfw_landmark.txt")
-    journal, unreadable = find_all(root, paths, output, make_detector(args), args)
-    median = median_or_stop(journal.finds(), root)
-    write_landmarks(output, ((paths[f.index], f.points or median * np.array(f.size)) for f in journal.finds()))
-    report(paths, journal, unreadable, output, "median landmarks")
-    journal.remove()
+    with lists.reserve(output):
+        journal, unreadable = lists.find_all(root, paths, output, lists.list_detector(args), args)
+        median = lists.median_or_stop(journal.finds(), root)
+        write_landmarks(output, ((paths[f.index], f.points or median * np.array(f.size)) for f in journal.finds()))
+        lists.report(paths, journal, unreadable, output, "median landmarks")
+        journal.remove()
 
 
 if __name__ == "__main__":

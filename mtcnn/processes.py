@@ -5,6 +5,7 @@ import pickle
 import signal
 import sys
 import traceback
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 
 import cv2
@@ -91,6 +92,7 @@ def _without_interrupts():
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
+    resource_tracker.ensure_running()  # a spawn would start it and then unblock the signal
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

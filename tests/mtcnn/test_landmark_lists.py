@@ -2,6 +2,7 @@
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,11 +12,14 @@ import cv2
 import numpy as np
 import pytest
 import skimage.data
+import torch
 from conftest import ROOT
 
+from faces.data.casia import read_casia
 from faces.landmarks import read_landmarks
+from mtcnn import search
 from mtcnn.detector import Faces
-from mtcnn.landmark_lists import Journal, median_points
+from mtcnn.landmark_lists import median_points, reserve
 from mtcnn.search import Find, choose, frame
 
 # Landmarks of the face in skimage.data.astronaut(), read off by eye.
@@ -42,19 +46,6 @@ def test_frame_and_median():
     finds = [Find(0, (100, 200), 0, [50, 50] * 5), Find(1, (10, 10), 1, [3, 4] * 5), Find(2, (50, 50), 0, [5, 40] * 5),
              Find(3, (5, 5), -1, None)]
     np.testing.assert_allclose(median_points(finds), [(0.3, 0.4)] * 5)
-
-
-def test_journal_survives_an_incomplete_line_and_discards_other_settings(tmp_path):
-    journal = Journal(tmp_path / "list.txt", {"a": 1}, 5)
-    finds = [Find(3, (9, 9), 0, [1.5] * 10), Find(0, (9, 9), -1, None)]
-    journal.add(finds)
-    with open(journal.path, "ab") as file:
-        file.write(b'[2, [9, 9], 0, [1.0, ')
-    journal = Journal(tmp_path / "list.txt", {"a": 1}, 5)
-    assert journal.missing() == [1, 2, 4]
-    journal.add([Find(2, (9, 9), 1, [2.0] * 10)])
-    assert [find.index for find in journal.finds()] == [0, 2, 3]
-    assert Journal(tmp_path / "list.txt", {"a": 2}, 5).missing() == [0, 1, 2, 3, 4]
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +92,7 @@ def test_lfw_landmark(people, tmp_path):
     failed = (tmp_path / "list.failed.txt").read_text().splitlines()
     assert [line.split("\t")[1] for line in failed if line.startswith("no face")] == ["Ann/Ann_0003.png",
                                                                                      "Bob/Bob_0001.png"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["list.failed.txt", "list.txt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".list.txt.lock", "list.failed.txt", "list.txt"]
 
 
 def test_casia_landmark_leaves_out_images_without_a_face(people, tmp_path):
@@ -112,6 +103,55 @@ def test_casia_landmark_leaves_out_images_without_a_face(people, tmp_path):
                             "Zoe/Zoe_0003.png"]
     assert listed.labels.tolist() == [0, 0, 1, 1, 1]
     assert "no face found, left out: 2" in run.stdout and "2 people; people without any image left: 1 Bob" in run.stdout
+
+
+def test_the_same_folder_is_the_person_as_in_training(people, tmp_path):
+    """Two images further down do not make the folder of all people wrong."""
+    root = tmp_path / "people"
+    shutil.copytree(people, root)
+    shutil.copytree(root / "Zoe", root / "more" / "Zoe")
+    assert in_process("casia_landmark.py", "--casia", root, "--output", tmp_path / "list.txt", "--device", "cpu") == 0
+    listed, training = read_landmarks(tmp_path / "list.txt", labeled=True), read_casia(root)
+    label = dict(zip(training.paths, training.labels))
+    assert len(set(listed.labels)) == len({label[path] for path in listed.paths}) == 3
+    assert len(set(zip(listed.labels, (label[path] for path in listed.paths)))) == 3
+
+
+def test_a_second_run_is_refused_and_the_first_is_left_alone(people, tmp_path, capsys):
+    output = tmp_path / "list.txt"
+    args = ["lfw_landmark.py", "--lfw", people, "--output", output, "--device", "cpu"]
+    with reserve(output):
+        (tmp_path / ".list.txt.partial").write_text("the first run's")
+        assert in_process(*args) == 2
+    assert f"another process is making {output}; let it finish" in capsys.readouterr().err
+    assert (tmp_path / ".list.txt.partial").read_text() == "the first run's" and not output.exists()
+
+
+def test_photos_exchanged_between_two_runs_are_searched_again(people, tmp_path, capsys, monkeypatch):
+    root = tmp_path / "people"
+    for name in ("Bob/Bob_0001.png", "Zoe/Zoe_0001.png"):
+        (root / name).parent.mkdir(parents=True)
+        shutil.copy(people / name, root / name)
+    args = ["lfw_landmark.py", "--lfw", root, "--output", tmp_path / "list.txt", "--device", "cpu"]
+    with monkeypatch.context() as patch:  # stop after all photos have been searched
+        patch.setattr("mtcnn.landmark_lists.median_or_stop", lambda *_: sys.exit(9))
+        assert in_process(*args) == in_process(*args) == 9
+    assert "starting over" not in capsys.readouterr().out
+    shutil.copy(root / "Zoe/Zoe_0001.png", root / "Bob/Bob_0001.png")
+    assert in_process(*args) == 0
+    out = capsys.readouterr().out
+    assert "because the photos have changed" in out and "2 images: a face in 2" in out
+
+
+def test_default_device_and_processes(monkeypatch):
+    def defaults(cores, cuda):
+        monkeypatch.setattr(search, "count_cpus", lambda: cores)
+        monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
+        device = search.fastest_device("auto")
+        return device, search.default_workers(torch.device("cuda" if device == "auto" else device))
+    assert defaults(4, cuda=False) == ("cpu", 4) and defaults(64, cuda=True) == ("cpu", 64)
+    assert defaults(4, cuda=True) == ("auto", 4) and defaults(16, cuda=True) == ("auto", 8)
+    assert search.fastest_device("mps") == "mps" and search.default_workers(torch.device("mps")) == 0
 
 
 def test_a_killed_run_continues_to_the_same_list(photo, tmp_path):
@@ -154,16 +194,23 @@ def test_a_missing_folder_is_one_sentence(tmp_path):
     ({}, "lfw_landmark.py", "contains no images"),
     ({"Ann/Ann_0001.jpg": b"no image"}, "lfw_landmark.py", "1 of 1 images"),
     ({"Ann/Ann_0001.png": "blank"}, "lfw_landmark.py", "no face was found"),
-    ({"0001.png": "blank"}, "casia_landmark.py", "not in a person folder"),
+    ({"0001.png": "blank"}, "casia_landmark.py", "not in a person folder; pass"),
+    ({"0001.png": "blank"}, "lfw_landmark.py", "not in a person folder; pass"),
+    ({"0001.png": "blank", "A/1.png": "blank", "B/1.png": "blank"}, "casia_landmark.py", "0001.png is not in a person"),
+    ({"A/1.png": "blank", "A/2.png": "blank"}, "casia_landmark.py", "all 2 images in"),
+    ({"lfw/A/1.png": "blank", "lfw/B/1.png": "blank"}, "lfw_landmark.py", "further down; pass {root}/lfw."),
+    ({"a/lfw/A/1.png": "blank", "a/lfw/B/1.png": "blank"}, "casia_landmark.py", "further down; pass {root}/a/lfw."),
+    ({"lfw/A/1.png": "blank", "casia/B/1.png": "blank"}, "casia_landmark.py", "pass one of them, such as {root}/casia"),
     ({}, "casia_landmark.py", "contains no images"),
-], ids=["empty", "unreadable", "faceless", "no person", "empty casia"])
+], ids=["empty", "unreadable", "faceless", "no person", "no person in lfw", "stray", "one person", "wrapped",
+        "wrapped twice", "two sets", "empty casia"])
 def test_bad_input_is_one_sentence_and_status_2(content, script, sentence, tmp_path, capsys):
     root = tmp_path / "set"
     root.mkdir()
     blank = cv2.imencode(".png", np.zeros((50, 50), np.uint8))[1].tobytes()
     for name, data in content.items():
-        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).parent.mkdir(exist_ok=True, parents=True)
         (root / name).write_bytes(blank if data == "blank" else data)
     status = in_process(script, f"--{script.split('_')[0]}", root, "--output", tmp_path / "list.txt")
-    assert status == 2 and sentence in capsys.readouterr().err
+    assert status == 2 and sentence.format(root=root) in capsys.readouterr().err
     assert not (tmp_path / "list.txt").exists()
