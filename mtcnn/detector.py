@@ -12,7 +12,6 @@ which is up to a twelfth of the face at the far border.
 """
 import argparse
 import sys
-from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -25,8 +24,9 @@ from tqdm import tqdm
 
 from faces.device import pick_device
 from faces.files import InputError, atomic_write, command, write_json
-from faces.images import UnreadableImage, read_image
+from faces.images import UnreadableImage
 from mtcnn.boxes import nms, nms_of_smaller, regress, squares
+from mtcnn.inputs import IMAGE_TYPES, as_rgb
 from mtcnn.nets import load_nets
 from mtcnn.processes import in_processes, start_method
 from mtcnn.pyramid import CELL, Pyramid
@@ -42,6 +42,7 @@ OVERLAP = (0.5, 0.7, 0.3, 0.7)
 MAX_PIXELS = {"cpu": 50_000, "gpu": 2_000_000}
 GROUP_PIXELS = 8_000_000     # pixels of the images that are searched together
 MAX_BATCH = 32               # images per batch for a worker process, at most
+ORANGE, BLUE = (230, 159, 0), (86, 180, 233)    # of the palette in faces/figures.py
 
 
 class Faces(NamedTuple):
@@ -64,15 +65,15 @@ class Detector:
         min_face_size: smallest face to look for, in pixels. The time is roughly proportional to 1 / min_face_size ** 2.
         thresholds: minimum probabilities of a face for P-Net, R-Net and O-Net.
         factor: scale between neighboring images of the pyramid, 0 to 1; the default halves the area.
-        device: where the networks run; default CUDA if available, else the CPU.
+        device: where the networks run; default "auto", the best available, see faces.device.pick_device().
     """
 
-    def __init__(self, min_face_size=20, thresholds=(0.6, 0.7, 0.7), factor=0.709, device=None):
+    def __init__(self, min_face_size=20, thresholds=(0.6, 0.7, 0.7), factor=0.709, device="auto"):
         if min_face_size <= 0 or not 0 < factor < 1 or len(thresholds) != 3:
             raise ValueError("min_face_size must be above 0, factor between 0 and 1, and there must be three "
                              "thresholds")
         self.min_face_size, self.thresholds, self.factor = min_face_size, tuple(thresholds), factor
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = pick_device(device or "auto")
         self.max_pixels = MAX_PIXELS["cpu" if self.device.type == "cpu" else "gpu"]
         self.nets = load_nets(self.device)
 
@@ -88,26 +89,29 @@ class Detector:
         """Detect the faces in a list of images, or in one image.
 
         Args:
-            images: uint8 RGB (H, W, 3), uint8 gray (H, W), or the path of a file; or a list of these, of any sizes.
-                Equal sizes are fastest. The result of an image does not depend on the others. Files are read when
-                needed.
+            images: a list of images of any sizes, or one image: uint8 RGB (H, W, 3) or gray (H, W), as an array or a
+                tensor; a PIL image; or the path of a file. Equal sizes are fastest. The result of an image does not
+                depend on the others. Files are read when needed and rotated by their EXIF orientation; a PIL image is
+                taken as it is.
             thresholds: used instead of the detector's own.
-            workers: worker processes for a list; 0 or 1 uses only this process. On a CPU, one per core is fastest for
-                hundreds of images; with a GPU, use 0.
+            workers: worker processes for a list; 0 or 1 uses only this process. For hundreds of images, one per core
+                is fastest, or up to 8 that share a GPU. With a GPU, and on systems other than Linux, a script then
+                needs `if __name__ == "__main__":`, because each process imports it.
 
         Returns:
-            A list of Faces, or a single Faces; n = 0 if no face was found.
+            A list of Faces, or a single Faces; n = 0 if no face was found, or if the image has no pixels.
 
         Raises:
-            faces.images.UnreadableImage: a file can't be read.
-            ValueError: an array is not an image.
+            faces.images.UnreadableImage: a file can't be read; the message starts with its path.
+            ValueError: something is not an image.
+            faces.files.InputError: a worker process died.
         """
-        if isinstance(images, (np.ndarray, str, Path)):
+        if isinstance(images, IMAGE_TYPES):
             return self.detect([images], thresholds)[0]
         if workers > 1 and len(images) > 1:
-            detect = partial(self.detect, thresholds=thresholds)
+            detect, method = partial(self.detect, thresholds=thresholds), start_method(self.device)
+            images = [image if isinstance(image, (str, Path)) else as_rgb(image) for image in images]
             batch_size = min(MAX_BATCH, -(-len(images) // (4 * workers)))
-            method = start_method(self.device)
             return [faces for batch in in_processes(detect, images, batch_size, workers, method) for faces in batch]
         results = []
         for group in groups(map(as_rgb, images), lambda image: image.shape[0] * image.shape[1]):
@@ -221,19 +225,6 @@ def groups(items, pixels):
         yield group
 
 
-def as_rgb(image):
-    """Return an array or a file as uint8 RGB (H, W, 3)."""
-    if isinstance(image, (str, Path)):
-        return read_image(image)
-    if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
-        raise ValueError("an image must be a uint8 array or the path of a file")
-    if image.ndim == 2:
-        return np.repeat(image[..., None], 3, axis=2)
-    if image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(f"an image must have the shape (H, W, 3) or (H, W), not {image.shape}")
-    return image
-
-
 def strips(rows, columns, pixels):
     """Split an image of even height into strips (top, bottom) of about `pixels`, such that P-Net sees every cell once.
 
@@ -264,48 +255,69 @@ def make_detector(args, device=None):
 
 
 def draw(image, faces):
-    """Return a copy of an image with boxes and landmarks drawn on it."""
+    """Return a copy of an image with boxes, scores and landmarks drawn on it, as in images/detection.png."""
     image = image.copy()
     thickness = max(1, round(max(image.shape) / 500))
-    for box, points in zip(faces.boxes, faces.landmarks):
+    scale = 0.45 * thickness
+    for box, score, points in zip(*faces):
         x1, y1, x2, y2 = np.rint(box).astype(int).tolist()
-        cv2.rectangle(image, (x1, y1), (x2, y2), (0, 255, 0), thickness)
+        cv2.rectangle(image, (x1, y1), (x2, y2), ORANGE, thickness)
+        text = f"{score:.3f}"
+        (width, height), below = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, scale, thickness)
+        x, y = max(0, x1), max(y1 - below, height + below)  # inside the image, even if the box is not
+        cv2.rectangle(image, (x, y - height - below), (x + width, y + below), (0, 0, 0), cv2.FILLED)
+        cv2.putText(image, text, (x, y), cv2.FONT_HERSHEY_SIMPLEX, scale, (255, 255, 255), thickness, cv2.LINE_AA)
         for point in points:
-            cv2.circle(image, np.rint(point).astype(int).tolist(), 2 * thickness, (255, 40, 40), -1)
+            center = np.rint(point).astype(int).tolist()
+            cv2.circle(image, center, 2 * thickness + 1, (0, 0, 0), cv2.FILLED, cv2.LINE_AA)
+            cv2.circle(image, center, 2 * thickness, BLUE, cv2.FILLED, cv2.LINE_AA)
     return image
 
 
 def output_names(photos):
-    """Return file names for the drawings, with a number appended if two photos have the same name."""
-    seen, names = Counter(), []
+    """Return different file names for the drawings: a photo's own, with a number appended if another photo has it."""
+    names = []
     for photo in photos:
-        seen[photo.stem] += 1
-        names.append(f"{photo.stem}.png" if seen[photo.stem] == 1 else f"{photo.stem}-{seen[photo.stem]}.png")
+        name, number = f"{photo.stem}.png", 1
+        while name in names:
+            number += 1
+            name = f"{photo.stem}-{number}.png"
+        names.append(name)
     return names
 
 
 @command
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("photos", type=Path, nargs="+", metavar="PHOTO", help="image files of any size")
+    parser.add_argument("photos", type=Path, nargs="+", metavar="PHOTO", help="image files of any size; those that "
+                        "can't be read are skipped and listed")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for drawings and faces.json")
     add_options(parser)
     args = parser.parse_args(argv)
-    detector = make_detector(args)
-    listing = []
-    for photo, name in zip(tqdm(args.photos, unit=" images", disable=None), output_names(args.photos)):
+    detector, names = make_detector(args), output_names(args.photos)
+    overwritten = {photo.resolve() for photo in args.photos} & {(args.output / name).resolve() for name in names}
+    if overwritten:
+        raise InputError(f"a drawing would overwrite the photo {overwritten.pop()}; choose another --output.")
+    listing, skipped = [], []
+    for photo, name in zip(tqdm(args.photos, unit=" images", disable=None), names):
         try:
-            image = read_image(photo)
+            image = as_rgb(photo)
         except UnreadableImage as error:
-            raise InputError(f"can't read {photo}: {error}; pass image files.") from None
+            skipped.append(str(error))
+            continue
         faces = detector.detect(image)
         with atomic_write(args.output / name) as file:
             file.write(cv2.imencode(".png", draw(image, faces)[..., ::-1])[1].tobytes())
         listing.append({"photo": str(photo), "drawing": name, "faces": [
             {"score": float(score), "box": box.tolist(), "landmarks": points.tolist()}
             for box, score, points in zip(*faces)]})
+    for reason in skipped:
+        print(f"skipped {reason}", file=sys.stderr)
+    if not listing:
+        raise InputError(f"can't read any of the {len(skipped)} photo(s); pass image files.")
     write_json(args.output / "faces.json", listing)
-    print(f"{sum(len(entry['faces']) for entry in listing)} faces in {len(listing)} photo(s): {args.output}")
+    print(f"{sum(len(entry['faces']) for entry in listing)} faces in {len(listing)} photo(s), {len(skipped)} skipped: "
+          f"{args.output}")
 
 
 if __name__ == "__main__":

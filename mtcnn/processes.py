@@ -73,7 +73,8 @@ def start_method(device):
 def _start(processes, count, method):
     """Start processes and add them to the dict `processes`, by pipe."""
     context = multiprocessing.get_context(method)
-    with one_opencv_thread(), _without_interrupts():  # a fork would wait forever for OpenCV's threads of this process
+    # A fork would wait forever for the threads that OpenCV has in this process.
+    with one_opencv_thread(), _without_interrupts(method):
         for _ in range(count):
             try:
                 pipe, other_end = context.Pipe()
@@ -87,12 +88,13 @@ def _start(processes, count, method):
 
 
 @contextlib.contextmanager
-def _without_interrupts():
+def _without_interrupts(method):
     """Keep Ctrl-C from processes that are started inside a `with` block; it stops this process, which ends them."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    resource_tracker.ensure_running()  # a spawn would start it and then unblock the signal
+    if method == "spawn":
+        resource_tracker.ensure_running()  # or else the first spawn would start it and then unblock the signal
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

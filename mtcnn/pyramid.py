@@ -26,7 +26,8 @@ class Pyramid:
         self.levels = [image]
         for rows, columns in sizes[1:]:
             self.levels.append(cv2.resize(self.levels[-1], (columns, rows), interpolation=cv2.INTER_LINEAR))
-        self.scales = [min(rows / self.size[0], columns / self.size[1]) for rows, columns in sizes]
+        # The first is not computed, because an empty image has no rows or columns to divide by.
+        self.scales = [1.0] + [min(rows / self.size[0], columns / self.size[1]) for rows, columns in sizes[1:]]
 
     def searched(self):
         """Return the levels that P-Net searches."""

@@ -9,8 +9,10 @@ import skimage.data
 import torch
 from conftest import ROOT
 from literal_mtcnn import literal
+from PIL import Image
 
-from faces.images import read_image
+from faces.device import pick_device
+from faces.images import UnreadableImage, read_image
 from mtcnn.boxes import nms, nms_of_smaller
 from mtcnn.detector import Detector, groups, strips
 from mtcnn.nets import PooledConvolution
@@ -66,18 +68,43 @@ def test_without_a_face_all_arrays_are_empty(detector, shape):
     assert [a.shape for a in faces] == [(0, 4), (0,), (0, 5, 2)]
 
 
-def test_an_empty_list_and_invalid_arrays(detector):
+@pytest.mark.parametrize("wrong", [
+    np.zeros((40, 40, 4), np.uint8), np.zeros((40, 40, 3), np.float32), np.zeros((2, 40, 40, 3), np.uint8),
+    np.zeros(5, np.uint8), torch.zeros(40, 40, 3), torch.zeros(40, 40, 3, dtype=torch.bfloat16),
+    torch.zeros(3, 40, 40, dtype=torch.uint8), [None], [7], Image.new("I", (40, 40)), Image.new("F", (40, 40))])
+def test_what_is_not_an_image_is_a_value_error_that_says_what_to_pass(detector, wrong):
+    with pytest.raises(ValueError, match="image must .*; ") as caught:
+        detector.detect(wrong)
+    assert f"not {wrong.dtype} {tuple(wrong.shape)};" in str(caught.value) if hasattr(wrong, "dtype") else True
+
+
+@pytest.mark.parametrize("empty", [np.zeros((0, 0, 3), np.uint8), np.zeros((0, 40), np.uint8),
+                                   np.zeros((40, 0, 3), np.uint8), Image.new("RGB", (0, 0))])
+def test_an_image_without_pixels_has_no_faces(detector, photo, empty):
     assert detector.detect([]) == []
-    for wrong in (np.zeros((40, 40, 4), np.uint8), np.zeros((40, 40, 3), np.float32)):
-        with pytest.raises(ValueError, match="image"):
-            detector.detect(wrong)
+    none, one = detector.detect([empty, photo[:200]])
+    assert [a.shape for a in none] == [(0, 4), (0,), (0, 5, 2)] and len(one.scores) == 1
 
 
-def test_gray_arrays_and_paths(detector, photo, tmp_path):
-    gray = cv2.cvtColor(photo, cv2.COLOR_RGB2GRAY)
+def test_gray_arrays_tensors_pil_images_and_paths(detector, photo, tmp_path):
+    gray, expected = cv2.cvtColor(photo, cv2.COLOR_RGB2GRAY), detector.detect(photo).landmarks
     np.testing.assert_allclose(detector.detect(gray).landmarks[0], LANDMARKS, atol=4)
     cv2.imwrite(str(tmp_path / "a.png"), photo[..., ::-1])
-    assert (detector.detect(tmp_path / "a.png").landmarks == detector.detect(photo).landmarks).all()
+    same = [tmp_path / "a.png", str(tmp_path / "a.png"), torch.from_numpy(photo), Image.fromarray(photo),
+            Image.fromarray(photo).convert("RGBA"), Image.open(tmp_path / "a.png")]
+    assert all((faces.landmarks == expected).all() for faces in detector.detect(same))
+    assert all((detector.detect(image).landmarks == expected).all() for image in same)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_file_is_named(detector, photo, tmp_path, workers):
+    (tmp_path / "bad.jpg").write_bytes(b"<html>")
+    with pytest.raises(UnreadableImage, match="bad.jpg: not an image"):
+        detector.detect([photo[:200], tmp_path / "bad.jpg"], workers=workers)
+
+
+def test_auto_is_a_device():
+    assert Detector(device="auto").device == Detector().device == Detector(device=None).device == pick_device("auto")
 
 
 def test_a_batch_gives_the_same_as_single_images(detector, photo):

@@ -176,13 +176,31 @@ def test_a_killed_run_continues_to_the_same_list(photo, tmp_path):
     assert done < 60 and resumed.read_text() == uninterrupted.read_text() and not journal.exists()
 
 
-def test_detector_draws_photos(photo, tmp_path, capsys):
-    cv2.imwrite(str(tmp_path / "a.png"), photo[..., ::-1])
-    assert in_process("detector.py", tmp_path / "a.png", "--output", tmp_path / "out", "--device", "cpu") == 0
-    assert "faces in 1 photo" in capsys.readouterr().out
-    entry, = json.loads((tmp_path / "out" / "faces.json").read_text())
-    np.testing.assert_allclose(entry["faces"][0]["landmarks"], LANDMARKS, atol=3)
-    assert cv2.imread(str(tmp_path / "out" / entry["drawing"])).shape == photo.shape
+def test_detector_draws_photos_and_skips_unreadable_ones(photo, tmp_path, capsys):
+    for name in ("a.png", "a-2.png", "b/a.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        cv2.imwrite(str(tmp_path / name), photo[:200, 100:350, ::-1])
+    (tmp_path / "bad.jpg").write_bytes(b"<html>")
+    photos = [tmp_path / name for name in ("a.png", "bad.jpg", "none.jpg", "b/a.png", "a-2.png")]
+    assert in_process("detector.py", *photos, "--output", tmp_path / "out", "--device", "cpu") == 0
+    shown = capsys.readouterr()
+    assert "3 faces in 3 photo(s), 2 skipped" in shown.out
+    assert f"skipped {tmp_path}/bad.jpg: not an image\nskipped {tmp_path}/none.jpg: No such file" in shown.err
+    listed = json.loads((tmp_path / "out" / "faces.json").read_text())
+    assert [entry["photo"] for entry in listed] == [str(photos[k]) for k in (0, 3, 4)]
+    np.testing.assert_allclose(listed[0]["faces"][0]["landmarks"] + np.array((100, 0)), LANDMARKS, atol=3)
+    assert len({entry["drawing"] for entry in listed}) == 3
+    assert cv2.imread(str(tmp_path / "out" / listed[2]["drawing"])).shape == (200, 250, 3)
+
+
+def test_detector_without_any_photo_and_onto_a_photo(photo, tmp_path, capsys):
+    (tmp_path / "bad.jpg").write_bytes(b"<html>")
+    assert in_process("detector.py", tmp_path / "bad.jpg", "--output", tmp_path / "out", "--device", "cpu") == 2
+    assert "can't read any of the 1 photo(s)" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    cv2.imwrite(str(tmp_path / "a.png"), photo[:200, :, ::-1])
+    before = (tmp_path / "a.png").read_bytes()
+    assert in_process("detector.py", tmp_path / "a.png", "--output", tmp_path, "--device", "cpu") == 2
+    assert "would overwrite the photo" in capsys.readouterr().err and (tmp_path / "a.png").read_bytes() == before
 
 
 def test_a_missing_folder_is_one_sentence(tmp_path):
