@@ -81,8 +81,8 @@ def add_list_options(parser):
     parser.add_argument("--workers", type=int, metavar="N",
                         help="worker processes (default: one per core, but at most 8 with CUDA, which they share; 0 "
                              "with mps)")
-    add_options(parser, auto="CUDA if available and there are fewer than 32 cores, because more are as fast; else the "
-                             "CPU")
+    add_options(parser, auto="CUDA if available, else the CPU; also the CPU if it has 32 cores or more, which should "
+                             "be as fast as a GPU")
 
 
 def list_detector(args):

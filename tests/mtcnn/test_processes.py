@@ -17,6 +17,8 @@ from mtcnn.processes import AHEAD, in_processes, start_method
 
 
 def squares(batch):
+    """Square numbers, although the process gets the SIGINT that a terminal sends to all processes on Ctrl-C."""
+    os.kill(os.getpid(), signal.SIGINT)
     return [number ** 2 for number in batch]
 
 
@@ -44,7 +46,7 @@ def fail(batch):
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_results_are_in_order(method):
+def test_results_are_in_order_and_only_this_process_heeds_ctrl_c(method):
     batches = list(in_processes(squares, range(50), 3, 2, method))
     assert [n for batch in batches for n in batch] == [n ** 2 for n in range(50)] and len(batches) == 17
     assert list(in_processes(squares, [], 3, 2, method)) == []
@@ -83,6 +85,25 @@ time.sleep(600)"""
     process.kill()
     process.wait()
     assert process.stdout.read() == ""  # the workers hold the other end, so this returns when the last has ended
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="Windows has no process groups")
+def test_ctrl_c_is_one_line():
+    program = """
+from faces.files import command
+from mtcnn.processes import in_processes
+def wait(batch):
+    import time; time.sleep(batch[0])
+@command
+def main():
+    for _ in in_processes(wait, [0, 0, 600, 600], 1, 2, "fork"):
+        print("started", flush=True)
+main()"""
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+                               stderr=subprocess.PIPE, start_new_session=True)
+    assert process.stdout.readline() == "started\n"
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.communicate()[1] == "-c: interrupted\n" and process.returncode == 130
 
 
 def test_a_detector_is_pickled_without_its_networks():
