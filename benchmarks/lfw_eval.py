@@ -30,7 +30,7 @@ from faces.verification.lfw import landmarks_of, load_faces
 from faces.verification.metrics import identify, operating_point, verify
 from faces.verification.pairs import read_pairs
 from faces.verification.weights import add_options as add_model_options
-from faces.verification.weights import load_weights
+from faces.verification.weights import load_net
 
 TURNS = 6
 # Floating-point operations of one pass of one image through the network, two for each product of direct convolution.
@@ -124,10 +124,8 @@ def main(argv=None):
     all_pairs = read_pairs(args.lfw)
     pairs = sample(all_pairs, args.pairs or len(all_pairs.same))
     points = landmarks_of(args.landmarks or default_list(args.lfw, "lfw_landmark.txt"), pairs.paths)
-    net = NETS[args.net]().to(device)
-    if args.model:
-        load_weights(net, args.model, args.channels)
-    net.eval()
+    net = load_net(args.model, NETS, args.net, args.channels)[0] if args.model else NETS[args.net or "faceNet"]()
+    net = net.to(device).eval()
     embed_ours(net, args.lfw, pairs.paths[:64], points[:64], device, torch.float32)  # the first calls are slow
     embed_reference(net, args.lfw, pairs.paths, points, pairs.pairs[:4], device)
     reference, ours, times, preparing = race(net, args, pairs, points, device)

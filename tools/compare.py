@@ -26,8 +26,8 @@ from faces.files import InputError, command
 from faces.images import UnreadableImage, read_image
 from faces.verification.embed import embed
 from faces.verification.metrics import best_threshold, similarities
+from faces.verification.weights import MODEL_HELP, announce, load_net
 from faces.verification.weights import add_options as add_model_options
-from faces.verification.weights import load_weights
 from mtcnn.detector import add_options, make_detector
 from mtcnn.search import ATTEMPTS, RULES, choose, frame, normalize_rule
 
@@ -198,8 +198,8 @@ def main(argv=None):
         threshold = best_threshold(scores.similarity, scores.same)
     if threshold is not None and not -1 <= threshold <= 1:
         raise InputError(f"--threshold {threshold:g} is not a cosine similarity; choose a value from -1 to 1.")
-    net = NETS[args.net]()
-    load_weights(net, args.model, args.channels)
+    net, loaded = load_net(args.model, NETS, args.net, args.channels)
+    announce(args.model, loaded)
     result = compare(net.to(pick_device(args.device)), make_detector(args), *args.photos, args.select)
     print(report(args, result, threshold, scores))
     if args.output:
@@ -213,8 +213,7 @@ def main(argv=None):
 def _parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photos", type=Path, nargs=2, metavar="PHOTO", help="two image files of any size")
-    parser.add_argument("--model", type=Path, required=True, metavar="FILE",
-                        help="checkpoint.pt of casia_train.py, or a public checkpoint of the same network")
+    parser.add_argument("--model", type=Path, required=True, metavar="FILE|DIR", help=MODEL_HELP)
     add_model_options(parser, NETS)
     parser.add_argument("--scores", type=Path, metavar="FILE",
                         help="scores.tsv that lfw_eval.py --output wrote for this model; provides the threshold and "

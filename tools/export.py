@@ -26,8 +26,8 @@ from faces.align import HEIGHT, TEMPLATE, WIDTH, crop_aligned
 from faces.device import to_input
 from faces.files import InputError, atomic_write, command, folder
 from faces.images import UnreadableImage, list_images, read_image
+from faces.verification.weights import MODEL_HELP, announce, load_net
 from faces.verification.weights import add_options as add_model_options
-from faces.verification.weights import load_weights
 
 TOLERANCE = 1e-4      # accepted difference between embedding values, relative to the largest value if that exceeds 1
 SYNTHETIC_FACES = 8   # number of synthetic faces, which every check uses
@@ -195,9 +195,9 @@ def main(argv=None):
     faces = synthetic_faces(SYNTHETIC_FACES)
     if args.check_faces:
         faces = np.concatenate((faces, read_faces(args.check_faces)))
-    net = NETS[args.net]()
-    loaded = load_weights(net, args.model, args.channels)
-    data, difference, largest = export(net, args.format, faces, make_metadata(args.net, loaded["method"]))
+    net, loaded = load_net(args.model, NETS, args.net, args.channels)
+    announce(args.model, loaded)
+    data, difference, largest = export(net, args.format, faces, make_metadata(loaded["net"], loaded["method"]))
     with atomic_write(args.output) as file:
         file.write(data)
     print(f"{args.output}: {args.format}, {len(data) / 1e6:.1f} MB, including metadata\n"
@@ -207,8 +207,7 @@ def main(argv=None):
 
 def _parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, metavar="FILE",
-                        help="checkpoint.pt of casia_train.py, or a public checkpoint of the same network")
+    parser.add_argument("--model", type=Path, required=True, metavar="FILE|DIR", help=MODEL_HELP)
     add_model_options(parser, NETS)
     parser.add_argument("--format", choices=tuple(FORMATS), required=True,
                         help="onnx for other runtimes (run `pip install onnx onnxruntime` first), torchscript for "

@@ -26,8 +26,8 @@ from faces.files import InputError, atomic_write, command, folder
 from faces.images import UnreadableImage
 from faces.landmarks import default_list, read_landmarks
 from faces.verification.embed import embed
+from faces.verification.weights import MODEL_HELP, announce, load_net
 from faces.verification.weights import add_options as add_model_options
-from faces.verification.weights import load_weights
 
 PICTURES = (".png", ".svg", ".pdf")
 
@@ -180,8 +180,9 @@ def main(argv=None):
     labels = np.repeat(np.arange(args.identities), args.per_identity)
     layouts, methods = [], []
     for model in args.model:
-        net = NETS[args.net]()
-        methods.append(load_weights(net, model, args.channels)["method"])
+        net, loaded = load_net(model, NETS, args.net, args.channels)
+        announce(model, loaded)
+        methods.append(loaded["method"])
         layouts.append(layout_and_silhouette(embed(net, faces, device, args.batch_size), labels, args.seed))
     titles = panel_titles(args.model, methods, args.title)
     for title, (_, silhouette) in zip(titles, layouts):
@@ -216,9 +217,8 @@ def _person(path):
 
 def _parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, action="append", required=True, metavar="FILE",
-                        help="checkpoint.pt of casia_train.py, or a public checkpoint of the same network; repeat "
-                             "--model to draw one panel per model")
+    parser.add_argument("--model", type=Path, action="append", required=True, metavar="FILE|DIR",
+                        help=f"{MODEL_HELP}; repeat --model to draw one panel per model")
     parser.add_argument("--title", action="append", metavar="TEXT",
                         help="title of a panel; repeat it once per --model, in the same order (default: the method)")
     add_model_options(parser, NETS)

@@ -13,7 +13,7 @@ from faces.verification.bootstrap import bootstrap
 from faces.verification.embed import MIRROR, default_batch_size, embed
 from faces.verification.lfw import load_lfw
 from faces.verification.metrics import identify, operating_point, verify
-from faces.verification.weights import add_channels_option, load_weights
+from faces.verification.weights import MODEL_HELP, add_channels_option, announce, load_net
 
 PRECISION = {"float32": torch.float32, "bf16": torch.bfloat16}
 PROTOCOLS = ("folds", "tar", "identification")
@@ -55,17 +55,18 @@ def main(nets, method, find_landmarks=None, argv=None):
     device = pick_device(args.device)
     keep_large_blocks(device)
     args.batch_size = args.batch_size or default_batch_size(device)
-    models = [nets[name]() for name in args.net]
-    loaded = [load_weights(net, path, args.channels) for net, path in zip(models, args.model)]
+    loaded = [load_net(path, nets, name, args.channels) for path, name in zip(args.model, args.net)]
+    for path, (_, weights) in zip(args.model, loaded):
+        announce(path, weights)
     lfw = load_lfw(args.lfw, args.pairs, args.landmarks, args.aligned, args.view, find_landmarks, device)
     if "identification" in args.protocol:
         _check_names(args, lfw.pairs)
     measured = []
-    for path, name, net, weights in zip(args.model, args.net, models, loaded):
+    for path, (net, weights) in zip(args.model, loaded):
         result, draws, operating_points, identification = _measure(args, net, device, lfw)
-        measured.append(report.Measured(str(path), name, weights["method"] or method, weights, result, draws,
+        measured.append(report.Measured(str(path), weights["net"], weights["method"] or method, weights, result, draws,
                                         operating_points, identification, time.monotonic() - started))
-        print(report.table(measured[-1], lfw, args.protocol, args.mirror), end="\n\n" if len(models) > 1 else "\n")
+        print(report.table(measured[-1], lfw, args.protocol, args.mirror), end="\n\n" if len(loaded) > 1 else "\n")
         started = time.monotonic()
     if len(measured) > 1:
         print(report.comparison_lines(report.compare(measured)))
@@ -114,7 +115,7 @@ def _parse(nets, method, argv):
     _add_protocol_options(parser.add_argument_group("protocol"))
     _add_machine_options(parser.add_argument_group("machine and output"))
     args = parser.parse_args(argv)
-    args.net = args.net or ["faceNet"]
+    args.net = args.net or [None]
     if len(args.net) == 1:
         args.net *= len(args.model)
     if len(args.net) != len(args.model):
@@ -141,12 +142,11 @@ def _add_data_options(group):
 
 
 def _add_model_options(group, nets):
-    group.add_argument("--model", type=Path, required=True, action="append", metavar="FILE",
-                       help="checkpoint.pt of casia_train.py, or a public checkpoint of the same network; repeat "
-                            "--model to compare further models with the first")
+    group.add_argument("--model", type=Path, required=True, action="append", metavar="FILE|DIR",
+                       help=f"{MODEL_HELP}; repeat --model to compare further models with the first")
     group.add_argument("--net", choices=nets, action="append",
-                       help="faceNet has batch normalization; sphere20a is the paper's network without it (default: "
-                            "faceNet); once, or once per --model")
+                       help="network that the model must have, once, or once per --model; not needed, because the file "
+                            "says which it has")
     add_channels_option(group)
 
 

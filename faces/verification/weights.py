@@ -1,16 +1,72 @@
 """Load weights of the 20-layer CNN from checkpoints of this project and from public ones.
 
-Public checkpoints are bare state dicts. Their layers are named conv1_1 .. conv4_3, relu1_1 .. relu4_3 and fc5; the
-variant with batch normalization adds conv1_1bn .. fc5_bn. They were trained on images read with OpenCV, so they expect
-BGR channels. Their residual convolutions may have biases, and they contain the training head, fc6, which is dropped.
+The file says which network it is, and the names of its layers say which layout it has; faces/verification/layouts.py
+describes both layouts and how state dicts may be nested. The released weights in the first layout were trained on
+images read with OpenCV, so they expect BGR channels; their residual convolutions may have biases. Whatever the file's
+network expects, the loaded one takes RGB, (x - 127.5) / 128.
 """
+import hashlib
+import sys
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import safetensors
 import torch
 from torch import nn
 
 from faces.files import InputError
-from faces.training.checkpoint import FORMAT, load_tensors
+from faces.training.checkpoint import FORMAT, MAX_BYTES, load_tensors
+from faces.verification.layouts import LAYOUTS, Found, find_weights
 
 CHANNELS = ("rgb", "bgr")
+MODEL_HELP = ("checkpoint.pt of casia_train.py or the folder that holds it, a public checkpoint of the same network, "
+              "or safetensors that tools/export.py wrote")
+PAGE = "docs/evaluation.md lists the layouts that can be loaded"
+
+
+class _Ignored:
+    """Stands in for an object beside the weights that PyTorch's restricted unpickler would refuse; holds nothing."""
+
+    def __new__(cls, *args):
+        return super().__new__(cls)
+
+    def __init__(self, *args):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+# Training scripts save metrics as numpy scalars, options as a Namespace, and paths. numpy's own functions for restoring
+# them are not safe on a hostile file, so none of them is called.
+IGNORED = [type(name, (_Ignored,), {"__module__": module}) for module, name in (
+    ("numpy.core.multiarray", "scalar"), ("numpy._core.multiarray", "scalar"), ("numpy", "dtype"), ("numpy", "ndarray"),
+    ("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct"), ("argparse", "Namespace"),
+    ("pathlib", "PosixPath"), ("pathlib", "WindowsPath"), ("pathlib._local", "PosixPath"),
+    ("pathlib._local", "WindowsPath"))]
+
+
+def load_net(path, nets, name=None, channels=None):
+    """Return the network whose weights a file holds, and a description of the file.
+
+    Args:
+        path: see load_weights().
+        nets: dict from a network's name, "faceNet" or "sphere20a", to its constructor.
+        name: name of the network that the file is expected to hold; None accepts either.
+        channels: see load_weights().
+
+    Returns:
+        (module on the CPU, dict; see load_weights()).
+
+    Raises:
+        InputError: see load_weights().
+    """
+    file = _read(path)
+    file_net_name = architecture(file.found.tensors)
+    _check_same_net(file, name or file_net_name)
+    net = nets[file_net_name]()
+    return net, _load(net, file, channels)
 
 
 def load_weights(net, path, channels=None):
@@ -18,29 +74,39 @@ def load_weights(net, path, channels=None):
 
     Args:
         net: faceNet() or sphere20a().
-        path: a checkpoint of this project, or a public state dict: bare or under the key "state_dict" or "model", and
-            with or without the prefix "module." that DataParallel adds to its names.
-        channels: channel order that the weights were trained with, "rgb" or "bgr"; None assumes "rgb" for checkpoints
-            of this project and "bgr" for all others.
+        path: a checkpoint of this project, a folder that holds checkpoint.pt, a safetensors file, or a public state
+            dict in one of the layouts and nestings of faces.verification.layouts. Half precision becomes float32.
+        channels: channel order that the weights were trained with, "rgb" or "bgr"; None takes the one that the file
+            states, and otherwise "rgb" for checkpoints of this project and MuggleWang's layout, "bgr" for all others.
 
     Returns:
-        dict that describes the file, with the keys "format", "method" (None if the file does not name it) and
-        "channels".
+        dict that describes the file, with the keys "format", "method" (None if the file does not name it), "net",
+        "layout", "channels", "source" (where in the file the weights are), "ignored" (names that were left out),
+        "others" (further weights in the file) and "fingerprint" (of the loaded network).
 
     Raises:
         InputError: the file can't be read safely, is not a checkpoint, or contains weights that do not fit `net`.
     """
-    state = load_tensors(path)
-    ours = isinstance(state, dict) and state.get("format") == FORMAT
-    weights = _without_head(_state_dict(path, state))
-    _check_fit(path, weights, net)
-    if channels is None:
-        channels = "rgb" if ours else "bgr"
-    if channels == "bgr":
-        weights["conv1_1.weight"] = weights["conv1_1.weight"].flip(1)
-    _load(path, net, weights)
-    return {"format": FORMAT if ours else "state dict", "method": state.get("method") if ours else None,
-            "channels": channels}
+    return _load(net, _read(path), channels)
+
+
+def announce(path, loaded):
+    """Print which layout a public file has, on one line of stderr; checkpoints of this project need no announcement.
+
+    Args:
+        path: the file.
+        loaded: dict that load_net() or load_weights() returned.
+    """
+    if loaded["format"] == FORMAT:
+        return
+    line = f"{path}: {loaded['net']} in the layout {loaded['layout']}; channel order {loaded['channels'].upper()}"
+    if loaded["source"]:
+        line += f"; taken from {loaded['source']}"
+    if loaded["others"]:
+        line += f" rather than {', '.join(loaded['others'])}"
+    if loaded["ignored"]:
+        line += f"; left out: {_shorten(loaded['ignored'])}"
+    print(line, file=sys.stderr)
 
 
 def add_options(parser, nets):
@@ -50,17 +116,16 @@ def add_options(parser, nets):
         parser: argparse.ArgumentParser, or one of its argument groups.
         nets: names of the networks to choose from.
     """
-    parser.add_argument("--net", choices=tuple(nets), default="faceNet",
-                        help="faceNet has batch normalization; sphere20a is the paper's network without it "
-                             "(default: faceNet)")
+    parser.add_argument("--net", choices=tuple(nets),
+                        help="network that the model must have; not needed, because the file says which it has")
     add_channels_option(parser)
 
 
 def add_channels_option(parser):
     """Add the option --channels alone, for a command with a --net of its own."""
     parser.add_argument("--channels", choices=CHANNELS,
-                        help="channel order that the model was trained with (default: rgb for checkpoints of this "
-                             "project, bgr for all others, such as the released weights)")
+                        help="channel order that the model was trained with (default: what the file states; otherwise "
+                             "rgb for checkpoints of this project and MuggleWang's layout, bgr for all others)")
 
 
 def architecture(names):
@@ -70,40 +135,148 @@ def architecture(names):
     return "faceNet" if "conv1_1bn.weight" in names else "sphere20a"
 
 
-def _state_dict(path, state):
-    """Return the state dict in a file's content, without the prefix that DataParallel adds to its names."""
-    for key in ("weights", "state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-            break
-    if not isinstance(state, dict) or not state or not all(isinstance(name, str) and isinstance(value, torch.Tensor)
-                                                           for name, value in state.items()):
-        raise InputError(f"{path} contains no weights; pass a checkpoint of this project or a network's state dict.")
-    return {name.removeprefix("module."): value for name, value in state.items()}
+def fingerprint(net):
+    """Return the SHA-256 of a network's weights and their names, in hexadecimal; equal for equal embeddings."""
+    digest = hashlib.sha256()
+    for name, value in sorted(net.state_dict().items()):
+        if not name.endswith("num_batches_tracked"):    # has no effect on embeddings, and public files lack it
+            digest.update(f"{name} {tuple(value.shape)}\n".encode())
+            digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
-def _without_head(weights):
-    return {name: value for name, value in weights.items() if not name.startswith("fc6")}
+def model_file(path):
+    """Return the file for a --model: the path itself, or checkpoint.pt in a folder.
+
+    Raises:
+        InputError: the folder has none, or the file has a format that can't be loaded back.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if not (path / "checkpoint.pt").is_file():
+            raise InputError(f"the folder {path} holds no checkpoint.pt; pass the folder of a run, or a file.")
+        return path / "checkpoint.pt"
+    if path.suffix.lower() == ".onnx" or _is_torchscript(path):
+        raise InputError(f"{path} is an export for other programs; pass the checkpoint it was made from, or export "
+                         "safetensors.")
+    return path
 
 
-def _check_fit(path, weights, net):
+def _is_torchscript(path):
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
+class _File(NamedTuple):
+    """A file of weights: its path, its format, its method and channel order as far as it states them, and Found."""
+    path: Path
+    format: str
+    method: str | None
+    channels: str | None
+    found: Found
+
+
+def _read(path):
+    path = model_file(path)
+    if _is_safetensors(path):
+        format, (content, stated) = "safetensors", _read_safetensors(path)
+    else:
+        with torch.serialization.safe_globals(IGNORED):
+            content = load_tensors(path)
+        format, stated = "state dict", {}
+        if isinstance(content, dict) and content.get("format") == FORMAT:
+            format, stated = FORMAT, {"method": content.get("method"), "colour_order": "RGB"}
+            content = {"weights": content.get("weights")}
+    found = find_weights(content)
+    if found is None:
+        raise InputError(f"{path} {_what_is_wrong(content)}; {PAGE}.")
+    if architecture(found.tensors) is None:
+        raise InputError(f"the weights in {path} do not fit faceNet or sphere20a ({_in_file(found, 'fc5.weight')} is "
+                         f"missing); {PAGE}.")
+    method, channels = stated.get("method"), stated.get("colour_order")
+    if channels is not None and channels.lower() not in CHANNELS:
+        raise InputError(f"the header of {path} states the channel order {channels!r}, which is neither RGB nor BGR; "
+                         "export it again.")
+    return _File(path, format, method if isinstance(method, str) and method != "unknown" else None,
+                 channels and channels.lower(), found)
+
+
+def _what_is_wrong(content):
+    if isinstance(content, dict):
+        for part in (content, *(value for value in content.values() if isinstance(value, dict))):
+            for name, value in part.items():
+                if isinstance(value, torch.Tensor):
+                    return f"contains no weights of the 20-layer CNN (its first tensor is {_printable(str(name))})"
+    return "contains no weights"
+
+
+def _is_safetensors(path):
+    try:
+        with open(path, "rb") as file:
+            start = file.read(9)
+        return start[8:] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size
+    except OSError:
+        return False    # load_tensors() says why
+
+
+def _read_safetensors(path):
+    """Return the tensors of a safetensors file, and what its header states, as dicts."""
+    if path.stat().st_size > MAX_BYTES:
+        raise InputError(f"{path} is larger than any checkpoint ({MAX_BYTES // 10**9} GB); pass a checkpoint file.")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except Exception as error:    # safetensors and torch raise several kinds, which all mean that the file is unusable
+        raise InputError(f"{path} is not a safetensors file that can be read ({str(error).splitlines()[0]}); export or "
+                         "download it again.") from None
+
+
+def _load(net, file, channels):
+    found = file.found
+    _check_fit(file, net)
+    channels = channels or file.channels or found.layout.channels
+    _set(file, net, channels)
+    return {"format": file.format, "method": file.method, "net": architecture(found.tensors),
+            "layout": found.layout.title, "channels": channels, "source": found.source, "ignored": found.ignored,
+            "others": found.others, "fingerprint": fingerprint(net)}
+
+
+def _check_same_net(file, net_name):
+    file_net_name = architecture(file.found.tensors)
+    if file_net_name != net_name:
+        raise InputError(f"{file.path} contains the weights of {file_net_name}, not of {net_name}; pass --net "
+                         f"{file_net_name} or leave out --net.")
+
+
+def _check_fit(file, net):
     """Raise InputError unless the names and shapes of the weights match the network."""
-    expected = net.state_dict()
-    net_name, file_net_name = architecture(expected), architecture(weights)
-    if file_net_name is not None and file_net_name != net_name:
-        raise InputError(f"{path} contains the weights of {file_net_name}, not of {net_name}; pass --net "
-                         f"{file_net_name}.")
-    missing = [name for name in expected if name not in weights and not name.endswith("num_batches_tracked")]
-    unknown = [name for name in weights if name not in expected and _extra_bias_shape(net, name) is None]
+    expected, found = net.state_dict(), file.found
+    net_name = architecture(expected)
+    _check_same_net(file, net_name)
+    missing = [name for name in expected if name not in found.tensors and not name.endswith("num_batches_tracked")]
+    unknown = [name for name in found.tensors if name not in expected and _extra_bias_shape(net, name) is None]
     if missing or unknown:
-        problem = f"{missing[0]} is missing" if missing else f"{unknown[0]} is unknown"
-        raise InputError(f"the weights in {path} do not fit {net_name} ({problem}); pass a checkpoint of faceNet or "
-                         "sphere20a.")
-    for name, value in weights.items():
+        problem = f"{_in_file(found, (missing or unknown)[0])} is {'missing' if missing else 'unknown'}"
+        raise InputError(f"the weights in {file.path} do not fit {net_name} ({problem}); {PAGE}.")
+    for name, value in found.tensors.items():
         shape = expected[name].shape if name in expected else _extra_bias_shape(net, name)
         if value.shape != shape:
-            raise InputError(f"the weights in {path} do not fit {net_name} ({name} is {_format_shape(value.shape)}, "
-                             f"not {_format_shape(shape)}); pass a checkpoint of faceNet or sphere20a.")
+            raise InputError(f"the weights in {file.path} do not fit {net_name} ({_in_file(found, name)} is "
+                             f"{_format_shape(value.shape)}, not {_format_shape(shape)}); {PAGE}.")
+
+
+def _in_file(found, name):
+    """Return a weight's name as the file has it; our name for a weight that the file lacks."""
+    if found.layout is LAYOUTS[0]:
+        return _printable(name)
+    return _printable(found.original[name]) if name in found.original else f"the counterpart of our {name}"
+
+
+def _printable(name):
+    return ascii(name[:80])[1:-1]
 
 
 def _extra_bias_shape(net, name):
@@ -113,17 +286,28 @@ def _extra_bias_shape(net, name):
         return torch.Size([layer.out_channels])
 
 
-def _load(path, net, weights):
-    device = next(net.parameters()).device
+def _set(file, net, channels):
+    """Copy the weights into the network, with the file's channel order and normalization folded into conv1_1."""
+    weights, device = dict(file.found.tensors), next(net.parameters()).device
     # In public checkpoints, residual convolutions may have biases that the network does not have yet.
     for name in weights.keys() - net.state_dict().keys():
         layer = net.get_submodule(name.removesuffix(".bias"))
         layer.bias = nn.Parameter(torch.zeros(layer.out_channels, device=device))
     try:
+        first = weights["conv1_1.weight"]
+        if channels == "bgr":
+            first = first.flip(1)
+        # Both inputs are zero at x = 127.5 and in the padding, so scaling the weight is exact.
+        weights["conv1_1.weight"] = (first.double() * (128 / file.found.layout.divisor)).float()
         net.load_state_dict({**net.state_dict(), **weights})
-    except RuntimeError as error:  # PyTorch can't copy from quantized or sparse tensors, or tensors without storage
-        raise InputError(f"{path} contains weights that can't be loaded ({str(error).splitlines()[-1].strip()}); pass "
-                         "a checkpoint of ordinary tensors.") from None
+    except (RuntimeError, NotImplementedError) as error:  # quantized or sparse tensors, or tensors without storage
+        reason = str(error).splitlines()[-1].strip()
+        raise InputError(f"{file.path} contains weights that can't be loaded ({reason}); pass a checkpoint of ordinary "
+                         "tensors.") from None
+
+
+def _shorten(names, count=3):
+    return ", ".join(map(_printable, names[:count])) + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
 def _format_shape(shape):

@@ -18,7 +18,7 @@ from faces.images import read_image
 from faces.landmarks import read_landmarks, write_landmarks
 from faces.training import checkpoint
 from faces.verification.metrics import best_threshold
-from faces.verification.weights import load_weights
+from faces.verification.weights import fingerprint, load_net, load_weights
 from mtcnn.detector import Detector
 from tools import compare, export, tsne
 
@@ -211,10 +211,10 @@ def test_an_exported_network_computes_the_same_embeddings(format, net_name, mode
     if format == "onnx":
         pytest.importorskip("onnx", reason="onnx is not installed")
         pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-    source, path = model if net_name == "faceNet" else public_model, tmp_path / "exported"
-    assert call(export, "--model", source, "--net", net_name, "--format", format, "--output", path) == 0
+    source, path = model if net_name == "faceNet" else public_model, tmp_path / f"exported.{format}"
+    assert call(export, "--model", source, "--format", format, "--output", path) == 0
     assert "largest difference from the original on 8 faces" in capsys.readouterr().out
-    assert [p.name for p in tmp_path.iterdir()] == ["exported"]
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
     net = NETS[net_name]()
     load_weights(net, source)
     biases = net.state_dict().keys() - NETS[net_name]().state_dict().keys()
@@ -228,6 +228,12 @@ def test_an_exported_network_computes_the_same_embeddings(format, net_name, mode
     assert np.array_equal(json.loads(metadata["template"]), TEMPLATE)
     assert (metadata["net"], metadata["colour_order"], metadata["mean"], metadata["divisor"]) \
         == (net_name, "RGB", "127.5", "128")
+    if format == "safetensors":
+        reloaded, loaded = load_net(path, NETS)
+        assert (loaded["net"], loaded["channels"]) == (net_name, "rgb") and fingerprint(reloaded) == fingerprint(net)
+    else:
+        with pytest.raises(InputError, match="is an export for other programs"):
+            load_net(path, NETS)
 
 
 def test_nothing_is_written_unless_the_check_passes(model, tmp_path, monkeypatch, capsys):

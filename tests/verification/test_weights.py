@@ -1,15 +1,19 @@
 """Our checkpoints and public ones reproduce the embeddings of the network they came from, or fail in one sentence."""
+import argparse
 import os
 import pickle
+from pathlib import Path
 
+import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
-from cosFace.net import faceNet, sphere20a
+from cosFace.net import NETS, STAGES, faceNet, sphere20a
 from faces.files import InputError
 from faces.training import checkpoint
-from faces.verification.weights import load_weights
+from faces.verification.weights import announce, fingerprint, load_net, load_weights
 
 
 @pytest.fixture(scope="module")
@@ -40,16 +44,78 @@ def assert_embeds(net, images, expected):
     torch.testing.assert_close(embed(net, images), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("wrap", [
-    lambda state: {**state, "fc6.weight": torch.zeros(512, 10)},
-    lambda state: {"state_dict": {f"module.{name}": value for name, value in state.items()}},
-    lambda state: {"model": state, "epoch": 3},
-], ids=["with the training head", "nested, DataParallel", "nested"])
-def test_released_weights_embed_rgb_as_they_embedded_bgr(released, images, tmp_path, wrap):
-    torch.save(wrap(released.state_dict()), tmp_path / "net.pth")
-    net = sphere20a()
-    assert load_weights(net, tmp_path / "net.pth")["channels"] == "bgr"
+def renamed(state, rename):
+    return {rename(name): value for name, value in state.items()}
+
+
+@pytest.mark.parametrize("wrap, source", [
+    (lambda state: {**state, "fc6.weight": torch.zeros(512, 10)}, ""),
+    (lambda state: {"state_dict": renamed(state, "module.{}".format)}, "state_dict"),
+    (lambda state: {"model": renamed(state, "module._orig_mod.{}".format), "epoch": 3}, "model"),
+    (lambda state: renamed(state, "_orig_mod.module.{}".format), ""),
+    (lambda state: renamed(state, lambda name: name.replace("conv2_1.", "conv2_1._orig_mod.")), ""),
+    (lambda state: {**renamed(state, "backbone.{}".format), "weight": torch.zeros(10, 512)}, "backbone"),
+    (lambda state: {"ema": {"module": state}, "model": {n: v + 1 for n, v in state.items()}}, "ema.module"),
+    (lambda state: {**renamed(state, "net.{}".format), **{f"ema.{n}": v for n, v in state.items()}}, "ema"),
+    (lambda state: {"params": state, "best": np.float64(0.9), "history": np.arange(3.0),
+                    "args": argparse.Namespace(output=Path("runs"), rates=np.ones(2))}, "params"),
+], ids=["with the training head", "DataParallel, nested", "compiled, then DataParallel", "DataParallel, then compiled",
+        "one compiled layer", "in a module with a margin", "averaged and not, nested", "averaged and not, by prefix",
+        "beside numpy values and options"])
+def test_released_weights_embed_rgb_as_they_embedded_bgr(released, images, tmp_path, wrap, source):
+    torch.save(wrap({name: value.clone() for name, value in released.state_dict().items()}), tmp_path / "net.pth")
+    net, loaded = load_net(tmp_path / "net.pth", NETS)
+    assert (loaded["net"], loaded["channels"], loaded["source"]) == ("sphere20a", "bgr", source)
     assert_embeds(net, images, embed(released, images.flip(1)))
+
+
+def in_mugglewangs_layout(state):
+    """Return the state dict of a sphere20a with the names that MuggleWang/CosFace_pytorch gives its layers."""
+    names = {"fc5": "fc"}
+    for stage, (_, units) in enumerate(STAGES, 1):
+        names |= {f"conv{stage}_1": f"layer{stage}.0", f"relu{stage}_1": f"layer{stage}.1"}
+        for unit in range(units):
+            for i in (1, 2):
+                names[f"conv{stage}_{2 * unit + i + 1}"] = f"layer{stage}.{unit + 2}.conv{i}"
+                names[f"relu{stage}_{2 * unit + i + 1}"] = f"layer{stage}.{unit + 2}.prelu{i}"
+    return renamed(state, lambda name: f"{names[name.rpartition('.')[0]]}.{name.rpartition('.')[2]}")
+
+
+@pytest.mark.parametrize("type", [torch.float32, torch.bfloat16])
+def test_mugglewangs_weights_take_rgb_and_another_normalization(images, tmp_path, capsys, type):
+    state = {name: value.to(type) for name, value in sphere20a().state_dict().items()}
+    theirs = sphere20a()
+    theirs.load_state_dict(state)
+    torch.save({**in_mugglewangs_layout(state), "head.weight": torch.zeros(10, 512)}, tmp_path / "net.pth")
+    net, loaded = load_net(tmp_path / "net.pth", NETS)
+    assert net.conv1_1.weight.dtype == torch.float32
+    expected = embed(theirs, images * (128 / 127.5))
+    assert (embed(net, images) - expected).abs().max() < 1e-5 * expected.abs().max()
+    announce("net.pth", loaded)
+    assert capsys.readouterr().err == ("net.pth: sphere20a in the layout layer1.0 ... fc, as in MuggleWang/"
+                                       "CosFace_pytorch; channel order RGB; left out: head.weight\n")
+
+
+def test_safetensors_state_their_channel_order(released, images, tmp_path):
+    state = {name: value.clone() for name, value in released.state_dict().items()}
+    for stated, channels in (("RGB", "rgb"), ("BGR", "bgr"), (None, "bgr")):
+        safetensors.torch.save_file(state, tmp_path / "net.safetensors", stated and {"colour_order": stated})
+        net, loaded = load_net(tmp_path / "net.safetensors", NETS)
+        assert loaded["channels"] == channels
+        assert_embeds(net, images, embed(released, images if channels == "rgb" else images.flip(1)))
+    safetensors.torch.save_file(state, tmp_path / "net.safetensors", {"colour_order": "YUV"})
+    with pytest.raises(InputError, match="'YUV', which is neither RGB nor BGR"):
+        load_net(tmp_path / "net.safetensors", NETS)
+
+
+def test_the_fingerprint_tells_networks_apart_but_not_their_files(released, tmp_path):
+    torch.save(released.state_dict(), tmp_path / "net.pth")
+    torch.save({"model": renamed(released.state_dict(), "module.{}".format)}, tmp_path / "nested.pth")
+    (net, first), (_, second) = (load_net(tmp_path / name, NETS) for name in ("net.pth", "nested.pth"))
+    assert first["fingerprint"] == second["fingerprint"] == fingerprint(net)
+    with torch.no_grad():
+        net.conv3_2.weight[0, 0, 0, 0] += 1e-6
+    assert fingerprint(net) != first["fingerprint"]
 
 
 def test_the_channel_order_can_be_specified(released, images, tmp_path):
@@ -76,11 +142,11 @@ def test_our_own_and_public_checkpoints_of_the_batch_normalized_variant(images, 
             nn.init.uniform_(module.running_var, 0.5, 2)
             nn.init.uniform_(module.bias, -0.1, 0.1)
     expected = embed(trained, images)
-    checkpoint.save(tmp_path / "ours.pt", {"method": "CosFace", "net": "faceNet", "weights": trained.state_dict(),
+    checkpoint.save(tmp_path / "checkpoint.pt", {"method": "CosFace", "net": "faceNet", "weights": trained.state_dict(),
                                            "head": {"weight": torch.zeros(7, 512)}})
     net = faceNet()
-    assert load_weights(net, tmp_path / "ours.pt") == {"format": checkpoint.FORMAT, "method": "CosFace",
-                                                       "channels": "rgb"}
+    loaded = load_weights(net, tmp_path)
+    assert [loaded[key] for key in ("format", "method", "channels")] == [checkpoint.FORMAT, "CosFace", "rgb"]
     assert_embeds(net, images, expected)
     public = {name: value for name, value in trained.state_dict().items() if not name.endswith("num_batches_tracked")}
     public["conv1_1.weight"] = public["conv1_1.weight"].flip(1)
@@ -122,7 +188,12 @@ def net():
     (lambda: small_state_dict(sphere20a, **{"conv3_4.weight": None}), "conv3_4.weight is missing"),
     (lambda: small_state_dict(sphere20a, **{"conv5_1.weight": torch.zeros(1)}), "conv5_1.weight is unknown"),
     (lambda: small_state_dict(sphere20a, **{"conv1_2.bias": torch.zeros(3)}), "conv1_2.bias is 3, not 64"),
-    (lambda: {"layer1.0.conv1.weight": torch.zeros(64, 64, 3, 3)}, "do not fit sphere20a"),
+    (lambda: {"layer1.0.conv1.weight": torch.zeros(64, 64, 3, 3)}, "20-layer CNN .its first tensor is layer1.0.conv1"),
+    (lambda: in_mugglewangs_layout(small_state_dict(sphere20a)) | {"layer1.3.conv1.weight": torch.zeros(1)},
+     "layer1.3.conv1.weight is unknown"),
+    (lambda: in_mugglewangs_layout(small_state_dict(sphere20a)) | {"layer1.0.weight": torch.zeros(64, 1, 3, 3)},
+     "layer1.0.weight is 64x1x3x3, not 64x3x3x3"),
+    (lambda: small_state_dict(sphere20a, **{"conv1_2.weight": torch.zeros(64, 64, 3, 3).to_sparse()}), "be loaded"),
     (lambda: {"epoch": 3}, "contains no weights"),
     (lambda: torch.zeros(3), "contains no weights"),
     (lambda: nn.Linear(2, 2), "loaded safely"),
@@ -147,6 +218,7 @@ def test_malicious_pickles_are_rejected_without_running_them(net, tmp_path, zipp
     assert not (tmp_path / "created").exists()
 
 
+@pytest.mark.filterwarnings("ignore:.*deprecated")
 def test_unreadable_files_are_one_sentence_errors(net, tmp_path):
     (tmp_path / "empty.pt").touch()
     (tmp_path / "text.pt").write_text("not weights\n")
@@ -154,7 +226,11 @@ def test_unreadable_files_are_one_sentence_errors(net, tmp_path):
     (tmp_path / "truncated.pt").write_bytes((tmp_path / "complete.pt").read_bytes()[:100_000])
     with open(tmp_path / "huge.pt", "wb") as file:
         file.truncate(checkpoint.MAX_BYTES + 1)  # the file is sparse, so it takes no space on disk
-    for name, message in {"missing.pt": "No such file", ".": "Is a directory", "empty.pt": "safely",
-                          "text.pt": "safely", "truncated.pt": "safely", "huge.pt": "GB"}.items():
+        (tmp_path / "net.safetensors").write_bytes(b"\x40" + bytes(7) + b"{" + bytes(99))
+    (tmp_path / "net.onnx").touch()
+    torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)), tmp_path / "script.pt")
+    for name, message in {"missing.pt": "No such file", ".": "holds no checkpoint.pt", "empty.pt": "safely",
+                          "text.pt": "safely", "truncated.pt": "safely", "huge.pt": "GB", "net.safetensors": "can be",
+                          "net.onnx": "export for other programs", "script.pt": "export for other programs"}.items():
         with pytest.raises(InputError, match=message):
             load_weights(net, tmp_path / name)
