@@ -6,7 +6,7 @@ The script detects the face in each photo, aligns and embeds both faces, and pri
 threshold and its error rates come from an evaluation of the same model: DIR is the folder that
 `lfw_eval.py --model FILE --output DIR` wrote. In Python:
 
-    compare(net, Detector(), "A.jpg", "B.jpg").similarity
+    compare(Embedder("checkpoint.pt"), "A.jpg", "B.jpg").similarity
 """
 import argparse
 import csv
@@ -19,17 +19,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from cosFace.net import NETS
-from faces.align import align
-from faces.device import pick_device
 from faces.figures import comparison_picture
 from faces.files import InputError, command
-from faces.images import UnreadableImage, read_image
-from faces.verification.embed import embed
 from faces.verification.metrics import best_threshold, similarities
-from faces.verification.weights import MODEL_HELP, announce, load_net
+from faces.verification.weights import MODEL_HELP, announce
 from faces.verification.weights import add_options as add_model_options
 from mtcnn.detector import add_options, make_detector
-from mtcnn.search import ATTEMPTS, RULES, choose, frame, normalize_rule
+from mtcnn.search import RULES, normalize_rule
+from tools.embedder import Embedder, find_faces
 
 
 class Comparison(NamedTuple):
@@ -62,14 +59,12 @@ class Scores(NamedTuple):
                 int((~accepted & self.same).sum()), int(self.same.sum()))
 
 
-def compare(net, detector, a, b, select="largest"):
+def compare(embedder, a, b):
     """Compare the faces in two photos.
 
     Args:
-        net: module, float (N, 3, 112, 96) to (N, D), on any device.
-        detector: mtcnn.detector.Detector.
-        a, b: paths of photos.
-        select: which face to use if a photo shows several: "largest", "center" or "score".
+        embedder: Embedder with the default `mirror`.
+        a, b: photos, see Embedder.
 
     Returns:
         Comparison.
@@ -77,40 +72,20 @@ def compare(net, detector, a, b, select="largest"):
     Raises:
         InputError: a photo can't be read, no face is detected in it, or an embedding is not finite or is zero.
     """
-    (crop_a, count_a), (crop_b, count_b) = (find_face(detector, photo, select) for photo in (a, b))
-    crops = np.stack((crop_a, crop_b))
-    embeddings = embed(net, crops, next(net.parameters()).device, mirror="concatenate", progress=False)
+    # One at a time, so that a photo's face is the same to the last bit whatever it is compared with.
+    faces = [find_faces([photo], embedder.detector, embedder.select)[0] for photo in (a, b)]
+    for photo, face in zip((a, b), faces):
+        if isinstance(face, str):
+            name = photo if isinstance(photo, (str, Path)) else "a photo"
+            raise InputError(f"can't compare {name}: {face}; pass a photo in which both eyes are visible, or lower "
+                             "--min-face-size.")
+    crops = np.stack([face.crop for face in faces])
+    embeddings = embedder.embed(crops)
     try:
         similarity = similarities(embeddings, np.array([[0, 1]]), np.zeros((1, embeddings.shape[1])))
     except ValueError as error:
         raise InputError(f"the model's embeddings can't be compared: {error}; its training must have failed.") from None
-    return Comparison(float(similarity[0, 0]), crops, (count_a, count_b))
-
-
-def find_face(detector, photo, select="largest"):
-    """Return the aligned face of a photo, uint8 (112, 96, 3), and the number of faces detected in the photo.
-
-    Args:
-        detector, select: see compare().
-        photo: path of the photo.
-
-    Raises:
-        InputError: the photo can't be read, or no face is detected in it.
-    """
-    try:
-        image = read_image(photo)
-    except UnreadableImage as error:
-        raise InputError(f"can't read {photo}: {error}; pass an image file.") from None
-    # Try the photo itself, then the photo in a black frame. The later attempts are left out because their lower
-    # thresholds would produce false detections.
-    for thresholds, part in ATTEMPTS[:2]:
-        framed, corner = frame(image, part)
-        faces = detector.detect(framed, thresholds)
-        row = choose(faces, framed.shape[:2], select)
-        if row is not None:
-            return align(image, faces.landmarks[row] - corner), len(faces.boxes)
-    raise InputError(f"no face was found in {photo}; pass a photo in which both eyes are visible, or lower "
-                     "--min-face-size.")
+    return Comparison(float(similarity[0, 0]), crops, tuple(face.count for face in faces))
 
 
 def read_scores(path):
@@ -198,9 +173,10 @@ def main(argv=None):
         threshold = best_threshold(scores.similarity, scores.same)
     if threshold is not None and not -1 <= threshold <= 1:
         raise InputError(f"--threshold {threshold:g} is not a cosine similarity; choose a value from -1 to 1.")
-    net, loaded = load_net(args.model, NETS, args.net, args.channels)
-    announce(args.model, loaded)
-    result = compare(net.to(pick_device(args.device)), make_detector(args), *args.photos, args.select)
+    embedder = Embedder(args.model, args.device, args.select, net=args.net, channels=args.channels,
+                        detector=make_detector(args))
+    announce(args.model, embedder.loaded)
+    result = compare(embedder, *args.photos)
     print(report(args, result, threshold, scores))
     if args.output:
         title = f"similarity {result.similarity:.3f}"

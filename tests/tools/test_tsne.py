@@ -1,0 +1,93 @@
+"""tsne.py: the choice of images, the layout and its score, and the picture."""
+import numpy as np
+import pytest
+from conftest import write_image
+from helpers import call, write_model
+from sklearn.metrics.pairwise import cosine_distances
+
+from faces.files import InputError
+from faces.images import read_image
+from faces.landmarks import read_landmarks, write_landmarks
+from tools import tsne
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("model") / "checkpoint.pt")
+
+
+def test_choice_of_images_depends_on_the_seed_and_skips_small_identities():
+    labels = np.array([0] * 9 + [1] * 4 + [2] * 5 + [3] * 7)[np.random.default_rng(0).permutation(25)]
+    rows = tsne.choose_images(labels, 2, 5, seed=1)
+    assert rows.shape == (2, 5) and len(np.unique(rows)) == 10
+    people = labels[rows]
+    assert (people == people[:, :1]).all() and people[0, 0] != people[1, 0] and 1 not in people
+    assert np.array_equal(rows, tsne.choose_images(labels, 2, 5, seed=1))
+    assert any(not np.array_equal(rows, tsne.choose_images(labels, 2, 5, seed=s)) for s in range(2, 6))
+    with pytest.raises(InputError, match="only 3 of 4 people have 5 images or more"):
+        tsne.choose_images(labels, 4, 5, seed=0)
+
+
+def test_silhouette_score_uses_the_cosine_distance_of_the_embeddings():
+    random = np.random.default_rng(0)
+    labels = np.repeat(np.arange(3), 4)
+    embeddings = random.normal(size=(3, 8))[labels] + 0.4 * random.normal(size=(12, 8))
+    embeddings *= random.uniform(1, 9, (12, 1))  # the norms must not matter
+    points, silhouette = tsne.layout_and_silhouette(embeddings, labels, 0)
+    distance, scores = cosine_distances(embeddings), []
+    for i, label in enumerate(labels):
+        own = distance[i, (labels == label) & (np.arange(12) != i)].mean()
+        other = min(distance[i, labels == k].mean() for k in range(3) if k != label)
+        scores.append((other - own) / max(own, other))
+    assert silhouette == pytest.approx(np.mean(scores)) and points.shape == (12, 2)
+    assert np.array_equal(points, tsne.layout_and_silhouette(embeddings, labels, 0)[0])
+    with pytest.raises(InputError, match="not finite"):
+        tsne.layout_and_silhouette(np.full((12, 8), np.nan), labels, 0)
+
+
+def test_tsne_draws_two_models_on_the_same_images(casia, model, tmp_path, capsys):
+    output = tmp_path / "tsne.png"
+    assert call(tsne, "--model", model, "--model", model, "--title", "before", "--title", "after",
+                "--faces", casia, "--identities", 2, "--per-identity", 3, "--device", "cpu", "--output", output,
+                "--points", tmp_path / "points.tsv") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].replace("before", "after") == lines[1] and "2 identities, 3 images each" in lines[0]
+    assert -1 <= float(lines[0].split()[1]) <= 1
+    height, width = read_image(output).shape[:2]
+    assert width > 2 * height * 0.9
+    (before, after), labels, names = tsne.read_points(tmp_path / "points.tsv")
+    assert before[0].startswith("before: silhouette") and after[0].startswith("after: silhouette")
+    assert before[1].shape == (6, 2) and np.array_equal(before[1], after[1])
+    assert labels.tolist() == [0, 0, 0, 1, 1, 1] and len(set(names)) == 2
+
+
+def test_tsne_points_survive_writing_and_reading(tmp_path):
+    panels = [("a: b", np.array([[1.25, -2], [3, 4]])), ('"c"', np.array([[0, 0.5], [7, 1e3]]))]
+    tsne.write_points(tmp_path / "points.tsv", panels, [1, 0], ["one", "two words"])
+    read, labels, names = tsne.read_points(tmp_path / "points.tsv")
+    assert [title for title, _ in read] == ["a: b", '"c"'] and [names[i] for i in labels] == ["two words", "one"]
+    assert all(np.array_equal(actual, expected) for (_, actual), (_, expected) in zip(read, panels))
+
+
+def test_tsne_reads_lfw_casia_and_aligned_faces(casia, tmp_path):
+    listed = read_landmarks(casia / "casia_landmark.txt", labeled=True)
+    write_landmarks(tmp_path / "lfw.txt", zip(listed.paths, listed.points))
+    lfw, train = tsne.list_lfw(casia, tmp_path / "lfw.txt"), tsne.list_faces(casia)
+    assert np.array_equal(lfw.labels, train.labels)
+    faces = tsne.read_faces(lfw, [0, 9])
+    assert np.array_equal(faces, tsne.read_faces(train, [0, 9]))
+    for i, face in enumerate(faces):
+        write_image(tmp_path / "aligned" / f"person{i}" / "1.png", face)
+    aligned = tsne.list_faces(tmp_path / "aligned")
+    assert aligned.points is None and np.array_equal(tsne.read_faces(aligned, [0, 1]), faces)
+
+
+@pytest.mark.parametrize("options, message", [
+    (("--per-identity", 9), "only 0 of 6 people"),
+    (("--identities", 1), "--identities 1"),
+    (("--title", "a", "--title", "b"), "--title was given 2 times and --model 1 times"),
+    (("--output", "tsne.gif"), "tsne.gif has an unsupported extension"),
+])
+def test_tsne_refuses_invalid_options(casia, model, capsys, options, message):
+    assert call(tsne, "--model", model, "--faces", casia, "--device", "cpu", *options) == 2
+    assert message in capsys.readouterr().err
