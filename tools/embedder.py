@@ -18,7 +18,7 @@ from faces.images import UnreadableImage, read_image
 from faces.verification.embed import embed
 from faces.verification.weights import load_net
 from mtcnn.detector import Detector, as_rgb, groups
-from mtcnn.search import ATTEMPTS, choose, frame
+from mtcnn.search import ATTEMPTS, choose, frame, prefetch
 
 
 class Face(NamedTuple):
@@ -110,7 +110,8 @@ def find_faces(photos, detector, select="largest"):
         list of N: a Face, or the reason why there is none, as text.
     """
     results = []
-    for group in groups(map(_read, photos), lambda image: 0 if isinstance(image, str) else image[..., 0].size):
+    images = map(_read, photos)
+    for group in prefetch(groups(images, lambda image: 0 if isinstance(image, str) else image[..., 0].size)):
         results += _find_in_images(group, detector, select)
     return results
 

@@ -1,7 +1,10 @@
 """Embedder and embed.py: from photos to embeddings, one at a time, in lists, and in folders of any size."""
+import shutil
+
 import numpy as np
 import pytest
-from helpers import write_model, write_photos
+from conftest import write_image
+from helpers import call, write_model, write_photos
 
 from cosFace.net import NETS
 from faces.align import align
@@ -10,6 +13,7 @@ from faces.images import read_image
 from faces.verification.embed import embed
 from faces.verification.weights import load_weights
 from mtcnn.detector import Detector
+from tools import embed as embed_tool
 from tools.embedder import Embedder, find_faces
 
 
@@ -75,3 +79,89 @@ def test_what_cannot_be_embedded_is_named(embedder, photos, photo, aligned, mess
         embedder(photos / photo, aligned)
     with pytest.raises(InputError, match="can't embed photo 2 of 2: .*uint8"):
         embedder([read_image(photos / "face.png"), np.zeros((112, 96, 3))], aligned=False)
+
+
+@pytest.fixture
+def run(model, tmp_path, monkeypatch, capsys):
+    """Return a function that runs embed.py with parts of two photos: (exit status, stdout, stderr)."""
+    def run_embed(*options):
+        status = call(embed_tool, "--model", model, "--device", "cpu", "--workers", 0, *options)
+        return status, *capsys.readouterr()
+
+    monkeypatch.setattr(embed_tool, "PART", 2)
+    return run_embed
+
+
+def test_a_folder_becomes_one_file_and_what_is_skipped_is_named(run, embedder, photos, tmp_path):
+    folder, output = tmp_path / "photos", tmp_path / "out" / "faces.npz"
+    shutil.copytree(photos, folder)
+    (folder / "damaged.jpg").write_bytes(b"no image")
+    status, out, err = run(folder, folder / "two.png", photos / "two.png", "--output", output)
+    assert status == 0
+    assert f"skipped {folder / 'coffee.png'}: no face was found" in err
+    assert f"skipped {folder / 'damaged.jpg'}: not an image" in err
+    assert "4 embeddings of 1024 values; 2 of 6 photos skipped" in out
+    faces = np.load(output)
+    expected = [folder / "brighter.png", folder / "face.png", folder / "two.png", photos / "two.png"]
+    assert faces["names"].tolist() == list(map(str, expected))
+    np.testing.assert_allclose(faces["embeddings"], embedder(expected), atol=1e-3)
+    assert faces["embeddings"].dtype == faces["boxes"].dtype == faces["landmarks"].dtype == np.float32
+    two, = find_faces(expected[2:3], embedder.detector)
+    np.testing.assert_allclose(faces["boxes"][2], two.box, atol=1e-2)
+    np.testing.assert_allclose(faces["landmarks"][2], two.landmarks, atol=1e-2)
+    assert (faces["faces"].tolist(), faces["chosen"].tolist()) == ([1, 1, 2, 2], [0, 0, 1, 1])
+    assert str(faces["model"]) == embedder.loaded["fingerprint"]
+    assert [path.name for path in output.parent.iterdir() if not path.name.endswith(".lock")] == ["faces.npz"]
+
+
+def test_an_interrupted_run_continues_to_the_same_file(run, photos, tmp_path, monkeypatch):
+    assert run(photos, photos / "two.png", "--output", tmp_path / "whole.npz")[0] == 0
+    original, embedded = Embedder.embed, []
+
+    def embed_one_part(self, crops):
+        if embedded:
+            raise KeyboardInterrupt
+        embedded.append(len(crops))
+        return original(self, crops)
+
+    monkeypatch.setattr(Embedder, "embed", embed_one_part)
+    output = tmp_path / "faces.npz"
+    assert run(photos, "--output", output)[0] == 130 and not output.exists()
+    monkeypatch.setattr(Embedder, "embed", lambda self, crops: embedded.append(len(crops)) or original(self, crops))
+    assert run(photos, "--output", output)[0] == 0
+    assert embedded == [1, 2] and output.read_bytes() == (tmp_path / "whole.npz").read_bytes()
+    monkeypatch.setattr(Embedder, "embed", embed_one_part)
+    run(photos, "--output", output, "--mirror", "none")
+    assert output.read_bytes() == (tmp_path / "whole.npz").read_bytes()    # a failed run leaves what was there
+    monkeypatch.setattr(Embedder, "embed", original)
+    status, out, _ = run(photos, "--output", output, "--mirror", "none", "--select", "score")
+    assert status == 0 and np.load(output)["embeddings"].shape == (3, 512)
+
+
+def test_aligned_faces_and_names_that_are_not_utf8(run, embedder, tmp_path):
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (3, 112, 96, 3), np.uint8)
+    for i, image in enumerate(images):
+        write_image(tmp_path / "faces" / f"{i}.png", image)
+    latin1 = tmp_path / "faces" / b"Jos\xe9.png".decode(errors="surrogateescape")
+    try:
+        (tmp_path / "faces" / "2.png").rename(latin1)
+    except OSError:
+        pytest.skip("this file system takes only UTF-8")
+    write_image(tmp_path / "faces" / "large.png", np.zeros((250, 250, 3), np.uint8))
+    status, _, err = run(tmp_path / "faces", "--aligned", "--output", tmp_path / "faces.npz")
+    assert status == 0 and "large.png: 250x250 pixels is not the size of an aligned face" in err
+    faces = np.load(tmp_path / "faces.npz")
+    assert set(faces) == {"names", "embeddings", "model"} and str(latin1) in faces["names"]
+    rows = [faces["names"].tolist().index(str(path)) for path in (tmp_path / "faces" / "0.png", latin1)]
+    np.testing.assert_allclose(faces["embeddings"][rows], embedder(images[[0, 2]], aligned=True), atol=1e-5)
+
+
+@pytest.mark.parametrize("photo, output, message", [
+    ("missing", "faces.npz", "missing does not exist"), (".", "faces.npz", "contains no images"),
+    ("coffee.png", "faces.npz", "none of the 1 photos has a face"),
+    ("face.png", "faces.csv", "not the name of an .npz"),
+])
+def test_mistakes_are_one_sentence_errors(run, photos, tmp_path, photo, output, message):
+    status, _, err = run((tmp_path if photo == "." else photos) / photo, "--output", tmp_path / output)
+    assert status == 2 and message in err and not (tmp_path / output).exists()
