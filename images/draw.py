@@ -11,6 +11,7 @@ from the results of trained models. The files in scores/ contain the similaritie
 and tsne.tsv was written with `tools/tsne.py --points images/tsne.tsv`. The pictures are deterministic, and
 tests/test_pictures.py compares them with the committed ones.
 """
+import argparse
 import sys
 from pathlib import Path
 
@@ -95,7 +96,7 @@ def verification(folder=HERE):
     roc_axes, *histogram_axes = np.ravel(grid)
     draw_roc(roc_axes, {f"{name}, AUC {auc(*curve):.3f}": curve for name, curve in curves.items()})
     roc_axes.set_title("LFW, view 2", fontsize=10)
-    for axes, (name, (similarity, same, _)) in zip(histogram_axes, scores.items()):
+    for axes, (name, (similarity, same, *_)) in zip(histogram_axes, scores.items()):
         draw_histogram(axes, similarity, same, best_threshold(similarity, same))
         axes.set_title(name, fontsize=10)
     for axes in histogram_axes[len(scores):]:
@@ -135,8 +136,14 @@ def _save(figure, path):
     figure.savefig(path, dpi=150)
 
 
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--output", type=Path, default=HERE, metavar="DIR",
+                        help="existing folder for the pictures (default: this script's own, which is tracked by git)")
+    args = parser.parse_args(argv)
+    for draw in (margins, detection, verification, tsne):
+        draw(args.output)
+
+
 if __name__ == "__main__":
-    margins()
-    detection()
-    verification()
-    tsne()
+    main()

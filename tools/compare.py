@@ -1,10 +1,11 @@
 """Decide whether two photos show the same person.
 
-    python tools/compare.py A.jpg B.jpg --model FILE --scores DIR/scores.tsv
+    python tools/compare.py A.jpg B.jpg --model FILE
 
 The script detects the face in each photo, aligns and embeds both faces, and prints their cosine similarity. The
-threshold and its error rates come from an evaluation of the same model: DIR is the folder that
-`lfw_eval.py --model FILE --output DIR` wrote. In Python:
+threshold and its error rates come from an evaluation of the same model: either `lfw_eval.py --model FILE
+--save-threshold` has saved them beside the model, or --scores DIR names the folder that `lfw_eval.py --model FILE
+--output DIR` wrote. In Python:
 
     compare(Embedder("checkpoint.pt"), "A.jpg", "B.jpg").similarity
 """
@@ -21,7 +22,8 @@ import numpy as np
 from cosFace.net import NETS
 from faces.figures import comparison_picture
 from faces.files import InputError, command
-from faces.verification.metrics import best_threshold, similarities
+from faces.verification.metrics import similarities
+from faces.verification.threshold import choose_threshold, load_threshold
 from faces.verification.weights import MODEL_HELP, announce
 from faces.verification.weights import add_options as add_model_options
 from mtcnn.detector import add_options, make_detector
@@ -47,16 +49,12 @@ class Scores(NamedTuple):
     similarity: float64 (P,), cosine similarity of each pair.
     same: bool (P,), True for a genuine pair.
     model: path of the evaluated model according to results.json; None if unknown.
+    fingerprint: of the evaluated network, see faces.verification.weights.fingerprint(); None if unknown.
     """
     similarity: np.ndarray
     same: np.ndarray
     model: str | None
-
-    def error_counts(self, threshold):
-        """Return the numbers of accepted impostor pairs, impostor pairs, rejected genuine pairs and genuine pairs."""
-        accepted = self.similarity > threshold
-        return (int((accepted & ~self.same).sum()), int((~self.same).sum()),
-                int((~accepted & self.same).sum()), int(self.same.sum()))
+    fingerprint: str | None
 
 
 def compare(embedder, a, b):
@@ -91,6 +89,9 @@ def compare(embedder, a, b):
 def read_scores(path):
     """Read a scores.tsv that lfw_eval.py wrote, and check the evaluation's settings in results.json beside it.
 
+    Args:
+        path: the file, or the folder that holds it.
+
     Returns:
         Scores.
 
@@ -98,8 +99,8 @@ def read_scores(path):
         InputError: the file can't be read or has a different format, has no genuine or no impostor pairs or a
             similarity that is not finite, or the similarities were computed differently from compare()'s.
     """
-    path = Path(path)
-    model = _check_settings(path.with_name("results.json"))
+    path = Path(path) / "scores.tsv" if Path(path).is_dir() else Path(path)
+    model, fingerprint = _check_settings(path.with_name("results.json"))
     try:
         with open(path, newline="", encoding="utf-8") as file:
             rows = [(row["same"], row["similarity"]) for row in csv.DictReader(file, delimiter="\t")]
@@ -110,25 +111,57 @@ def read_scores(path):
         raise InputError(f"can't read {path}: {reason}; run `lfw_eval.py --output DIR`, which writes "
                          "DIR/scores.tsv.") from None
     except (KeyError, TypeError, ValueError, csv.Error):
-        raise InputError(f"{path} is not a scores.tsv of lfw_eval.py; pass the DIR/scores.tsv that `lfw_eval.py "
-                         "--output DIR` wrote.") from None
+        raise InputError(f"{path} is not a scores.tsv of lfw_eval.py; pass the folder that `lfw_eval.py --output DIR` "
+                         "wrote.") from None
     if not np.isfinite(similarity).all() or same.all() or not same.any():
         raise InputError(f"{path} must contain genuine and impostor pairs with finite similarities; write it "
                          "again with `lfw_eval.py --output DIR`.")
-    return Scores(similarity, same, model)
+    return Scores(similarity, same, model, fingerprint)
 
 
 def _check_settings(results):
-    """Return the model that results.json names, or None; raise InputError if its scores were computed differently."""
+    """Return the model that results.json names, and its fingerprint, or None for what it does not say.
+
+    Raises:
+        InputError: the scores were computed differently from compare()'s.
+    """
     try:
         settings = json.loads(results.read_text(encoding="utf-8"))["settings"]
         different = settings.get("mirror", "concatenate") != "concatenate" or settings.get("subtract_mean", False)
+        weights = settings.get("weights") or {}
+        model, fingerprint = settings.get("model"), weights.get("fingerprint")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None  # the settings are unknown without a valid results.json
+        return None, None  # the settings are unknown without a valid results.json
     if different:
         raise InputError(f"{results} says that the scores were computed with another --mirror or with --subtract-mean, "
                          "which makes them unusable here; run lfw_eval.py with the defaults of both.")
-    return settings.get("model")
+    return model, fingerprint
+
+
+def pick_threshold(args, scores, fingerprint):
+    """Return the threshold to use, and the Threshold that has its error counts; None for what is unknown.
+
+    Args:
+        args: the command line's options.
+        scores: Scores, or None.
+        fingerprint: of the model's network.
+
+    Raises:
+        InputError: --threshold is out of range, or the scores or the saved threshold are those of another model.
+    """
+    if args.threshold is not None and not -1 <= args.threshold <= 1:
+        raise InputError(f"--threshold {args.threshold:g} is not a cosine similarity; choose a value from -1 to 1.")
+    if scores is not None:
+        if scores.fingerprint not in (None, fingerprint):
+            raise InputError(f"{args.scores} has the scores of another model ({scores.model}) than {args.model}; run "
+                             f"`lfw_eval.py --model {args.model} --output DIR` and pass that DIR.")
+        source = f"{args.scores} ({scores.model})" if scores.model else str(args.scores)
+        if scores.fingerprint is None:
+            source += ", which does not say whether it is of this model"
+        errors = choose_threshold(scores.similarity, scores.same, source, args.threshold)
+    else:
+        errors = load_threshold(args.model, fingerprint) if args.threshold is None else None
+    return errors.value if args.threshold is None and errors else args.threshold, errors
 
 
 def verdict(similarity, threshold):
@@ -136,48 +169,46 @@ def verdict(similarity, threshold):
     return "same person" if similarity > threshold else "different people"
 
 
-def report(args, result, threshold, scores):
+def report(args, result, threshold, errors, scores):
     """Return the text to print for a Comparison.
 
     Args:
         args: the command line's options.
         result: Comparison.
-        threshold: float; None if the user gave neither a threshold nor scores.
+        threshold, errors: see pick_threshold().
         scores: Scores, or None.
     """
     lines = [f"{photo}: {count} faces detected; using the one selected by --select {args.select}"
              for photo, count in zip(args.photos, result.face_counts) if count > 1]
     lines.append(f"similarity {result.similarity:.4f}")
     if threshold is None:
-        return "\n".join([*lines, "no verdict without a threshold; run lfw_eval.py with this model and --output DIR, "
-                                  "then pass --scores DIR/scores.tsv"])
+        return "\n".join([*lines, "no verdict without a threshold; run `lfw_eval.py --model "
+                                  f"{args.model} --lfw DIR --save-threshold` once, which saves one beside the model"])
     sign = ">" if result.similarity > threshold else "<="
     lines.append(f"{verdict(result.similarity, threshold)}: {result.similarity:.4f} {sign} threshold {threshold:.4f}")
-    if scores is None:
+    if errors is None:
         return "\n".join([*lines, "the error rates at this threshold are unknown; pass --scores to print them"])
-    accepted, impostor, rejected, genuine = scores.error_counts(threshold)
-    at_least_as_similar = int((scores.similarity[~scores.same] >= result.similarity).sum())
-    source = f"{args.scores} ({scores.model})" if scores.model else str(args.scores)
-    return "\n".join([*lines, f"expected errors at this threshold, from {source}:",
-                      f"  false accept  {accepted / impostor:8.3%}  {accepted:,} of {impostor:,} impostor pairs",
-                      f"  false reject  {rejected / genuine:8.3%}  {rejected:,} of {genuine:,} genuine pairs",
-                      f"impostor pairs at least as similar as this pair: {at_least_as_similar:,} of {impostor:,}"])
+    lines += [f"expected errors at this threshold, from {errors.source}:",
+              f"  false accept  {errors.accepted / errors.impostor:8.3%}  {errors.accepted:,} of {errors.impostor:,} "
+              "impostor pairs",
+              f"  false reject  {errors.rejected / errors.genuine:8.3%}  {errors.rejected:,} of {errors.genuine:,} "
+              "genuine pairs"]
+    if scores is not None:
+        as_similar = int((scores.similarity[~scores.same] >= result.similarity).sum())
+        lines.append(f"impostor pairs at least as similar as this pair: {as_similar:,} of {errors.impostor:,}")
+    return "\n".join(lines)
 
 
 @command
 def main(argv=None):
     args = _parser().parse_args(argv)
     scores = read_scores(args.scores) if args.scores else None
-    threshold = args.threshold
-    if threshold is None and scores is not None:
-        threshold = best_threshold(scores.similarity, scores.same)
-    if threshold is not None and not -1 <= threshold <= 1:
-        raise InputError(f"--threshold {threshold:g} is not a cosine similarity; choose a value from -1 to 1.")
     embedder = Embedder(args.model, args.device, args.select, net=args.net, channels=args.channels,
                         detector=make_detector(args))
     announce(args.model, embedder.loaded)
+    threshold, errors = pick_threshold(args, scores, embedder.loaded["fingerprint"])
     result = compare(embedder, *args.photos)
-    print(report(args, result, threshold, scores))
+    print(report(args, result, threshold, errors, scores))
     if args.output:
         title = f"similarity {result.similarity:.3f}"
         if threshold is not None:
@@ -187,17 +218,20 @@ def main(argv=None):
 
 
 def _parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    summary, _, details = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(description=summary, epilog=details,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photos", type=Path, nargs=2, metavar="PHOTO", help="two image files of any size")
     parser.add_argument("--model", type=Path, required=True, metavar="FILE|DIR", help=MODEL_HELP)
     add_model_options(parser, NETS)
-    parser.add_argument("--scores", type=Path, metavar="FILE",
-                        help="scores.tsv that lfw_eval.py --output wrote for this model; provides the threshold and "
-                             "its error rates, which hold for photos like those of the evaluated set and are "
-                             "slightly optimistic, because the threshold is chosen on the same scores")
+    parser.add_argument("--scores", type=Path, metavar="DIR|FILE",
+                        help="folder that lfw_eval.py --output wrote for this model, or its scores.tsv; provides the "
+                             "threshold and its error rates, which hold for photos like those of the evaluated set "
+                             "and are slightly optimistic, because the threshold is chosen on the same scores "
+                             "(default: the threshold that lfw_eval.py --save-threshold saved beside the model)")
     parser.add_argument("--threshold", type=float, metavar="T",
                         help="accept the pair if its similarity is greater than T, -1 to 1; raise it for fewer false "
-                             "accepts (default: the threshold with the highest accuracy on --scores)")
+                             "accepts (default: the threshold with the highest accuracy in the evaluation)")
     parser.add_argument("--select", type=normalize_rule, choices=RULES, default="largest",
                         help="which face to use if a photo shows several: the largest, the one nearest the center, or "
                              "the one with the highest score (default: largest)")

@@ -1,5 +1,6 @@
 """Evaluate networks on a verification set: the command behind both lfw_eval.py, and the function that training uses."""
 import argparse
+import os
 import time
 from pathlib import Path
 
@@ -13,10 +14,12 @@ from faces.verification.bootstrap import bootstrap
 from faces.verification.embed import MIRROR, default_batch_size, embed
 from faces.verification.lfw import load_lfw
 from faces.verification.metrics import identify, operating_point, verify
+from faces.verification.threshold import choose_threshold, save_threshold, threshold_path
 from faces.verification.weights import MODEL_HELP, add_channels_option, announce, load_net
 
 PRECISION = {"float32": torch.float32, "bf16": torch.bfloat16}
 PROTOCOLS = ("folds", "tar", "identification")
+MAX_RESAMPLES = 100_000
 
 
 def evaluate(net, lfw, device, mirror="concatenate", subtract_mean=False, batch_size=None, dtype=torch.float32,
@@ -50,8 +53,7 @@ def main(nets, method, find_landmarks=None, argv=None):
     """
     args = _parse(nets, method, argv)
     started = time.monotonic()
-    if args.output:
-        _make_folder(args.output)  # now, so that a mistake does not surface after the work
+    _check_outputs(args)  # now, so that a mistake does not surface after the work
     device = pick_device(args.device)
     keep_large_blocks(device)
     args.batch_size = args.batch_size or default_batch_size(device)
@@ -66,6 +68,10 @@ def main(nets, method, find_landmarks=None, argv=None):
         result, draws, operating_points, identification = _measure(args, net, device, lfw)
         measured.append(report.Measured(str(path), weights["net"], weights["method"] or method, weights, result, draws,
                                         operating_points, identification, time.monotonic() - started))
+        if args.save_threshold:
+            pairs = lfw.pairs.judged()
+            source = f"{len(pairs.same):,} pairs of {args.lfw}"
+            save_threshold(path, weights["fingerprint"], choose_threshold(result.similarities, pairs.same, source))
         print(report.table(measured[-1], lfw, args.protocol, args.mirror), end="\n\n" if len(loaded) > 1 else "\n")
         started = time.monotonic()
     if len(measured) > 1:
@@ -164,9 +170,9 @@ def _add_protocol_options(group):
     group.add_argument("--subtract-mean", action=argparse.BooleanOptionalAction, default=False,
                        help="subtract the mean embedding of the training folds from every embedding, except for "
                             "identification (default: no)")
-    group.add_argument("--resamples", type=_positive, default=1000, metavar="R",
-                       help="bootstrap samples for the 95 %% confidence interval; 10,000 take a second or two "
-                            "(default: 1000)")
+    group.add_argument("--resamples", type=_resamples, default=1000, metavar="R",
+                       help=f"bootstrap samples for the 95 %% confidence interval, 1 to {MAX_RESAMPLES:,}; 10,000 take "
+                            "a second or two (default: 1000)")
     group.add_argument("--seed", type=_positive, default=1, metavar="N",
                        help="seed of the bootstrap and of the gallery, at least 1 (default: 1)")
 
@@ -181,11 +187,20 @@ def _add_machine_options(group):
                        help="folder for results.json, scores.tsv, roc.png, histogram.png, errors.png (the hardest "
                             "pairs) and, for identification, cmc.png; with several models, each gets a folder of its "
                             "own in it")
+    group.add_argument("--save-threshold", action="store_true",
+                       help="save the threshold with the highest accuracy on these pairs, and its error counts, beside "
+                            "each model as MODEL.threshold.json, where tools/compare.py finds them")
 
 
 def _positive(text):
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def _resamples(text):
+    if _positive(text) > MAX_RESAMPLES:
+        raise argparse.ArgumentTypeError(f"{text} is more than {MAX_RESAMPLES:,}")
     return int(text)
 
 
@@ -205,8 +220,17 @@ def _plain(settings):
             for name, value in settings.items()}
 
 
-def _make_folder(path):
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"can't write to --output {path}: {error.strerror}; choose another folder.") from None
+def _check_outputs(args):
+    if args.save_threshold and (args.mirror != "concatenate" or args.subtract_mean):
+        raise InputError("--save-threshold is for compare.py, which appends the mirror image's embedding and subtracts "
+                         "no mean; leave out --mirror and --subtract-mean.")
+    for path in args.model if args.save_threshold else []:
+        if not os.access(threshold_path(path).parent, os.W_OK):
+            raise InputError(f"--save-threshold can't write {threshold_path(path)}; copy the model to a folder of your "
+                             "own.")
+    if args.output:
+        try:
+            args.output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"can't write to --output {args.output}: {error.strerror}; choose another "
+                             "folder.") from None

@@ -1,10 +1,13 @@
 """compare.py: the similarity of two photos, the verdict, and its error rates."""
+import itertools
 import json
+import shutil
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from conftest import draw_face, run_lfw_eval, write_image
 from helpers import call, write_model, write_photos
 
 from cosFace.net import NETS
@@ -12,6 +15,7 @@ from faces.align import similarity_transform
 from faces.files import InputError
 from faces.images import read_image
 from faces.verification.metrics import best_threshold
+from faces.verification.threshold import choose_threshold
 from faces.verification.weights import load_weights
 from mtcnn.detector import Detector
 from tools import compare
@@ -67,14 +71,14 @@ def test_similarity_is_the_cosine_of_the_embeddings_of_both_crops(model, photos)
 
 def test_error_counts_equal_a_naive_count(scores):
     path, similarity, same = scores
-    read = compare.read_scores(path)
-    best = best_threshold(read.similarity, read.same)
-    for threshold in (0.31, 0.3, -1, 1, best):  # some pairs have a similarity of exactly 0.3
+    read = compare.read_scores(path.parent)
+    best = choose_threshold(read.similarity, read.same, "")
+    for threshold in (0.31, 0.3, -1, 1, best.value):  # some pairs have a similarity of exactly 0.3
         accepted = sum(x > threshold for x, s in zip(similarity, same) if not s)
         rejected = sum(x <= threshold for x, s in zip(similarity, same) if s)
-        assert read.error_counts(threshold) == (accepted, 200, rejected, 300)
-    errors = [sum(read.error_counts(t)[0::2]) for t in (best, *np.unique(similarity))]
-    assert errors[0] == min(errors)
+        chosen = choose_threshold(read.similarity, read.same, "", threshold)
+        assert chosen == (threshold, accepted, 200, rejected, 300, "")
+        assert best.accepted + best.rejected <= accepted + rejected
 
 
 def test_the_command_prints_verdict_and_error_rates_and_draws_the_picture(model, photos, scores, tmp_path, capsys):
@@ -86,7 +90,7 @@ def test_the_command_prints_verdict_and_error_rates_and_draws_the_picture(model,
     threshold = best_threshold(similarity, same)
     accepted = int((similarity[~same] > threshold).sum())
     assert "same person: " in out and f"> threshold {threshold:.4f}" in out
-    assert f"from {path} (a/checkpoint.pt):" in out
+    assert f"from {path} (a/checkpoint.pt), which does not say whether it is of this model:" in out
     assert f"{accepted / 200:8.3%}  {accepted} of 200 impostor pairs" in out
     assert "two.png: 2 faces" in out and "face.png: 2 faces" not in out
     assert read_image(tmp_path / "out" / "comparison.png").std() > 20
@@ -98,8 +102,50 @@ def test_the_command_runs_with_and_without_a_threshold(model, photos, capsys):
     out = capsys.readouterr().out
     assert "different people: 1.0000 <= threshold 1.0000\nthe error rates at this threshold are unknown" in out
     assert call(compare, *pair) == 0
-    assert "run lfw_eval.py with this model" in capsys.readouterr().out
+    assert "--save-threshold` once" in capsys.readouterr().out
     assert call(compare, *pair, "--threshold", "60") == 2
+
+
+@pytest.fixture(scope="module")
+def lfw(tmp_path_factory):
+    """Return a folder of aligned faces, two each of four people, with two folds of pairs."""
+    root = tmp_path_factory.mktemp("lfw")
+    for person, photo in itertools.product(range(4), (1, 2)):
+        write_image(root / f"P{person}" / f"P{person}_{photo:04d}.png", draw_face(person, photo, 112)[0])
+    (root / "pairs.txt").write_text("2\t2\nP0\t1\t2\nP1\t1\t2\nP0\t1\tP1\t1\nP2\t1\tP3\t1\n"
+                                    "P2\t1\t2\nP3\t1\t2\nP0\t2\tP2\t2\nP1\t2\tP3\t2\n")
+    return root
+
+
+def test_scores_and_thresholds_of_other_weights_are_refused(lfw, photos, tmp_path, capsys):
+    model, other = write_model(tmp_path / "a/checkpoint.pt"), write_model(tmp_path / "b/checkpoint.pt", seed=1)
+    for path in (model, other):
+        status, _, err = run_lfw_eval(capsys, "--model", path.parent, "--lfw", lfw, "--aligned", "--save-threshold",
+                                      "--output", path.parent / "lfw")
+        assert status == 0, err
+    command = photos / "face.png", photos / "two.png", "--device", "cpu", "--model"
+    results = json.loads((tmp_path / "a/lfw/results.json").read_text())
+    assert call(compare, *command, model) == 0
+    from_file = capsys.readouterr().out
+    assert "expected errors at this threshold, from 8 pairs of" in from_file and "of 4 genuine pairs" in from_file
+    assert call(compare, *command, model.parent, "--scores", tmp_path / "a/lfw") == 0
+    from_scores = capsys.readouterr().out
+    assert from_file.splitlines()[:3] == from_scores.splitlines()[:3]
+    assert results["settings"]["weights"]["fingerprint"] in (tmp_path / "a/checkpoint.pt.threshold.json").read_text()
+    assert call(compare, *command, other, "--scores", tmp_path / "a/lfw") == 2
+    assert "has the scores of another model" in capsys.readouterr().err
+    shutil.copy(tmp_path / "a/checkpoint.pt.threshold.json", tmp_path / "b")
+    assert call(compare, *command, other) == 2
+    assert "belongs to other weights" in capsys.readouterr().err
+    (tmp_path / "b/checkpoint.pt.threshold.json").write_text("[1]")
+    assert call(compare, *command, other) == 2
+    assert "is not a threshold that lfw_eval.py saved" in capsys.readouterr().err
+
+
+def test_a_threshold_for_another_way_to_compare_is_not_saved(lfw, model, capsys):
+    status, _, err = run_lfw_eval(capsys, "--model", model, "--lfw", lfw, "--aligned", "--save-threshold",
+                                  "--mirror", "sum")
+    assert status == 2 and "leave out --mirror" in err and [p.name for p in model.parent.iterdir()] == [model.name]
 
 
 def test_a_photo_without_a_face_is_refused(model, photos, capsys):

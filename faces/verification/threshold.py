@@ -1,0 +1,83 @@
+"""A model's own threshold: a small file beside the model, which lfw_eval.py writes and tools/compare.py reads.
+
+The file is named MODEL.threshold.json. It holds the fingerprint of the network, so that it is never used for another.
+"""
+import json
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from faces.files import InputError, write_json
+from faces.verification.metrics import best_threshold
+from faces.verification.weights import model_file
+
+FORMAT = "faces-threshold-1"
+
+
+class Threshold(NamedTuple):
+    """A threshold, and the errors it makes on the set on which it was chosen.
+
+    value: accept a pair if its similarity is greater, -1 to 1.
+    accepted, impostor: number of impostor pairs that are accepted, and of all impostor pairs.
+    rejected, genuine: number of genuine pairs that are rejected, and of all genuine pairs.
+    source: the set, in words.
+    """
+    value: float
+    accepted: int
+    impostor: int
+    rejected: int
+    genuine: int
+    source: str
+
+
+def choose_threshold(similarity, same, source, value=None):
+    """Return the Threshold with the highest accuracy on some pairs, or the one with a given value.
+
+    Args:
+        similarity: float (P,), cosine similarities of concatenated embeddings, without subtracting a mean.
+        same: bool (P,), True for a genuine pair.
+        source: where the pairs are from, in words.
+        value: None for the best threshold.
+    """
+    value = float(best_threshold(similarity, same) if value is None else value)
+    accepted = np.asarray(similarity) > value
+    return Threshold(value, int((accepted & ~same).sum()), int((~same).sum()), int((~accepted & same).sum()),
+                     int(same.sum()), source)
+
+
+def threshold_path(model):
+    """Return where the threshold of a model belongs: beside the file, which is checkpoint.pt for a folder."""
+    file = model_file(model)
+    return file.with_name(f"{file.name}.threshold.json")
+
+
+def save_threshold(model, fingerprint, threshold):
+    """Write a model's Threshold beside it, atomically; `fingerprint` is that of the loaded network."""
+    write_json(threshold_path(model), {"format": FORMAT, "fingerprint": fingerprint, **threshold._asdict()})
+
+
+def load_threshold(model, fingerprint):
+    """Return the Threshold that was saved beside a model, or None if there is none.
+
+    Raises:
+        InputError: the file can't be read, is malformed, or belongs to other weights.
+    """
+    path = Path(threshold_path(model))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        threshold = Threshold(*(kind(content[name]) for name, kind in
+                                zip(Threshold._fields, (float, int, int, int, int, str))))
+        valid = content["format"] == FORMAT and math.isfinite(threshold.value) and min(threshold[2], threshold[4]) > 0
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+        valid = False
+    if not valid:
+        raise InputError(f"{path} is not a threshold that lfw_eval.py saved; delete it, or run `lfw_eval.py "
+                         "--save-threshold` again.")
+    if content.get("fingerprint") != fingerprint:
+        raise InputError(f"{path} belongs to other weights than those that {model} has now; delete it, or run "
+                         "`lfw_eval.py --save-threshold` again.")
+    return threshold
