@@ -22,7 +22,7 @@ from faces.data.cache import find_landmark_list
 from faces.data.casia import Folder, TrainingList, read_casia
 from faces.device import pick_device
 from faces.figures import tsne_panels
-from faces.files import InputError, atomic_write, command, folder
+from faces.files import RUNS, InputError, atomic_write, command, folder
 from faces.images import UnreadableImage
 from faces.landmarks import default_list, read_landmarks
 from faces.verification.embed import embed
@@ -216,7 +216,9 @@ def _person(path):
 
 
 def _parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    summary, _, details = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(description=summary, epilog=details,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, action="append", required=True, metavar="FILE|DIR",
                         help=f"{MODEL_HELP}; repeat --model to draw one panel per model")
     parser.add_argument("--title", action="append", metavar="TEXT",
@@ -236,8 +238,8 @@ def _parser():
                         help="images per identity, at least 2; people with fewer are not chosen (default: 20)")
     parser.add_argument("--seed", type=int, default=0,
                         help="seed of the choice of identities and images and of the layout, at least 0 (default: 0)")
-    parser.add_argument("--output", type=Path, default=Path("tsne.png"), metavar="FILE",
-                        help="picture to write, .png, .svg or .pdf (default: tsne.png)")
+    parser.add_argument("--output", type=Path, default=RUNS / "tsne.png", metavar="FILE",
+                        help="picture to write, .png, .svg or .pdf (default: runs/tsne.png in the clone)")
     parser.add_argument("--points", type=Path, metavar="FILE",
                         help="also write the points, as a tab-separated table of panel, identity, x and y")
     parser.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (default: auto)")

@@ -15,7 +15,7 @@ from faces.verification.embed import MIRROR, default_batch_size, embed
 from faces.verification.lfw import load_lfw
 from faces.verification.metrics import identify, operating_point, verify
 from faces.verification.threshold import choose_threshold, save_threshold, threshold_path
-from faces.verification.weights import MODEL_HELP, add_channels_option, announce, load_net
+from faces.verification.weights import MODEL_HELP, add_channels_option, announce, load_net, model_file
 
 PRECISION = {"float32": torch.float32, "bf16": torch.bfloat16}
 PROTOCOLS = ("folds", "tar", "identification")
@@ -64,10 +64,10 @@ def main(nets, method, find_landmarks=None, argv=None):
     if "identification" in args.protocol:
         _check_names(args, lfw.pairs)
     measured = []
-    for path, (net, weights) in zip(args.model, loaded):
+    for title, path, (net, weights) in zip(_titles(args, loaded, method), args.model, loaded):
         result, draws, operating_points, identification = _measure(args, net, device, lfw)
-        measured.append(report.Measured(str(path), weights["net"], weights["method"] or method, weights, result, draws,
-                                        operating_points, identification, time.monotonic() - started))
+        measured.append(report.Measured(title, str(path), weights["net"], weights["method"] or method, weights, result,
+                                        draws, operating_points, identification, time.monotonic() - started))
         if args.save_threshold:
             pairs = lfw.pairs.judged()
             source = f"{len(pairs.same):,} pairs of {args.lfw}"
@@ -78,6 +78,16 @@ def main(nets, method, find_landmarks=None, argv=None):
         print(report.comparison_lines(report.compare(measured)))
     if args.output:
         report.write(args.output, measured, lfw, {**_plain(vars(args)), "device": str(device)})
+
+
+def _titles(args, loaded, method):
+    """Return the title of each model: --title; else, among several, the name of the run's folder or of the file."""
+    if args.title:
+        return args.title
+    if len(loaded) == 1:
+        return [f"{loaded[0][1]['method'] or method} {loaded[0][1]['net']}"]
+    files = [model_file(path).absolute() for path in args.model]
+    return [file.parent.name if file.name.startswith("checkpoint") else file.stem for file in files]
 
 
 def _measure(args, net, device, lfw):
@@ -127,6 +137,8 @@ def _parse(nets, method, argv):
     if len(args.net) != len(args.model):
         parser.error(f"--net was given {len(args.net)} times for {len(args.model)} models; give it once, or once per "
                      "model")
+    if args.title and len(args.title) != len(args.model):
+        parser.error(f"--title was given {len(args.title)} times for {len(args.model)} models; give it once per model")
     return args
 
 
@@ -154,13 +166,16 @@ def _add_model_options(group, nets):
                        help="network that the model must have, once, or once per --model; not needed, because the file "
                             "says which it has")
     add_channels_option(group)
+    group.add_argument("--title", action="append", metavar="TEXT",
+                       help="name of a model in pictures and of its folder in --output, once per --model (default: the "
+                            "name of the run's folder if there are several models, else method and network)")
 
 
 def _add_protocol_options(group):
     group.add_argument("--protocol", choices=PROTOCOLS, nargs="+", default=["folds"],
                        help="one or several of: folds, the accuracy with AUC and EER; tar, the true acceptance rate "
                             "at each --far; identification, rank 1, 5 and 10 with one gallery image of each person "
-                            "with two or more (default: folds)")
+                            "with two or more among the images that the pairs name (default: folds)")
     group.add_argument("--far", type=_rate, nargs="+", default=[1e-3, 1e-2], metavar="RATE",
                        help="false acceptance rates for the protocol tar, above 0 and below 1; the 3,000 impostor "
                             "pairs of LFW resolve 4e-4 at best (default: 1e-3 1e-2)")

@@ -1,4 +1,5 @@
 """Report the results of lfw_eval.py: the summary line, a table per model, and the files in --output."""
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ MAX_CMC_RANK = 100     # last rank in results.json and cmc.png
 class Measured(NamedTuple):
     """A model and its measurements.
 
+    title: short name for pictures and folders.
     model, net, method: path of the model file, name of the network, and name of the method.
     weights: description of the file that faces.verification.weights.load_weights() returned.
     result: faces.verification.metrics.Verification.
@@ -27,6 +29,7 @@ class Measured(NamedTuple):
     identification: faces.verification.metrics.Identification, or None if it was not requested.
     seconds: time that the evaluation took.
     """
+    title: str
     model: str
     net: str
     method: str
@@ -97,8 +100,8 @@ def comparison_lines(comparisons):
 def write(folder, models, lfw, settings):
     """Write results.json, scores.tsv and the pictures into a folder.
 
-    The files of a single model are written into the folder itself. Those of several models are written into its
-    subfolders model-1, model-2, ..., and the folder gets a results.json with all models and their comparison, and
+    The files of a single model are written into the folder itself. Those of several models are written into
+    subfolders named by their titles, and the folder gets a results.json with all models and their comparison, and
     pictures with the curves of all models.
 
     Args:
@@ -108,7 +111,7 @@ def write(folder, models, lfw, settings):
         settings: dict of the command-line options.
     """
     lfw = lfw._replace(pairs=lfw.pairs.judged())
-    subfolders = [folder] if len(models) == 1 else [folder / f"model-{i}" for i in range(1, len(models) + 1)]
+    subfolders = [folder] if len(models) == 1 else [folder / name for name in folder_names(models)]
     results = []
     for subfolder, measured in zip(subfolders, models):
         results.append(_results(measured, lfw, {**settings, "model": measured.model, "net": measured.net}))
@@ -118,6 +121,15 @@ def write(folder, models, lfw, settings):
     if len(models) > 1:
         write_json(folder / "results.json", {"models": results, "comparison": compare(models)})
         _draw_curves(folder, models)
+
+
+def folder_names(models):
+    """Return a file name for each of several Measured, made from its title; equal ones get a number."""
+    names = []
+    for i, model in enumerate(models, 1):
+        name = re.sub(r"[^\w.-]+", "-", model.title).strip("-.") or f"model-{i}"
+        names.append(f"{name}-{i}" if name.lower() in map(str.lower, names) else name)
+    return names
 
 
 def _fold_rows(measured, impostors, with_tar):
@@ -145,7 +157,8 @@ def _tar_row(point):
 def _identification_rows(identification):
     ranks = [rank for rank in TABLE_RANKS if rank <= identification.gallery]
     return [(f"rank {rank}", f"{identification.cmc[rank - 1]:.4f}") for rank in ranks] + [
-        ("gallery", f"{identification.gallery} people, one image each; {identification.probes} probes")]
+        ("gallery", f"{identification.gallery} people, one image each; {identification.probes} probes; only images "
+                    "that the pairs name")]
 
 
 def _format_rate(rate):
@@ -155,7 +168,7 @@ def _format_rate(rate):
 def _results(measured, lfw, settings):
     result, pairs = measured.result, lfw.pairs
     return {
-        "method": measured.method,
+        "title": measured.title, "method": measured.method,
         "accuracy": result.accuracy, "std": result.std, "threshold": result.threshold, "auc": result.auc,
         "eer": result.eer, "tar_at_far_1e-3": tar_at_far(result.far, result.tar, FAR), "std_ddof": 0,
         "interval_95": interval(measured.draws),
@@ -184,9 +197,8 @@ def _draw_pictures(folder, measured, lfw):
 
 
 def _draw_curves(folder, models):
-    names = [f"{m.method} {m.net}" for m in models]
-    if len(models) > 1:
-        names = [f"{i}: {name}" for i, name in enumerate(names, 1)]  # two models can have the same method and network
+    names = [m.title if sum(m.title == other.title for other in models) == 1 else f"{i}: {m.title}"
+             for i, m in enumerate(models, 1)]
     figures.roc_picture(folder / "roc.png", {f"{name}, AUC {m.result.auc:.4f}": (m.result.far, m.result.tar)
                                              for name, m in zip(names, models)})
     if models[0].identification:

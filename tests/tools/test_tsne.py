@@ -5,7 +5,7 @@ from conftest import write_image
 from helpers import call, write_model
 from sklearn.metrics.pairwise import cosine_distances
 
-from faces.files import InputError
+from faces.files import RUNS, InputError
 from faces.images import read_image
 from faces.landmarks import read_landmarks, write_landmarks
 from tools import tsne
@@ -91,3 +91,7 @@ def test_tsne_reads_lfw_casia_and_aligned_faces(casia, tmp_path):
 def test_tsne_refuses_invalid_options(casia, model, capsys, options, message):
     assert call(tsne, "--model", model, "--faces", casia, "--device", "cpu", *options) == 2
     assert message in capsys.readouterr().err
+
+
+def test_tsne_leaves_nothing_in_the_current_folder_by_default():
+    assert tsne._parser().get_default("output") == RUNS / "tsne.png"

@@ -215,7 +215,7 @@ def test_two_models_with_every_protocol(lfw, models, tmp_path, capsys):
     accuracies = [float(a) for a in re.findall(r"^LFWACC=(\S+) std=", out, re.M)]
     assert accuracies == [round(result["accuracy"], 4) for result in results["models"]]
     for i, result in enumerate(results["models"]):
-        folder = tmp_path / f"model-{i + 1}"
+        folder = tmp_path / "ab"[i]    # a.pt and b.pt
         assert json.loads((folder / "results.json").read_text()) == result
         assert result["settings"]["model"] == str(models[i])
         low, high = result["interval_95"]
@@ -237,6 +237,19 @@ def test_two_models_with_every_protocol(lfw, models, tmp_path, capsys):
     assert (tmp_path / "roc.png").exists() and (tmp_path / "cmc.png").exists()
 
 
+def test_titles_name_the_folders_of_several_models(lfw, models, tmp_path, capsys):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "checkpoint.pt").symlink_to(models[0])
+    command = ("--lfw", lfw, "--aligned", "--mirror", "none", "--resamples", 1, "--output", tmp_path / "out",
+               "--model", tmp_path / "one/checkpoint.pt", "--model", tmp_path / "two")
+    for options, expected in (((), {"one", "two"}), (("--title", "../a b", "--title", "../a b"), {"a-b", "a-b-2"})):
+        assert run_lfw_eval(capsys, *command, *options)[0] == 0
+        assert {path.name for path in (tmp_path / "out").iterdir() if path.is_dir()} >= expected
+    status, _, err = run_lfw_eval(capsys, *command, "--title", "a")
+    assert status == 2 and "--title was given 1 times for 2 models" in err
+
+
 def test_a_single_protocol_and_a_bin_set(lfw, models, tmp_path, capsys):
     status, out, _ = run_lfw_eval(capsys, "--model", models[0], "--lfw", lfw, "--aligned", "--view", 1,
                                   "--protocol", "tar")
@@ -256,6 +269,7 @@ def test_a_single_protocol_and_a_bin_set(lfw, models, tmp_path, capsys):
 
 @pytest.mark.parametrize("options, message", [
     (("--net", "faceNet", "--net", "sphere20a"), "--net was given 2 times for 1 models"), (("--far", "0"), "above 0"),
+    (("--resamples", "100001"), "more than 100,000"),
     (("--protocol", "roc"), "invalid choice"), (("--view", "1", "--pairs", "pairs.txt"), "does not belong to view 1")])
 def test_invalid_options_are_one_sentence_errors(lfw, models, capsys, options, message):
     status, _, err = run_lfw_eval(capsys, "--model", models[0], "--lfw", lfw, "--aligned", *options)
