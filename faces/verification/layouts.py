@@ -37,6 +37,7 @@ LAYOUTS = (
 KEYS = ("weights", "ema", "ema_state_dict", "state_dict_ema", "model_ema", "ema_model", "params_ema", "state_dict",
         "model_state_dict", "model_state", "model", "net", "network", "backbone", "module", "params", "shadow")
 MAX_DEPTH = 4
+MAX_NETS = 8    # in one dict; only a hostile file has more
 WRAPPERS = {"module", "_orig_mod"}    # added to names by DataParallel, and by torch.compile, around any module
 
 
@@ -78,7 +79,7 @@ def _candidates(content, seen, source="", depth=0):
                if isinstance(name, str) and isinstance(value, torch.Tensor)}
     prefixes = [(_rank(prefix), prefix, layout) for layout in LAYOUTS for name in tensors
                 if (prefix := name.removesuffix(layout.first)) != name and prefix[-1:] in ("", ".")]
-    for _, prefix, layout in sorted(prefixes, key=lambda item: item[0]):
+    for _, prefix, layout in sorted(prefixes, key=lambda item: item[0])[:MAX_NETS]:
         yield _found(tensors, prefix, layout, ".".join(filter(None, (source, prefix.rstrip(".")))))
     for key in KEYS:
         yield from _candidates(content.get(key), seen, f"{source}.{key}".lstrip("."), depth + 1)

@@ -266,6 +266,8 @@ def _check_fit(file, net):
         if value.shape != shape:
             raise InputError(f"the weights in {file.path} do not fit {net_name} ({_in_file(found, name)} is "
                              f"{_format_shape(value.shape)}, not {_format_shape(shape)}); {PAGE}.")
+        if not value.is_floating_point() and not name.endswith("num_batches_tracked"):
+            raise InputError(f"the weights in {file.path} are {value.dtype}; pass a checkpoint of ordinary tensors.")
 
 
 def _in_file(found, name):

@@ -194,6 +194,8 @@ def net():
     (lambda: in_mugglewangs_layout(small_state_dict(sphere20a)) | {"layer1.0.weight": torch.zeros(64, 1, 3, 3)},
      "layer1.0.weight is 64x1x3x3, not 64x3x3x3"),
     (lambda: small_state_dict(sphere20a, **{"conv1_2.weight": torch.zeros(64, 64, 3, 3).to_sparse()}), "be loaded"),
+    (lambda: small_state_dict(sphere20a, **{"conv1_2.weight": torch.zeros(64, 64, 3, 3, dtype=torch.int8)}), "int8"),
+    (lambda: {f"a{i}.conv1_1.weight": torch.zeros(()) for i in range(3000)}, "fc5.weight is missing"),
     (lambda: {"epoch": 3}, "contains no weights"),
     (lambda: torch.zeros(3), "contains no weights"),
     (lambda: nn.Linear(2, 2), "loaded safely"),
