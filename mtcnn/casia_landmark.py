@@ -9,34 +9,14 @@ people from 0 in sorted order, without gaps. An interrupted run continues where 
 """
 import argparse
 import sys
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from faces.files import InputError, command, folder
+from faces.data.casia import list_photos, people_count, person
+from faces.data.sources import Folder
+from faces.files import command, folder
 from faces.landmarks import default_list, write_landmarks
 from mtcnn import landmark_lists as lists
-
-
-def person(path):
-    """Return the folder that directly contains an image: the person, as in faces.data.casia."""
-    return str(PurePosixPath(path).parent)
-
-
-def list_people(root):
-    """Return the sorted paths of all images.
-
-    Raises:
-        InputError: see lists.list_photos(), an image is not in a person folder, or there is only one person.
-    """
-    paths = lists.list_photos(root, "0000045/001.jpg")
-    for path in paths:
-        if "/" not in path:
-            raise InputError(f"{root / path} is not in a person folder; move it, or pass the folder that holds one "
-                             "folder per person, such as 0000045/001.jpg.")
-    if len(set(map(person, paths))) < 2:
-        raise InputError(f"all {len(paths)} images in {root} are of one person, {person(paths[0])}; pass the folder "
-                         "that holds the folders of all people.")
-    return paths
 
 
 @command
@@ -47,7 +27,8 @@ def main(argv=None):
     lists.add_list_options(parser)
     args = parser.parse_args(argv)
     root = folder(args.casia, "one folder of photos per person, such as 0000045/001.jpg")
-    paths = list_people(root)
+    paths, notes = list_photos(Folder(root))    # the same that training takes
+    print(*notes, sep="\n", end="\n" * bool(notes))
     output = args.output or default_list(root, "casia_landmark.txt")
     with lists.reserve(output):
         journal, unreadable = lists.find_all(root, paths, output, lists.list_detector(args), args)
@@ -59,7 +40,7 @@ def main(argv=None):
         lists.report(paths, journal, unreadable, output, "left out")
         lost = sorted({person(path) for path in paths} - set(people))
         names = lists.printable(" ".join(lost[:10]))
-        print(f"{len(people)} people; people without any image left: {len(lost)} {names}".rstrip())
+        print(f"{people_count(len(people))}; people without any image left: {len(lost)} {names}".rstrip())
         journal.remove()
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from faces.device import pick_device
+from faces.device import pick_device, to_input
 from faces.files import InputError, atomic_write, command, write_json
 from faces.images import UnreadableImage
 from mtcnn.boxes import nms, nms_of_smaller, regress, squares
@@ -208,8 +208,8 @@ class Detector:
         return map(np.concatenate, zip(*outputs))
 
     def network_input(self, batch):
-        """Turn uint8 (N, H, W, 3) into float (N, 3, H, W) in channels_last format, (x - 127.5) / 128."""
-        return torch.from_numpy(batch).to(self.device).permute(0, 3, 1, 2).float().sub_(127.5).div_(128)
+        """Turn uint8 (N, H, W, 3) into float (N, 3, H, W) in the device's memory format, (x - 127.5) / 128."""
+        return to_input(torch.from_numpy(batch).to(self.device))
 
 
 def groups(items, pixels):

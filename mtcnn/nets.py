@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from faces.device import memory_format
+
 WEIGHTS = Path(__file__).resolve().parent / "weights" / "mtcnn.safetensors"
 
 
@@ -134,7 +136,7 @@ class ONet(nn.Module):
 def load_nets(device="cpu", path=WEIGHTS):
     """Return Nets with their weights, in evaluation mode and without gradients.
 
-    The networks use the channels_last memory format, in which max pooling on a CPU is two to three times as fast.
+    On a CPU, max pooling in the channels_last memory format is two to three times as fast as in the other.
 
     Raises:
         RuntimeError: the names or shapes in the file are not those of the networks.
@@ -150,5 +152,5 @@ def load_nets(device="cpu", path=WEIGHTS):
     body = nets.pnet.body
     nets.pnet.body = nn.Sequential(PooledConvolution(body.conv1, body.prelu1), *body[3:])
     for net in nets:
-        net.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+        net.eval().requires_grad_(False).to(device, memory_format=memory_format(device))
     return nets

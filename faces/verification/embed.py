@@ -8,7 +8,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from tqdm import tqdm
 
 from faces.cpu.inference import for_inference
-from faces.device import to_input
+from faces.device import autocast, memory_format, to_input
 
 MIRROR = ("concatenate", "sum", "none")
 
@@ -33,7 +33,7 @@ def embed(net, faces, device, batch_size=None, mirror="concatenate", dtype=torch
         raise ValueError(f"mirror must be one of {', '.join(MIRROR)}, not {mirror!r}")
     batch_size = batch_size or default_batch_size(device)
     net, parts = optimized_copy(net, device, dtype, len(faces)), []
-    with torch.inference_mode(), _autocast(device, dtype), \
+    with torch.inference_mode(), autocast(device, dtype), \
             tqdm(total=len(faces), desc="embedding", unit="face", disable=not progress, leave=False) as bar:
         for start in range(0, len(faces), batch_size):
             pixels = torch.from_numpy(np.array(faces[start:start + batch_size]))
@@ -64,7 +64,7 @@ def optimized_copy(net, device, dtype=torch.float32, images=10**6):
     fast = fold_batch_norm(copy.deepcopy(net).eval())
     if torch.device(device).type == "cpu" and dtype == torch.float32:
         for_inference(fast, images)
-    return fast.to(device, memory_format=torch.channels_last)
+    return fast.to(device, memory_format=memory_format(device))
 
 
 def fold_batch_norm(net):
@@ -80,8 +80,3 @@ def fold_batch_norm(net):
             continue
         setattr(net, name, nn.Identity())
     return net
-
-
-def _autocast(device, dtype):
-    device = torch.device(device)
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
