@@ -20,10 +20,11 @@ from faces.files import RUNS, command
 from faces.training.checkpoint import Checkpoints
 from faces.training.log import TrainingLog
 from faces.training.optimizer import SGD, parameter_groups
-from faces.training.recipe import check_options, make_recipe, memory_advice, settings_of, start_line, training_parser
+from faces.training.recipe import make_recipe, memory_advice, parse_options, settings_of, start_line, training_parser
 from faces.training.run import Run, micro_batches
 from faces.training.sharded_head import make_head
 from faces.verification.probe import LfwEvaluator
+from faces.verification.weights import initial_net
 from mtcnn.landmark_lists import find_landmarks
 
 
@@ -34,10 +35,9 @@ def parse_args(argv):
     method.add_argument("--margin", type=float, default=0.35, help="m, at least 0 and below 1; the paper's 0.35")
     method.add_argument("--margin-warmup", type=int, default=0, metavar="STEPS",
                         help="steps over which the margin grows from 0; half of all steps help on a small set")
-    args = parser.parse_args(argv)
+    args = parse_options(parser, argv)
     if not (args.scale > 0 and 0 <= args.margin < 1 and args.margin_warmup >= 0):
         parser.error("--scale must be greater than 0, --margin at least 0 and below 1, --margin-warmup at least 0")
-    check_options(args)
     return args
 
 
@@ -51,8 +51,8 @@ def main(argv=None):
     recipe = make_recipe(args, len(faces))
     run.print(f"{faces}\n{recipe}")
 
-    faces_at_a_time = args.batch_size // (run.world_size * args.accumulate)
-    net = run.prepare(NETS[args.net](), faces_at_a_time, args.compile, args.sync_bn)
+    net = initial_net(NETS[args.net], args.init)
+    net = run.prepare(net, args.batch_size // args.accumulate, args.compile, args.sync_bn)
     method = partial(CosFace, s=args.scale, m=args.margin)
     head = make_head(method, faces.classes, run, args.shard_head, args.sample_centers, args.seed)
     optimizer = SGD(parameter_groups(net, head, args.weight_decay), head, lr=recipe.base_lr, momentum=0.9)

@@ -20,6 +20,9 @@ def pick_device(name="auto"):
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"--device {name} is not a device; choose auto, cpu, cuda, cuda:1 or mps.") from None
+    try:
         torch.empty(1, device=device)
     except Exception as error:  # each backend reports its absence by an exception of its own
         reason = str(error).splitlines()[0]

@@ -1,5 +1,6 @@
 """Atomic writes, file locks, paths that stay in their folder, and errors as one sentence."""
 import contextlib
+import errno
 import functools
 import json
 import os
@@ -98,7 +99,7 @@ def locked(path, activity, wait=True):
     Args:
         path: the lock file; its folder is created.
         activity: what the holder is doing, for that message, such as "building the cache DIR".
-        wait: whether to wait for another process; otherwise, that is an error.
+        wait: whether to wait for another process; otherwise, that is an error, and a disk without locks is none.
 
     Raises:
         InputError: the lock file can't be written, its file system has no locks, or it is held and `wait` is false.
@@ -114,6 +115,10 @@ def locked(path, activity, wait=True):
             print(f"another process is {activity}; waiting for it to finish", flush=True)
             lock.acquire()
     except (OSError, NotImplementedError) as error:  # filelock raises the latter where there is no flock
+        if not wait and getattr(error, "errno", errno.ENOSYS) in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            print(f"{Path(path).parent} is on a disk without file locks; make sure that no other process is {activity}")
+            yield
+            return
         raise InputError(f"can't lock {path}: {getattr(error, 'strerror', None) or error}; choose a writable folder "
                          "on a local disk.") from None
     try:

@@ -19,10 +19,11 @@ from faces.files import RUNS, command
 from faces.training.checkpoint import Checkpoints
 from faces.training.log import TrainingLog
 from faces.training.optimizer import SGD, parameter_groups
-from faces.training.recipe import check_options, make_recipe, memory_advice, settings_of, start_line, training_parser
+from faces.training.recipe import make_recipe, memory_advice, parse_options, settings_of, start_line, training_parser
 from faces.training.run import Run, micro_batches
 from faces.training.sharded_head import make_head
 from faces.verification.probe import LfwEvaluator
+from faces.verification.weights import initial_net
 from mtcnn.landmark_lists import find_landmarks
 from sphereFace.net import NETS, SphereFace, SphereFaceR
 
@@ -36,12 +37,11 @@ def parse_args(argv):
     method.add_argument("--scale", type=float, metavar="S",
                         help="train SphereFace-R (arXiv:2109.05565), with S in place of |x| and without lambda; 30 "
                              "with --margin 1.5 for a small set (default: the paper's |x|)")
-    args = parser.parse_args(argv)
+    args = parse_options(parser, argv)
     if not (1 <= args.margin <= 5 and (args.scale or args.margin.is_integer())):
         parser.error("--margin must be 1, 2, 3, 4 or 5; with --scale any number from 1 to 5")
     if not (args.lambda_min >= 0 and (args.scale is None or args.scale > 0)):
         parser.error("--lambda-min must be at least 0, --scale greater than 0")
-    check_options(args)
     return args
 
 
@@ -55,8 +55,8 @@ def main(argv=None):
     recipe = make_recipe(args, len(faces))
     run.print(f"{faces}\n{recipe}")
 
-    faces_at_a_time = args.batch_size // (run.world_size * args.accumulate)
-    net = run.prepare(NETS[args.net](), faces_at_a_time, args.compile, args.sync_bn)
+    net = initial_net(NETS[args.net], args.init)
+    net = run.prepare(net, args.batch_size // args.accumulate, args.compile, args.sync_bn)
     method = partial(SphereFace, m=int(args.margin)) if not args.scale else \
         partial(SphereFaceR, s=args.scale, m=args.margin)
     head = make_head(method, faces.classes, run, args.shard_head, args.sample_centers, args.seed)

@@ -23,9 +23,11 @@ MAX_BYTES = 8 * 10**9   # of a file that has to be read as a whole; checked befo
 # Settings in which a run and its continuation may differ, because they do not change what is computed.
 MAY_DIFFER = frozenset({"casia", "landmarks", "list", "cache", "output", "resume", "checkpoint_every", "device",
                         "checkpoint_minutes", "workers", "lfw", "lfw_landmarks", "shard_head", "keep_last"})
+# Settings that may change when a run is resumed, which is stated: the schedule is a function of these and of the step.
+SCHEDULE = ("epochs", "lr", "schedule", "warmup")
 # How checkpoints of earlier versions are read: options that did not exist yet, with what runs did then, and former
 # names.
-ADDED = {"jitter": 0, "accumulate": 1, "compile": False, "sync_bn": False}
+ADDED = {"jitter": 0, "accumulate": 1, "compile": False, "sync_bn": False, "init": None}
 RENAMED = {"sample_centres": "sample_centers"}
 
 
@@ -64,8 +66,9 @@ class Checkpoints:
 
         Raises:
             InputError: nothing to resume; with "never", a checkpoint that would be overwritten; or other data or
-                settings than those of the checkpoint.
+                settings than those of the checkpoint, or of the main process.
         """
+        self._check_processes()
         state = None
 
         def read():
@@ -86,6 +89,16 @@ class Checkpoints:
         self.saved_step = state["step"]
         self.run.print(f"resumed {self.path} at step {self.saved_step:,}")
         return self.saved_step
+
+    def _check_processes(self):
+        """Raise InputError if this process, perhaps on another machine, has other options or faces than the first."""
+        settings, faces = self.run.on_main(lambda: (self.settings, self.faces.fingerprint))
+        other = [name for name in settings if name not in MAY_DIFFER and settings[name] != self.settings[name]]
+        if other or faces != self.faces.fingerprint:
+            what = f"--{other[0].replace('_', '-')} {self.settings[other[0]]}" if other else "another set of faces"
+            raise InputError(f"process {self.run.rank} has {what}, unlike the first process; start all of them with "
+                             "the same options and data (without a shared disk, --resume takes no options from the "
+                             "checkpoint).")
 
     def _read(self, resume):
         if resume == "never" and self.path.exists():
@@ -178,14 +191,23 @@ class Checkpoints:
     def _check_same(self, state):
         if state["faces"] != self.faces.fingerprint:
             raise InputError(f"{self.path} was trained on another set of faces (another list, other labels or other "
-                             "unusable images); resume with the same set.")
-        settings = {**ADDED, **{RENAMED.get(name, name): value for name, value in state["settings"].items()}}
+                             "unusable images); resume with the same set, or start a new run from its network with "
+                             "--init.")
+        settings = settings_in(state)
         if settings["precision"] == "auto":    # as earlier versions saved it
             settings["precision"] = self.settings["precision"]
         other = [name for name in self.settings if name not in MAY_DIFFER and settings.get(name) != self.settings[name]]
+        for name in set(other) & set(SCHEDULE):
+            print(f"--{name} is {self.settings[name]} from step {state['step']:,} on; it was {settings.get(name)}")
+        other = [name for name in other if name not in SCHEDULE]
         if other:
             before = ", ".join(f"--{name.replace('_', '-')} {settings.get(name)}" for name in other)
             raise InputError(f"{self.path} was trained with {before}; resume with the same settings.")
+
+
+def settings_in(state):
+    """Return the settings of a checkpoint under their present names, with those that were added later."""
+    return {**ADDED, **{RENAMED.get(name, name): value for name, value in state["settings"].items()}}
 
 
 def save(path, state):

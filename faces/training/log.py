@@ -1,4 +1,5 @@
 """What a training run reports: progress bar, TensorBoard events, one JSON line per epoch, a picture, its settings."""
+import contextlib
 import json
 import math
 import platform
@@ -11,7 +12,7 @@ import torch
 from torch import distributed
 from tqdm import tqdm
 
-from faces.files import ROOT, InputError, atomic_write, write_json
+from faces.files import ROOT, InputError, atomic_write, locked, write_json
 from faces.training.margin import ALL, where
 
 HISTOGRAMS, BINS = ("genuine", "impostor"), 100
@@ -27,11 +28,16 @@ class TrainingLog:
         recipe: faces.training.recipe.Recipe.
         start: step that training starts from.
         settings: dict of the command line's options, for settings.json.
+
+    Raises:
+        InputError: another process is training into the folder.
     """
 
     def __init__(self, run, output, recipe, start, settings):
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only training needs it
         self.run, self.output, self.recipe, self.step = run, output, recipe, start
+        self.lock = contextlib.ExitStack()
+        run.on_main(self._reserve_folder)
         if run.is_main_process:
             self._forget_after(start)
             write_json(output / "settings.json", _describe(run, recipe, start, settings))
@@ -101,6 +107,10 @@ class TrainingLog:
         self.bar.close()  # first, so that an error message is the last line
         if self.board:
             self.board.close()
+        self.lock.close()
+
+    def _reserve_folder(self):
+        self.lock.enter_context(locked(self.output / ".lock", f"training into {self.output}", wait=False))
 
     def _is_read(self, count, step):
         return count == EVERY or self.recipe.ends_epoch(step)

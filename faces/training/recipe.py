@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from faces.data.batches import THREADS
 from faces.files import CACHE, InputError
+from faces.training.checkpoint import MAY_DIFFER, load, settings_in
 
 # The authors' recipe (SphereFace's Caffe release; CosFace, section 4.1): 28k iterations of 512 images, with a learning
 # rate of 0.1 that is divided by 10 after 16k and after 24k iterations.
@@ -51,6 +52,9 @@ def _add_data_options(group):
 def _add_recipe_options(group):
     group.add_argument("--net", choices=("faceNet", "sphere20a"), default="faceNet",
                        help="faceNet has batch normalization; sphere20a is the paper's network without it")
+    group.add_argument("--init", type=Path, metavar="FILE",
+                       help="start from the network in this file, with new class centers: a checkpoint of a run, on "
+                            "whatever people, or public weights (default: random weights)")
     group.add_argument("--batch-size", type=int, default=BATCH_SIZE, metavar="N",
                        help="images per step over all devices, at least 2; on a CPU, 64 to 128 learns more per hour")
     group.add_argument("--accumulate", "--grad-accum-steps", type=int, default=1, metavar="K",
@@ -150,6 +154,27 @@ class Recipe(NamedTuple):
     def __str__(self):
         return (f"{self.steps:,} steps of {self.batch_size} images: {self.steps / self.steps_per_epoch:.2f} epochs of "
                 f"{self.steps_per_epoch:,} steps, learning rate {self.base_lr:g} ({self.schedule})")
+
+
+def parse_options(parser, argv):
+    """Parse and check a command line; with --resume, take the options that it lacks from the checkpoint in --output.
+
+    Options that do not change what is computed, such as --device, are not taken.
+
+    Raises:
+        InputError: the checkpoint can't be read; see check_options() for more.
+    """
+    args = parser.parse_args(argv)
+    path = args.output / "checkpoint.pt"
+    if args.resume != "never" and path.is_file():
+        unset = object()
+        given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
+        types = {action.dest: action.type for action in parser._actions}
+        for name, value in settings_in(load(path)).items():
+            if getattr(given, name, None) is unset and name not in MAY_DIFFER:
+                setattr(args, name, Path(value) if types[name] is Path and value is not None else value)
+    check_options(args)
+    return args
 
 
 def check_options(args):

@@ -155,7 +155,7 @@ class Run:
 
         Args:
             net: module; its parameters and their names stay.
-            batch: number of faces that it will get at a time.
+            batch: number of faces that the processes will give it at a time, in all.
             compile: use torch.compile, if it works here.
             sync_bn: whether the processes share the statistics of batch normalization.
 
@@ -167,7 +167,7 @@ class Run:
                 raise InputError("--sync-bn is not available on the CPU; leave it out.")
             net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
         net = net.to(self.device, memory_format=memory_format(self.device))
-        x = torch.zeros(batch if compile else 2, 3, HEIGHT, WIDTH, device=self.device)
+        x = torch.zeros(batch // self.world_size if compile else 2, 3, HEIGHT, WIDTH, device=self.device)
         x = x.contiguous(memory_format=memory_format(self.device))
         if compile:
             self._compile(net, x)

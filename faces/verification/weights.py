@@ -90,6 +90,14 @@ def load_weights(net, path, channels=None):
     return _load(net, _read(path), channels)
 
 
+def initial_net(make, path=None):
+    """Return a network to train: make(), with the weights in a file if `path` is not None; see load_weights()."""
+    net = make()
+    if path is not None:
+        announce(path, load_weights(net, path))
+    return net
+
+
 def announce(path, loaded):
     """Print which layout a public file has, on one line of stderr; checkpoints of this project need no announcement.
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from conftest import ROOT, assert_same_model, draw_face, options, script, tensors, torchrun, write_image
 
-from cosFace.net import faceNet
+from cosFace.net import faceNet, sphere20a
+from faces.files import locked
 from faces.landmarks import write_landmarks
 from faces.verification.evaluate import evaluate
 from faces.verification.lfw import load_lfw
@@ -91,6 +92,46 @@ def test_invalid_input_is_explained_in_one_sentence(main, casia, tmp_path):
     (tmp_path / "damaged.zip").write_bytes(b"PK\x03\x04 not really")
     assert "is not a zip" in error_of(main, "--casia", tmp_path / "damaged.zip", *common)
     assert not (tmp_path / "run/checkpoint.pt").exists()
+
+
+def test_a_resumed_run_takes_its_options_from_the_checkpoint_and_may_train_longer(main, casia, tmp_path):
+    args = options(casia, tmp_path)
+    longer = [*options(casia, tmp_path, "longer"), "--net", "sphere20a", "--jitter", "1"]
+    assert main("cosFace", *longer, "--epochs", "0.5")[0] == 0
+    common = [*args[:4], "--output", tmp_path / "longer", "--device", "cpu", "--resume"]
+    status, output = main("cosFace", *common)
+    assert status == 0 and "12 steps" not in output.out and "after 3 step(s)" in output.out
+    status, output = main("cosFace", *common, "--epochs", "0.67", "--schedule", "cosine")
+    assert status == 0 and "after 4 step(s)" in output.out
+    assert "--epochs is 0.67 from step 3 on; it was 0.5" in output.out
+    assert "--schedule is cosine from step 3 on; it was step" in output.out
+    assert "was trained with --jitter 1" in error_of(main, *common, "--jitter", "2")
+    saved = torch.load(tmp_path / "longer/checkpoint.pt", weights_only=True)["settings"]
+    assert (saved["jitter"], saved["epochs"], saved["batch_size"]) == (1, 0.67, 8)
+
+
+def test_init_starts_from_the_network_of_a_run_or_of_public_weights(main, casia, tmp_path):
+    torch.manual_seed(1)
+    public = {f"module.{name}": tensor for name, tensor in sphere20a().state_dict().items()}
+    public["module.conv1_2.bias"] = torch.full((64,), 0.5)     # as public checkpoints have it
+    torch.save(public, tmp_path / "public.pth")
+    args = ["--net", "sphere20a", "--epochs", "0.17", "--lr", "1e-12", "--init"]
+    status, output = main("cosFace", *options(casia, tmp_path), *args, tmp_path / "public.pth")
+    assert status == 0 and "BGR" in output.err
+    trained = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["weights"]
+    torch.testing.assert_close(trained["conv1_1.weight"], public["module.conv1_1.weight"].flip(1))
+    torch.testing.assert_close(trained["conv1_2.bias"], public["module.conv1_2.bias"])
+    assert main("sphereFace", *options(casia, tmp_path, "second"), *args, tmp_path / "run/checkpoint.pt")[0] == 0
+    second = torch.load(tmp_path / "second/checkpoint.pt", weights_only=True)["weights"]
+    torch.testing.assert_close(second["fc5.weight"], trained["fc5.weight"])
+    assert "contains the weights of sphere20a" in error_of(main, *options(casia, tmp_path, "third"), "--init",
+                                                           tmp_path / "public.pth")
+
+
+def test_a_second_training_into_the_same_folder_is_refused(main, casia, tmp_path):
+    with locked(tmp_path / "run/.lock", "training"):
+        assert "another process is training into" in error_of(main, *options(casia, tmp_path))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
 
 
 class Malicious:

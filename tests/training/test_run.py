@@ -75,13 +75,26 @@ def test_a_killed_process_is_restarted_and_the_result_is_the_same(casia, tmp_pat
     assert_equals_undisturbed(casia, tmp_path, [], tmp_path / "run")
 
 
+def start_machines(casia, tmp_path, *options_of_each):
+    """Start two torchrun groups with a process, a cache and an output folder each; return their Popens."""
+    port, machines = free_port(), []
+    for rank, extra in enumerate(options_of_each):
+        launcher = ("--nnodes", "2", "--node-rank", rank, "--master-addr", "localhost", "--master-port", port)
+        machines.append(torchrun(*options(casia, tmp_path / f"machine{rank}"), *SETTINGS, *extra, folder=tmp_path,
+                                 launcher=map(str, launcher), processes=1))
+    return machines
+
+
+def test_machines_with_different_options_are_refused(casia, tmp_path):
+    machines = start_machines(casia, tmp_path, [], ["--jitter", "1"])
+    outputs = [machine.communicate(timeout=300)[0] for machine in machines]
+    assert "process 1 has --jitter 1, unlike the first process" in outputs[1], outputs
+
+
 def test_two_machines_without_a_shared_disk(casia, tmp_path):
     """Each has a cache and an output folder of its own; one is lost, and the other finishes the run alone."""
-    port, machines, head = free_port(), [], ["--shard-head"]
-    for rank in range(2):
-        launcher = ("--nnodes", "2", "--node-rank", rank, "--master-addr", "localhost", "--master-port", port)
-        machines.append(torchrun(*options(casia, tmp_path / f"machine{rank}"), *SETTINGS, *head, folder=tmp_path,
-                                 launcher=map(str, launcher), processes=1))
+    head = ["--shard-head"]
+    machines = start_machines(casia, tmp_path, head, head)
     wait_for(lambda: saved_step(tmp_path / "machine0/run") >= 4, machines[0])
     os.kill(int((tmp_path / "1").read_text()), signal.SIGKILL)
     outputs = [machine.communicate(timeout=300)[0] for machine in machines]
