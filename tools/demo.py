@@ -59,6 +59,8 @@ def main(argv=None):
         "--landmarks", DEMO / "lfw_landmark.txt", "--identities", TEST_PEOPLE, "--per-identity", PHOTOS_PER_PERSON,
         "--output", DEMO / "result/tsne.png")
     print(summary_line(pixel_accuracy(), time.monotonic() - started))
+    print("To compare two photos of your own with this toy model, whose training saw 30 people:\n"
+          f"python tools/compare.py A.jpg B.jpg --model {shlex.quote(str(DEMO / 'run/checkpoint.pt'))}")
 
 
 def find_photos():

@@ -176,7 +176,7 @@ def _build(listing, folder):
         with open(folder / "faces.u8", "r+b") as file, open(folder / "journal.jsonl", "a") as journal, \
                 one_opencv_thread(), watched_stderr(), ThreadPoolExecutor(count_cpus()) as pool, \
                 ThreadPoolExecutor(1) as writer, \
-                tqdm(total=total, unit="img", unit_scale=True, dynamic_ncols=True) as bar:
+                tqdm(total=total, unit=" images", unit_scale=True, dynamic_ncols=True) as bar:
             pending_write = writer.submit(int)  # returns at once: the first chunk has no write to wait for
             bar.update(total - sum(map(len, missing)))
             for rows, chunk, chunk_failed in _align(listing, missing, pool, sizes):

@@ -134,7 +134,7 @@ class Records:
 
     def _read_labels(self, classes):
         labels = np.empty(len(self.keys), np.int64)
-        with tqdm(total=len(labels), desc=f"reading labels in {self.path.name}", unit="image", unit_scale=True,
+        with tqdm(total=len(labels), desc=f"reading labels in {self.path.name}", unit=" images", unit_scale=True,
                   dynamic_ncols=True, delay=2, leave=False) as bar:
             for start in range(0, len(labels), CHUNK):
                 chunk = slice(start, start + CHUNK)

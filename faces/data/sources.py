@@ -44,7 +44,7 @@ class Folder:
     def versions(self, names):
         """Return int64 (N, 2), which changes when one of the images `names` changes: its size and modification time."""
         versions = np.full((len(names), 2), -1, np.int64)
-        for i, name in enumerate(tqdm(names, "looking for changes", unit="img", unit_scale=True, dynamic_ncols=True,
+        for i, name in enumerate(tqdm(names, "looking for changes", unit=" images", unit_scale=True, dynamic_ncols=True,
                                       delay=2, leave=False)):
             try:
                 status = os.stat(self.open(name))

@@ -42,7 +42,7 @@ class TrainingLog:
             self._forget_after(start)
             write_json(output / "settings.json", _describe(run, recipe, start, settings))
         self.board = SummaryWriter(output, purge_step=start + 1) if run.is_main_process else None
-        self.bar = tqdm(total=recipe.steps * recipe.batch_size, initial=start * recipe.batch_size, unit="img",
+        self.bar = tqdm(total=recipe.steps * recipe.batch_size, initial=start * recipe.batch_size, unit=" images",
                         unit_scale=True, dynamic_ncols=True, disable=not run.is_main_process)
         self._begin_epoch()
         self._clear()
@@ -143,19 +143,19 @@ class TrainingLog:
         if not math.isfinite(loss):
             raise InputError(f"the loss is not finite near step {self.step}; lower --lr, add --warmup, or try "
                              "--precision float32. Checkpoints from before are kept.")
-        for name, value in (("loss", loss), ("accuracy", accuracy)):
+        for name, value in (("loss", loss), ("train_accuracy", accuracy)):
             self.epoch_sums[name] = self.epoch_sums.get(name, 0.0) + value * self.count
         self.epoch_steps += self.count
         if self.board:
             rate = self.count * self.recipe.batch_size / (time.monotonic() - self.since)
-            figures = {"loss": loss, "accuracy": accuracy, "images_per_second": rate, **scalars, **geometry,
+            figures = {"loss": loss, "train_accuracy": accuracy, "images_per_second": rate, **scalars, **geometry,
                        **self._memory()}
             for name, value in figures.items():
                 if name in HISTOGRAMS:
                     self.histograms[name] = self.histograms.get(name, 0) + value
                 else:
                     self.board.add_scalar(name, value, self.step)
-        self.bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.3f}", refresh=False)
+        self.bar.set_postfix(loss=f"{loss:.3f}", train_accuracy=f"{accuracy:.3f}", refresh=False)
         self._clear()
 
     def _memory(self):

@@ -34,7 +34,7 @@ def embed(net, faces, device, batch_size=None, mirror="concatenate", dtype=torch
     batch_size = batch_size or default_batch_size(device)
     net, parts = optimized_copy(net, device, dtype, len(faces)), []
     with torch.inference_mode(), autocast(device, dtype), \
-            tqdm(total=len(faces), desc="embedding", unit="face", disable=not progress, leave=False) as bar:
+            tqdm(total=len(faces), desc="embedding", unit=" faces", disable=not progress, leave=False) as bar:
         for start in range(0, len(faces), batch_size):
             pixels = torch.from_numpy(np.array(faces[start:start + batch_size]))
             batch = to_input(pixels.to(device))  # the device receives one byte per value

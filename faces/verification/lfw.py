@@ -99,7 +99,7 @@ def decode_faces(where, names, open_image, points=None):
 
     with one_opencv_thread(), watched_stderr(), ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         results = pool.map(load, range(len(names)))
-        bad = [r for r in tqdm(results, "aligning", len(names), unit="face", leave=False) if r]
+        bad = [r for r in tqdm(results, "aligning", len(names), unit=" faces", leave=False) if r]
     if bad:
         raise InputError(f"{len(bad)} of {len(names)} images in {where} can't be used ({summarize(bad)}); "
                          "replace them, because a verification set must be complete.")

@@ -129,8 +129,8 @@ def _find(source, name):
     """Return the path that _search() finds; raise InputError if it finds nothing."""
     path = _search(source, name)
     if path is None:
-        raise InputError(f"there is no {name} in {source} or its parent folder; download it, or pass a file with "
-                         "--pairs.")
+        raise InputError(f"there is no {name} in {source} or its parent folder; download it into one of these, or "
+                         "pass a file to lfw_eval.py with --pairs.")
     return path
 
 

@@ -68,7 +68,7 @@ def test_a_resumed_run_logs_every_step_once(tmp_path):
 
     logged = scalars(tmp_path)
     assert [step for step, _ in logged["loss"]] == [EVERY, 30, 50, 60]          # no step is logged twice
-    assert {"accuracy", "learning_rate", "images_per_second", "lfw"} < logged.keys()
+    assert {"train_accuracy", "learning_rate", "images_per_second", "lfw"} < logged.keys()
     # train() puts 2 of 4 embeddings on their own class center and 2 on another one, so the cosine is 1 for 2 of the 4
     # targets and for 2 of the 8 others.
     for name, expected in (("target_cosine", 0.5), ("nontarget_cosine", 0.25)):
