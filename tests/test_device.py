@@ -8,8 +8,8 @@ from faces.files import InputError
 
 def test_missing_devices_are_one_sentence():
     assert pick_device("cpu") == torch.device("cpu")
-    for name in ("cuda:99", "no such device"):
-        with pytest.raises(InputError, match=f"--device {name} is not available here"):
+    for name, problem in (("cuda:99", "is not available here"), ("gpu99", "is not a device; choose auto, cpu, cuda")):
+        with pytest.raises(InputError, match=f"--device {name} {problem}"):
             pick_device(name)
 
 

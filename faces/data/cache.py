@@ -205,6 +205,8 @@ def _allocate(folder, size):
         if size - allocated > shutil.disk_usage(folder).free:
             raise InputError(f"{folder} needs {size / 1e9:.1f} GB for the aligned faces, but less is free; free "
                              "some space or choose a larger disk with --cache.")
+        if allocated != size:    # what a journal says about another file, or about one that was deleted, is void
+            (folder / "journal.jsonl").unlink(missing_ok=True)
         with open(path, "ab") as file:
             file.truncate(size)
     except OSError as error:

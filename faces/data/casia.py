@@ -113,8 +113,9 @@ def list_photos(source):
     if len(people) < 2:
         where = ", because they are not in folders" if paths and not level else ""
         left_out = f"; left out: {source.scan.left_out()}" if source.scan.left_out() else ""
-        raise InputError(f"{source} has {count_of(len(paths), 'photo~')} of {people_count(len(people))}{where}; pass a "
-                         f"folder with one folder per person, such as 0000045/001.jpg, of several people{left_out}.")
+        found = f"{count_of(len(paths), 'photo~')} of {people_count(len(people))}" if paths else "no photos"
+        raise InputError(f"{source} has {found}{where}; pass a folder with one folder per person, such as "
+                         f"0000045/001.jpg, of several people{left_out}.")
     refuse_lfw(source, paths)
     if len(strays) > max(MAX_STRAYS, MAX_LOST * len(paths)):
         raise InputError(f"{source} has {len(paths):,} photos in folders such as {person(paths[0])}, but "

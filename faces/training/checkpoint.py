@@ -82,10 +82,14 @@ class Checkpoints:
         if shared is None:
             return 0
         state = state or shared    # the main process has all of it
-        unwrap(self.net).load_state_dict(state["weights"])
-        self.head.load_state(state["head"], state["optimizer"], self.optimizer)
-        if state.get("scaler"):
-            self.run.scaler.load_state_dict(state["scaler"])
+        try:
+            unwrap(self.net).load_state_dict(state["weights"])
+            self.head.load_state(state["head"], state["optimizer"], self.optimizer)
+            if state.get("scaler"):
+                self.run.scaler.load_state_dict(state["scaler"])
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):  # names or shapes of another network
+            raise InputError(f"{self.path} does not fit this network and set, although its settings do; it is damaged: "
+                             "restore it from a copy, or start a new run.") from None
         self.saved_step = state["step"]
         self.run.print(f"resumed {self.path} at step {self.saved_step:,}")
         return self.saved_step
@@ -236,7 +240,52 @@ def load(path):
     state = load_tensors(path)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise InputError(f"{path} is not a training checkpoint of this project; pass the checkpoint.pt of a run.")
+    wrong = next((name for name, is_right in CONTENT.items() if name not in state or not is_right(state[name])), None)
+    if wrong:
+        raise InputError(f"{path} is damaged (its entry {wrong!r} is missing or not what casia_train.py writes); "
+                         "restore it from a copy, or start a new run.")
     return state
+
+
+def _is_text(value):
+    return isinstance(value, str) and value.isprintable()
+
+
+def _is_count(value):
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_tensor(value):
+    """Return whether a value is an ordinary tensor on the CPU, no larger than the memory that it refers to."""
+    return (isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_nested
+            and not value.is_quantized and value.device.type == "cpu"
+            and value.numel() * value.element_size() <= value.untyped_storage().nbytes())
+
+
+def _are_tensors(value):
+    return isinstance(value, dict) and all(_is_text(name) and _is_tensor(tensor) for name, tensor in value.items())
+
+
+def _is_head(value):
+    return _are_tensors(value) and value.keys() == {"weight"} and value["weight"].ndim == 2
+
+
+def _is_optimizer(value):
+    return (isinstance(value, dict) and isinstance(value.get("param_groups"), list)
+            and isinstance(value.get("state"), dict)
+            and all(_is_count(index) and isinstance(entry, dict) and _is_tensor(entry.get("momentum_buffer"))
+                    for index, entry in value["state"].items()))
+
+
+def _are_settings(value):
+    return isinstance(value, dict) and "precision" in value and all(
+        _is_text(name) and (_is_text(setting) or isinstance(setting, (int, float, type(None))))
+        for name, setting in value.items())
+
+
+# What a checkpoint holds. Files may come from strangers, so all of it is checked before any of it is used.
+CONTENT = {"method": _is_text, "net": _is_text, "step": _is_count, "weights": _are_tensors, "head": _is_head,
+           "optimizer": _is_optimizer, "classes": _is_count, "faces": _is_text, "settings": _are_settings}
 
 
 def load_tensors(path):

@@ -4,6 +4,7 @@ import json
 import math
 import platform
 import subprocess
+import sys
 import time
 
 import cv2
@@ -90,15 +91,18 @@ class TrainingLog:
                 "images_per_second": round(self.epoch_steps * self.recipe.batch_size / seconds, 1),
                 **self._memory(), **figures}
         if self.run.is_main_process:
-            with open(self.output / "epochs.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-            self._draw()
-            for name in figures:
-                self.board.add_scalar(name, figures[name], self.step)
-            for name, counts in self.histograms.items():
-                _add_histogram(self.board, f"cosine/{name}", counts, self.step)
+            self._try_to_write(self._write_epoch, line, figures)
             self.bar.write("  ".join(f"{name} {value}" for name, value in line.items()))
         self._begin_epoch()
+
+    def _write_epoch(self, line, figures):
+        with open(self.output / "epochs.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        self._draw()
+        for name in figures:
+            self.board.add_scalar(name, figures[name], self.step)
+        for name, counts in self.histograms.items():
+            _add_histogram(self.board, f"cosine/{name}", counts, self.step)
 
     def __enter__(self):
         return self
@@ -111,25 +115,33 @@ class TrainingLog:
 
     def _reserve_folder(self):
         self.lock.enter_context(locked(self.output / ".lock", f"training into {self.output}", wait=False))
+        for name in ("checkpoint*.pt", "settings.json", "epochs.jsonl", "training.png"):
+            for path in self.output.glob(f".{name}.*.partial"):    # left by a run that was killed while it wrote
+                path.unlink(missing_ok=True)
+
+    def _try_to_write(self, write, *args):
+        """Call a function that writes a part of the log; a full disk, for example, must not end the training."""
+        try:
+            write(*args)
+        except (OSError, InputError) as error:
+            self.bar.write(f"step {self.step:,}: the log can't be written ({error}); training continues.",
+                           file=sys.stderr)
 
     def _is_read(self, count, step):
         return count == EVERY or self.recipe.ends_epoch(step)
 
     def _draw(self):
         from faces.figures import training_picture  # slow to import as well
-        lines = (self.output / "epochs.jsonl").read_text(encoding="utf-8").splitlines()
-        columns = [(line["step"] * self.recipe.batch_size, line["loss"], line.get("lfw", math.nan))
-                   for line in map(json.loads, lines)]
+        lines = _read_epochs(self.output / "epochs.jsonl")
+        columns = [(line["step"] * self.recipe.batch_size, line["loss"], line.get("lfw", math.nan)) for line in lines]
         training_picture(self.output / "training.png", *np.array(columns).T)
 
     def _forget_after(self, start):
-        """Drop the epochs that a killed run wrote after the checkpoint from which it is resumed."""
+        """Drop the epochs that a killed run wrote after the checkpoint from which it is resumed, and damaged lines."""
         path = self.output / "epochs.jsonl"
         if path.exists():
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True)
-                    if line.endswith("\n") and json.loads(line)["step"] <= start]
             with atomic_write(path, "w", encoding="utf-8") as file:
-                file.writelines(kept)
+                file.writelines(json.dumps(line) + "\n" for line in _read_epochs(path) if line["step"] <= start)
 
     def _begin_epoch(self):
         self.epoch_start, self.epoch_sums, self.epoch_steps, self.histograms = time.monotonic(), {}, 0, {}
@@ -150,13 +162,16 @@ class TrainingLog:
             rate = self.count * self.recipe.batch_size / (time.monotonic() - self.since)
             figures = {"loss": loss, "train_accuracy": accuracy, "images_per_second": rate, **scalars, **geometry,
                        **self._memory()}
-            for name, value in figures.items():
-                if name in HISTOGRAMS:
-                    self.histograms[name] = self.histograms.get(name, 0) + value
-                else:
-                    self.board.add_scalar(name, value, self.step)
+            self._try_to_write(self._write_figures, figures)
         self.bar.set_postfix(loss=f"{loss:.3f}", train_accuracy=f"{accuracy:.3f}", refresh=False)
         self._clear()
+
+    def _write_figures(self, figures):
+        for name, value in figures.items():
+            if name in HISTOGRAMS:
+                self.histograms[name] = self.histograms.get(name, 0) + value
+            else:
+                self.board.add_scalar(name, value, self.step)
 
     def _memory(self):
         """Return the most memory that tensors of this process have used on its GPU; nothing on other devices."""
@@ -179,6 +194,16 @@ class TrainingLog:
         values = np.split(figures, np.cumsum([len(part) for part in parts])[:-1])
         geometry = {name: value if name in HISTOGRAMS else value.item() for name, value in zip(names, values[1:])}
         return *values[0].tolist(), geometry
+
+
+def _read_epochs(path):
+    """Return the lines of an epochs.jsonl that are whole, as dicts."""
+    lines = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+            line = json.loads(text)
+            lines.append({**line, "step": int(line["step"]), "loss": float(line["loss"])})
+    return lines
 
 
 @torch.no_grad()

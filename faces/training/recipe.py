@@ -169,12 +169,26 @@ def parse_options(parser, argv):
     if args.resume != "never" and path.is_file():
         unset = object()
         given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
-        types = {action.dest: action.type for action in parser._actions}
+        actions = {action.dest: action for action in parser._actions}
         for name, value in settings_in(load(path)).items():
             if getattr(given, name, None) is unset and name not in MAY_DIFFER:
-                setattr(args, name, Path(value) if types[name] is Path and value is not None else value)
+                if not _fits(actions[name], value):
+                    raise InputError(f"{path} is damaged (its setting {name} is {value!r}); restore it from a copy, or "
+                                     "start a new run.")
+                setattr(args, name, Path(value) if actions[name].type is Path and value is not None else value)
     check_options(args)
     return args
+
+
+def _fits(action, value):
+    """Return whether an option could have this value, as settings_of() stores it."""
+    if isinstance(action, argparse.BooleanOptionalAction):
+        return isinstance(value, bool)
+    if action.choices:
+        return value in action.choices
+    kinds = {int: (int,), float: (int, float), Path: (str,)}
+    return not isinstance(value, bool) and (value is None and not action.default or isinstance(
+        value, kinds.get(action.type, (str,))))
 
 
 def check_options(args):

@@ -218,7 +218,7 @@ def test_a_missing_folder_is_one_sentence(tmp_path):
     ({"A/1.png": "blank", "A/2.png": "blank"}, "casia_landmark.py", "has 2 photos of 1 person; pass a folder"),
     ({"lfw/A/1.png": "blank", "lfw/B/1.png": "blank"}, "lfw_landmark.py", "further down; pass {root}/lfw."),
     ({"lfw/A/1.png": "blank", "casia/B/1.png": "blank"}, "lfw_landmark.py", "pass one of them, such as {root}/casia"),
-    ({}, "casia_landmark.py", "has 0 photos of 0 people; pass a folder"),
+    ({}, "casia_landmark.py", "has no photos; pass a folder"),
 ], ids=["empty", "unreadable", "faceless", "no person", "no person in lfw", "one person", "wrapped",
         "two sets", "empty casia"])
 def test_bad_input_is_one_sentence_and_status_2(content, script, sentence, tmp_path, capsys):

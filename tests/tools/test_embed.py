@@ -72,7 +72,7 @@ def test_a_face_at_the_border_is_found_in_the_photos_own_coordinates(embedder, p
 @pytest.mark.parametrize("photo, aligned, message", [
     ("coffee.png", False, "can't embed .*coffee.png: no face was found"),
     ("missing.png", False, "can't embed .*missing.png: No such file"),
-    ("face.png", True, "can't embed .*face.png: 260x200 pixels is not the size of an aligned face"),
+    ("face.png", True, "can't embed .*face.png: an image of 260 rows and 200 columns is not an aligned face"),
 ])
 def test_what_cannot_be_embedded_is_named(embedder, photos, photo, aligned, message):
     with pytest.raises(InputError, match=message):
@@ -150,7 +150,7 @@ def test_aligned_faces_and_names_that_are_not_utf8(run, embedder, tmp_path):
         pytest.skip("this file system takes only UTF-8")
     write_image(tmp_path / "faces" / "large.png", np.zeros((250, 250, 3), np.uint8))
     status, _, err = run(tmp_path / "faces", "--aligned", "--output", tmp_path / "faces.npz")
-    assert status == 0 and "large.png: 250x250 pixels is not the size of an aligned face" in err
+    assert status == 0 and "large.png: an image of 250 rows and 250 columns is not an aligned face" in err
     faces = np.load(tmp_path / "faces.npz")
     assert set(faces) == {"names", "embeddings", "model"} and str(latin1) in faces["names"]
     rows = [faces["names"].tolist().index(str(path)) for path in (tmp_path / "faces" / "0.png", latin1)]

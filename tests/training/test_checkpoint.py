@@ -90,7 +90,7 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_training_continues(tiny, main
     status, output = main("cosFace", *options(casia, tmp_path))
     assert status == 0 and saved_steps == {2: 2, 4: 4, 6: 4, 8: 4, 10: 10, 12: 12}
     assert "step 6: can't write" in output.err and "Training continues; the checkpoint of step 4 is kept." in output.err
-    assert not list((tmp_path / "run").glob(".*"))
+    assert not list((tmp_path / "run").glob(".*.partial"))
 
 
 def test_a_run_fails_if_the_disk_stays_full(tiny, main, casia, tmp_path):
@@ -111,6 +111,54 @@ def test_keep_last_keeps_and_prunes_older_checkpoints(tiny, main, casia, tmp_pat
     assert main("cosFace", *args, "2", "--resume")[0] == 0
     kept = {path.name: torch.load(path, weights_only=True)["step"] for path in folder.glob("*.pt")}
     assert kept == {"checkpoint.pt": 12, "checkpoint-0000010.pt": 10}
+
+
+@pytest.fixture(scope="module")
+def saved(casia, tmp_path_factory):
+    """Return the arguments of a finished run of TinyNet, and the content of its checkpoint."""
+    folder = tmp_path_factory.mktemp("saved")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(cosFace.net.NETS, "faceNet", tiny_train.TinyNet)
+        assert casia_train.main(list(map(str, [*options(casia, folder), "--epochs", "0.4"]))) == 0
+    return options(casia, folder), torch.load(folder / "run/checkpoint.pt", weights_only=True)
+
+
+def with_optimizer(state, entry):
+    return {**state["optimizer"], "state": {**state["optimizer"]["state"], 0: entry}}
+
+
+@pytest.mark.parametrize("entry, make", [
+    ("optimizer", lambda state: None), ("optimizer", lambda state: {}),
+    ("optimizer", lambda state: with_optimizer(state, 3)),
+    ("optimizer", lambda state: with_optimizer(state, {"momentum_buffer": None})),
+    ("settings", lambda state: []), ("settings", lambda state: {**state["settings"], "batch_size": [8]}),
+    ("settings", lambda state: {}), ("step", lambda state: -5), ("step", lambda state: torch.ones(2)),
+    ("step", lambda state: True), ("method", lambda state: torch.zeros(3)), ("net", lambda state: "\x1b[2Jfoo"),
+    ("weights", lambda state: {**state["weights"], "2.bias": 1}), ("weights", lambda state: list(state["weights"])),
+    ("weights", lambda state: {**state["weights"], "2.bias": torch.zeros(512).to_sparse()}),
+    ("weights", lambda state: {**state["weights"], "2.bias": torch.zeros(1).expand(10**12)}),
+    ("head", lambda state: {"weight": torch.zeros(6)}), ("head", lambda state: {}), ("classes", lambda state: "6"),
+    ("faces", lambda state: 7)])
+def test_a_damaged_checkpoint_is_one_sentence(tiny, main, saved, tmp_path, entry, make):
+    args, state = saved
+    (tmp_path / "run").mkdir()
+    torch.save({**state, entry: make(state)}, tmp_path / "run/checkpoint.pt")
+    status, output = main("cosFace", *args, "--output", tmp_path / "run", "--resume")
+    assert status == 2 and f"is damaged (its entry '{entry}'" in output.err and "Traceback" not in output.err
+
+
+@pytest.mark.parametrize("change", [
+    {"head": {"weight": torch.zeros(5, 512)}}, {"weights": {}}, {"settings": "batch_size"}, {"scaler": {"scale": "x"}}])
+def test_a_checkpoint_whose_entries_do_not_fit_is_one_sentence(tiny, main, saved, tmp_path, change):
+    args, state = saved
+    if change.get("settings"):
+        change = {"settings": {**state["settings"], "jitter": "many"}}
+        args = [*args[:6], "--device", "cpu"]     # the option is left out, so that it comes from the checkpoint
+    (tmp_path / "run").mkdir()
+    torch.save({**state, **change}, tmp_path / "run/checkpoint.pt")
+    status, output = main("cosFace", *args, "--output", tmp_path / "run", "--resume")
+    assert status in (0, 2) and "Traceback" not in output.err
+    assert status == 0 if "scaler" in change else "damaged" in output.err
 
 
 def test_compile_without_a_compiler_prints_one_sentence_and_continues(tiny, main, casia, tmp_path, monkeypatch):
