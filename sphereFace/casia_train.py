@@ -67,7 +67,8 @@ def main(argv=None):
                       args.workers, run.rank, run.world_size)
     run.print(start_line(args, run, head, batches))
 
-    with TrainingLog(run, args.output, recipe, step, settings) as log, run.guard(memory_advice(args)):
+    with TrainingLog(run, args.output, recipe, step, settings, checkpoints.epoch_sums) as log, \
+            run.guard(memory_advice(args)):
         for images, labels in batches:                                        # (B, 3, 112, 96), (B,)
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate(step)
@@ -88,7 +89,7 @@ def main(argv=None):
                 log.end_epoch(**lfw.evaluate(net))
             if last or recipe.ends_epoch(step) or checkpoints.is_due(step):
                 log.flush()                                                   # stops if the loss is not finite
-                checkpoints.save(step, last)
+                checkpoints.save(step, last, log.epoch_sums)
             if last:
                 break
     return run.finish(step, recipe.steps, checkpoints.path)

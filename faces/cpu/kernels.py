@@ -114,27 +114,50 @@ def _pointer(tensor):
 @functools.cache
 def _library():
     """Return the compiled library, or None if it can't be compiled or loaded."""
-    compiler = shlex.split(os.environ.get("CC") or "cc")
+    try:
+        compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
+    except ValueError:    # quotes that do not match
+        return None
     if shutil.which(compiler[0]) is None:
         return None
     key = (SOURCE.read_bytes(), *map(str.encode, (*compiler, *FLAGS)), _instruction_sets())
     name = hashlib.sha256(b"\0".join(key)).hexdigest()[:16] + ".so"
     # If the clone is read-only, the library goes to a temporary folder, which is not needed once it is loaded.
     for open_folder in (lambda: contextlib.nullcontext(LIBRARY_FOLDER), tempfile.TemporaryDirectory):
-        with contextlib.suppress(OSError, subprocess.SubprocessError), open_folder() as folder:
+        with contextlib.suppress(OSError, subprocess.SubprocessError, AttributeError), open_folder() as folder:
             return _declare(ctypes.CDLL(str(_compile(compiler, Path(folder) / name))))
     return None
 
 
 def _compile(compiler, path):
-    """Compile kernels.c to `path` unless that file exists; return `path`."""
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # moving the finished file makes this atomic
+    """Compile kernels.c to `path`, unless that is a whole file that this user has made; return `path`.
+
+    Raises:
+        PermissionError: others can write to the folder, so they could exchange the file before it is loaded.
+    """
+    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)    # whatever the umask
+    if not _is_private(path.parent):
+        raise PermissionError(f"others can write to {path.parent}")
+    checksum = path.with_suffix(".sha256")
+    if not (path.is_file() and checksum.is_file() and _is_private(path) and _digest(path) == checksum.read_bytes()):
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # moving the finished files makes this atomic
             compiled = Path(folder) / path.name
             subprocess.run([*compiler, *FLAGS, SOURCE, "-o", compiled], check=True, capture_output=True, timeout=60)
+            compiled.chmod(0o755)
+            (Path(folder) / checksum.name).write_bytes(_digest(compiled))
             os.replace(compiled, path)
+            os.replace(Path(folder) / checksum.name, checksum)
     return path
+
+
+def _is_private(path):
+    """Return whether a file or folder is this user's, and no other user can write to it; links are not followed."""
+    status = path.lstat()
+    return not hasattr(os, "getuid") or (status.st_uid == os.getuid() and not status.st_mode & 0o022)
+
+
+def _digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest().encode()
 
 
 def _declare(library):

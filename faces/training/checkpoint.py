@@ -49,13 +49,16 @@ class Checkpoints:
         faces: faces.data.cache.AlignedFaces.
         settings: dict of the command line's options.
         keep_last: number of checkpoints to keep.
+
+    Attributes:
+        epoch_sums: after restore(), what was passed to save().
     """
 
     def __init__(self, run, output, net, head, optimizer, faces, settings, keep_last=1):
         self.run, self.path = run, Path(output) / "checkpoint.pt"
         self.net, self.head, self.optimizer = net, head, optimizer
         self.faces, self.settings, self.keep_last = faces, {**settings, "precision": run.precision}, keep_last
-        self.saved_step, self.saved_at = None, 0.0
+        self.saved_step, self.saved_at, self.epoch_sums = None, 0.0, {}
         self.writer, self.writing = ThreadPoolExecutor(1, "checkpoint"), None
 
     def restore(self, resume):
@@ -90,7 +93,7 @@ class Checkpoints:
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):  # names or shapes of another network
             raise InputError(f"{self.path} does not fit this network and set, although its settings do; it is damaged: "
                              "restore it from a copy, or start a new run.") from None
-        self.saved_step = state["step"]
+        self.saved_step, self.epoch_sums = state["step"], state.get("epoch", {})
         self.run.print(f"resumed {self.path} at step {self.saved_step:,}")
         return self.saved_step
 
@@ -121,13 +124,15 @@ class Checkpoints:
         by_steps = self.settings["checkpoint_every"] and step % self.settings["checkpoint_every"] == 0
         return by_steps or self.run.clock - self.saved_at >= 60 * self.settings["checkpoint_minutes"]
 
-    def save(self, step, last=False):
+    def save(self, step, last=False, epoch_sums=None):
         """Save the state after `step` steps; every process has to call it, and a thread of the main process writes.
 
         If the disk is full, the previous checkpoint stays and training continues until the next attempt.
 
         Args:
             last: whether there will be no further attempt; then, wait until the file is written.
+            epoch_sums: dict of floats, what the log has added up since the epoch began, so that a resumed run reports
+                the means of whole epochs.
 
         Raises:
             InputError: the weights are not finite; or it can't be written, and it is the last.
@@ -140,6 +145,7 @@ class Checkpoints:
             return
         self.writing = self.writer.submit(self._write, step, last, {
             "method": type(self.head.module).__name__, "net": self.settings["net"], "step": step,
+            "epoch": dict(epoch_sums or {}),
             "weights": {name: copy_to_cpu(tensor) for name, tensor in unwrap(self.net).state_dict().items()},
             "head": head, "optimizer": optimizer, "scaler": self.run.scaler.state_dict(),
             "classes": self.faces.classes, "faces": self.faces.fingerprint, "settings": self.settings,
@@ -240,6 +246,7 @@ def load(path):
     state = load_tensors(path)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise InputError(f"{path} is not a training checkpoint of this project; pass the checkpoint.pt of a run.")
+    state = {"epoch": {}, **state}    # which earlier versions did not save
     wrong = next((name for name, is_right in CONTENT.items() if name not in state or not is_right(state[name])), None)
     if wrong:
         raise InputError(f"{path} is damaged (its entry {wrong!r} is missing or not what casia_train.py writes); "
@@ -285,7 +292,8 @@ def _are_settings(value):
 
 # What a checkpoint holds. Files may come from strangers, so all of it is checked before any of it is used.
 CONTENT = {"method": _is_text, "net": _is_text, "step": _is_count, "weights": _are_tensors, "head": _is_head,
-           "optimizer": _is_optimizer, "classes": _is_count, "faces": _is_text, "settings": _are_settings}
+           "optimizer": _is_optimizer, "classes": _is_count, "faces": _is_text, "settings": _are_settings,
+           "epoch": lambda value: isinstance(value, dict) and all(type(sum_) is float for sum_ in value.values())}
 
 
 def load_tensors(path):

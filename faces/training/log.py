@@ -29,12 +29,16 @@ class TrainingLog:
         recipe: faces.training.recipe.Recipe.
         start: step that training starts from.
         settings: dict of the command line's options, for settings.json.
+        epoch_sums: of the epoch that `start` lies in; see faces.training.checkpoint.Checkpoints.
+
+    Attributes:
+        epoch_sums: dict of float: loss and training accuracy, added up over the steps of the epoch so far, and steps.
 
     Raises:
         InputError: another process is training into the folder.
     """
 
-    def __init__(self, run, output, recipe, start, settings):
+    def __init__(self, run, output, recipe, start, settings, epoch_sums=None):
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only training needs it
         self.run, self.output, self.recipe, self.step = run, output, recipe, start
         self.lock = contextlib.ExitStack()
@@ -46,6 +50,7 @@ class TrainingLog:
         self.bar = tqdm(total=recipe.steps * recipe.batch_size, initial=start * recipe.batch_size, unit=" images",
                         unit_scale=True, dynamic_ncols=True, disable=not run.is_main_process)
         self._begin_epoch()
+        self.epoch_sums.update(epoch_sums or {})
         self._clear()
 
     def record(self, loss, predicted, embedding, labels, head):
@@ -84,7 +89,8 @@ class TrainingLog:
 
     def end_epoch(self, **figures):
         """Print the figures of the epoch, append them to epochs.jsonl and draw training.png."""
-        means = {name: total / max(1, self.epoch_steps) for name, total in self.epoch_sums.items()}
+        steps = max(1, self.epoch_sums.pop("steps", 0))
+        means = {name: total / steps for name, total in self.epoch_sums.items()}
         seconds = time.monotonic() - self.epoch_start
         line = {"epoch": round(self.step / self.recipe.steps_per_epoch, 3), "step": self.step,
                 **{name: round(value, 5) for name, value in means.items()},
@@ -155,7 +161,7 @@ class TrainingLog:
         if not math.isfinite(loss):
             raise InputError(f"the loss is not finite near step {self.step}; lower --lr, add --warmup, or try "
                              "--precision float32. Checkpoints from before are kept.")
-        for name, value in (("loss", loss), ("train_accuracy", accuracy)):
+        for name, value in (("loss", loss), ("train_accuracy", accuracy), ("steps", 1.0)):
             self.epoch_sums[name] = self.epoch_sums.get(name, 0.0) + value * self.count
         self.epoch_steps += self.count
         if self.board:

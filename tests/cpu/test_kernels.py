@@ -121,6 +121,31 @@ def test_kernels_are_available_in_a_read_only_clone(monkeypatch, tmp_path, recom
 
 
 @needs_compiler
+@pytest.mark.parametrize("damage", ["truncated", "planted", "open folder"])
+def test_a_library_that_is_not_whole_or_may_be_another_users_is_not_loaded(damage, monkeypatch, tmp_path, recompile):
+    folder = tmp_path / "kernels"
+    monkeypatch.setattr(kernels, "LIBRARY_FOLDER", folder)
+    assert kernels.available()
+    library, = folder.glob("*.so")
+    library.unlink()    # this process has it mapped into memory
+    library.write_bytes(b"\x7fELF, but not a library")
+    if damage == "planted":
+        library.chmod(0o777)
+    if damage == "open folder":
+        folder.chmod(0o777)
+    kernels._library.cache_clear()
+    assert kernels.available()
+    rewritten = len(library.read_bytes()) > 1000
+    assert rewritten == (damage != "open folder")    # there, the library is compiled into a folder of its own
+
+
+@pytest.mark.parametrize("compiler", [" ", "'", "no-such-compiler"])
+def test_an_unusable_cc_is_no_traceback(compiler, monkeypatch, recompile):
+    monkeypatch.setenv("CC", compiler)
+    assert kernels.available() in (True, False)
+
+
+@needs_compiler
 @pytest.mark.parametrize("target", ["-march=x86-64", "-mavx"])
 def test_kernels_are_accurate_on_processors_with_narrow_vectors(target, monkeypatch, tmp_path, recompile):
     monkeypatch.setattr(kernels, "LIBRARY_FOLDER", tmp_path)
@@ -130,4 +155,4 @@ def test_kernels_are_accurate_on_processors_with_narrow_vectors(target, monkeypa
         fast = copy.deepcopy(plain)
         fast.__class__ = fast_class
         assert max(errors(fast, plain, torch.randn(3, 16, 9, 7)).values()) < 5e-6
-    assert len(list(tmp_path.iterdir())) == 1   # the library was compiled for this test, once
+    assert len(list(tmp_path.glob("*.so"))) == 1   # the library was compiled for this test, once

@@ -66,8 +66,11 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(casia, tmp_path, m
     assert actual.keys() == expected.keys() and len(expected) > 150
     different = [name for name in expected if not torch.equal(actual[name], expected[name])]
     assert not different
-    epochs = [json.loads(line) for line in (tmp_path / "run/epochs.jsonl").read_text().splitlines()]
+    epochs, undisturbed = ([json.loads(line) for line in (tmp_path / run / "epochs.jsonl").read_text().splitlines()]
+                           for run in ("run", "uninterrupted"))
     assert [line["step"] for line in epochs] == [6, 12] and epochs[1]["loss"] < epochs[0]["loss"]
+    for line, expected in zip(epochs, undisturbed):    # a resumed run reports the means of whole epochs
+        assert (line["loss"], line["train_accuracy"]) == pytest.approx((expected["loss"], expected["train_accuracy"]))
     assert list((tmp_path / "run").glob("events.out.tfevents.*")) and (tmp_path / "run/training.png").exists()
     assert json.loads((tmp_path / "run/settings.json").read_text())["settings"]["batch_size"] == 8
 

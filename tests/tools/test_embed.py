@@ -72,7 +72,7 @@ def test_a_face_at_the_border_is_found_in_the_photos_own_coordinates(embedder, p
 @pytest.mark.parametrize("photo, aligned, message", [
     ("coffee.png", False, "can't embed .*coffee.png: no face was found"),
     ("missing.png", False, "can't embed .*missing.png: No such file"),
-    ("face.png", True, "can't embed .*face.png: an image of 260 rows and 200 columns is not an aligned face"),
+    ("face.png", True, "can't embed .*face.png: an image of 200 rows and 260 columns is not an aligned face"),
 ])
 def test_what_cannot_be_embedded_is_named(embedder, photos, photo, aligned, message):
     with pytest.raises(InputError, match=message):
