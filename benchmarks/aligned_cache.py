@@ -8,7 +8,6 @@ number of threads; its faces stay in memory. Ours reads, checks, decodes, aligns
 on files that have been read once before, so neither waits for the disk, and it is an error if their faces differ.
 Random reads are what training asks of the cache: batches of faces at random positions.
 """
-import argparse
 import contextlib
 import os
 import statistics
@@ -26,13 +25,13 @@ from faces.align import HEIGHT, WIDTH, similarity_transform
 from faces.data.cache import AlignedFaces, build
 from faces.data.casia import Folder, TrainingList, read_casia
 from faces.device import count_cpus
-from faces.files import InputError, command
+from faces.files import InputError, command, script_parser
 
 BATCH = 256
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--casia", type=Path, required=True, metavar="DIR", help="folder of person folders")
     parser.add_argument("--landmarks", type=Path, metavar="FILE",
                         help="landmark list, `path label x1 y1 ... x5 y5` (default: casia_landmark.txt in --casia)")

@@ -8,7 +8,6 @@ both images, and passes them and their mirror images through the unmodified netw
 cosFace/lfw_eval.py runs. Both start from the same landmarks. Without --model, the network is untrained, which takes the
 same time. The number of threads is torch's; set OMP_NUM_THREADS to change it.
 """
-import argparse
 import platform
 import sys
 import time
@@ -21,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cosFace.net import NETS
 from faces.align import load_face
 from faces.device import keep_large_blocks, pick_device
-from faces.files import InputError, command
+from faces.files import InputError, command, script_parser
 from faces.landmarks import default_list
 from faces.verification.bootstrap import bootstrap
 from faces.verification.embed import embed, optimized_copy
@@ -175,7 +174,7 @@ def processor():
 
 
 def _parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--lfw", type=Path, required=True, metavar="DIR", help="folder of Name/Name_0001.jpg")
     parser.add_argument("--landmarks", type=Path, metavar="FILE",
                         help="landmark list (default: the one that mtcnn/lfw_landmark.py wrote for this folder)")

@@ -7,7 +7,6 @@ Ours are the threads of faces.data.batches; the peer is a DataLoader whose worke
 same rows from the same memory map. They take turns, and each batch must be the same. Nothing is copied to a device or
 augmented, which would cost both the same.
 """
-import argparse
 import resource
 import sys
 import tempfile
@@ -23,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from faces.align import HEIGHT, WIDTH
 from faces.data.batches import Batches
 from faces.data.cache import AlignedFaces
-from faces.files import InputError, command
+from faces.files import InputError, command, script_parser
 
 
 class Gathered(Batches):
@@ -74,7 +73,7 @@ def cpu_seconds():
 
 @command
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--faces", type=int, default=18374, help="faces in the set, 32 KB each (default: 18374)")
     parser.add_argument("--batch-size", type=int, default=512, metavar="N", help="faces per batch (default: 512)")
     parser.add_argument("--steps", type=int, default=100, help="batches per round (default: 100)")

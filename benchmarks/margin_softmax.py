@@ -11,7 +11,6 @@ First, losses and gradients of our heads are compared with those of the referenc
 of a step is its peak above what was allocated before the step, as counted by the allocator (CUDA) or by torch's
 profiler. The last column is the peak above that of the linear layer, in units of one (N, C) matrix.
 """
-import argparse
 import math
 import os
 import platform
@@ -29,14 +28,14 @@ from torch.profiler import ProfilerActivity, profile
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cosFace.net import CosFace
 from faces.device import pick_device
-from faces.files import command
+from faces.files import command, script_parser
 from sphereFace.net import SphereFace
 
 SCALE, MARGIN, LAMBDA = 64.0, 0.35, 5.0
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--identities", type=int, default=10_575, metavar="C",
                         help="number of identities (default: 10,575, as in CASIA-WebFace)")
     parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="embeddings per step (default: 256)")

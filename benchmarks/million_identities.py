@@ -7,7 +7,6 @@
 There is no network, because only the cost of the identities is measured. The embeddings of an identity scatter around a
 random direction, and the same identities return every fourth step, so the loss falls if the head learns.
 """
-import argparse
 import math
 import resource
 import sys
@@ -19,7 +18,7 @@ from torch import distributed
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cosFace.net import CosFace
-from faces.files import InputError, command
+from faces.files import InputError, command, script_parser
 from faces.training.optimizer import SGD
 from faces.training.run import Run
 from faces.training.sharded_head import make_head
@@ -30,7 +29,7 @@ GB = 1e9
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--method", choices=METHODS, default="cosFace", help="whose head to train (default: cosFace)")
     parser.add_argument("--identities", type=int, default=1_000_000, metavar="C",
                         help="number of identities; memory grows with it (default: 1,000,000)")

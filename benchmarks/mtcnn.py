@@ -13,7 +13,6 @@ equal), and in one process per core, which is not part of that package but possi
 image if each face of one overlaps a face of the other by half (intersection over union). Memory is the sum of the peaks
 of a process and its children.
 """
-import argparse
 import contextlib
 import importlib.util
 import json
@@ -34,7 +33,7 @@ import torch
 from torchvision import ops
 
 from faces.device import count_cpus
-from faces.files import InputError, command, folder
+from faces.files import InputError, command, folder, script_parser
 from faces.images import list_images
 
 MIN_FACE, THRESHOLDS, FACTOR = 20, (0.6, 0.7, 0.7), 0.709
@@ -197,7 +196,7 @@ def make_collages(root, photos, count, output):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--lfw", type=Path, required=True, metavar="DIR", help="folder of LFW, with Name/Name_0001.jpg")
     parser.add_argument("--images", type=int, default=640, metavar="N",
                         help="number of images, spread over LFW (default: 640)")

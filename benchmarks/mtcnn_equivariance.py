@@ -11,7 +11,6 @@ in the copies.
 
 facenet-pytorch is skipped unless it was installed with `pip install --no-deps facenet-pytorch==2.6.0`.
 """
-import argparse
 import importlib.util
 import sys
 from contextlib import nullcontext
@@ -24,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.mtcnn import FACTOR, MIN_FACE, THRESHOLDS, facenet_on_images, read
-from faces.files import InputError, command, folder
+from faces.files import InputError, command, folder, script_parser
 from faces.images import list_images
 from mtcnn import detector
 from mtcnn.pyramid import Pyramid
@@ -129,7 +128,7 @@ def errors(detect, photos, copies):
 
 @command
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--lfw", type=Path, required=True, metavar="DIR", help="folder of LFW, with Name/Name_0001.jpg")
     parser.add_argument("--images", type=int, default=400, metavar="N",
                         help="number of images, spread over LFW (default: 400)")

@@ -36,7 +36,7 @@ from benchmarks.margin_softmax import reference_cosface, reference_sphereface
 from faces.cpu.training import for_training
 from faces.data.cache import load_casia
 from faces.device import has_bf16, keep_large_blocks, pick_device, to_input
-from faces.files import CACHE, InputError, command
+from faces.files import CACHE, InputError, command, script_parser
 from faces.training.optimizer import SGD, parameter_groups
 from faces.training.recipe import Recipe
 from faces.verification.evaluate import evaluate
@@ -47,7 +47,7 @@ FIRST_TOLERANCE, MEAN_TOLERANCE = 1e-2, 0.02    # bf16 and rounding change the f
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--casia", type=Path, required=True, metavar="DIR", help="training set, as for casia_train.py")
     parser.add_argument("--cache", type=Path, default=CACHE, metavar="DIR",
                         help="folder for aligned faces (default: cache/ of this clone)")

@@ -59,11 +59,13 @@ def cmc_picture(path, ranks, curves):
     """
     figure, axes = new_figure((6, 4))
     ranks = min(ranks, *(len(cmc) for cmc in curves.values()))
-    for i, (name, cmc) in enumerate(curves.items()):
-        axes.plot(range(1, ranks + 1), cmc[:ranks], label=name, **_line(i))
-    axes.set(xscale="log", xlim=(1, ranks), ylim=_rate_limits(min(cmc[0] for cmc in curves.values())), xlabel="rank",
-             ylabel="probes identified")
+    for i, (name, cmc) in enumerate(curves.items()):  # ranks are whole numbers, so the rate does not change in between
+        axes.step(range(1, ranks + 1), cmc[:ranks], where="post", label=name, **_line(i))
+    axes.set(xscale="log", xlim=(1, max(2, ranks)), ylim=_rate_limits(min(cmc[0] for cmc in curves.values())),
+             xlabel="rank", ylabel="probes identified")
+    axes.set_xticks([rank for rank in (1, 2, 5, 10, 20, 50, 100) if rank <= max(2, ranks)])
     axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("")
     axes.legend(loc="lower right", frameon=False)
     save(figure, path)
 

@@ -1,4 +1,5 @@
 """Atomic writes, file locks, paths that stay in their folder, and errors as one sentence."""
+import argparse
 import contextlib
 import errno
 import functools
@@ -51,6 +52,15 @@ def command(main):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(141)
     return run
+
+
+def script_parser(doc):
+    """Return an argparse.ArgumentParser whose --help starts with the first paragraph of a script's docstring, and ends
+    with the others.
+    """
+    summary, _, details = doc.partition("\n\n")
+    return argparse.ArgumentParser(description=summary, epilog=details,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 @contextlib.contextmanager

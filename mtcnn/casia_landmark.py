@@ -7,21 +7,20 @@ are pixels of the whole image, with the image-left eye first. Images without a f
 be learned from them; they are counted and listed, and so are people who have no image left. Labels number the remaining
 people from 0 in sorted order, without gaps. An interrupted run continues where it stopped.
 """
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from faces.data.casia import list_photos, people_count, person
 from faces.data.sources import Folder
-from faces.files import command, folder
+from faces.files import command, folder, script_parser
 from faces.landmarks import default_list, write_landmarks
 from mtcnn import landmark_lists as lists
 
 
 @command
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--casia", type=Path, required=True, metavar="DIR",
                         help="folder that holds one folder per person, such as 0000045/001.jpg")
     lists.add_list_options(parser)

@@ -10,7 +10,6 @@ counts pixels from 1, adds or subtracts 1 in places, truncates fractions, and us
 image although sizes are rounded to whole pixels. That shifts its boxes by a fraction of a pixel of the resized image,
 which is up to a twelfth of the face at the far border.
 """
-import argparse
 import sys
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from faces.device import pick_device, to_input
-from faces.files import InputError, atomic_write, command, write_json
+from faces.files import InputError, atomic_write, command, script_parser, write_json
 from faces.images import UnreadableImage
 from mtcnn.boxes import nms, nms_of_smaller, regress, squares
 from mtcnn.inputs import IMAGE_TYPES, as_rgb
@@ -288,7 +287,7 @@ def output_names(photos):
 
 @command
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("photos", type=Path, nargs="+", metavar="PHOTO", help="image files of any size; those that "
                         "can't be read are skipped and listed")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for drawings and faces.json")

@@ -7,21 +7,20 @@ pixels of the whole image, with the image-left eye first. The named person is th
 An image without a face gets the median landmarks of the others; such images are counted and listed. An interrupted run
 continues where it stopped.
 """
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
-from faces.files import command, folder
+from faces.files import command, folder, script_parser
 from faces.landmarks import default_list, write_landmarks
 from mtcnn import landmark_lists as lists
 
 
 @command
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--lfw", type=Path, required=True, metavar="DIR",
                         help="folder of Name/Name_0001.jpg, or any set with the same layout")
     lists.add_list_options(parser)

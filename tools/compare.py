@@ -9,7 +9,6 @@ threshold and its error rates come from an evaluation of the same model: either 
 
     compare(Embedder("checkpoint.pt"), "A.jpg", "B.jpg").similarity
 """
-import argparse
 import csv
 import json
 import sys
@@ -21,7 +20,7 @@ import numpy as np
 
 from cosFace.net import NETS
 from faces.figures import comparison_picture
-from faces.files import InputError, command
+from faces.files import InputError, command, script_parser
 from faces.verification.metrics import similarities
 from faces.verification.threshold import choose_threshold, load_threshold
 from faces.verification.weights import MODEL_HELP, announce
@@ -218,9 +217,7 @@ def main(argv=None):
 
 
 def _parser():
-    summary, _, details = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(description=summary, epilog=details,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("photos", type=Path, nargs=2, metavar="PHOTO", help="two image files of any size")
     parser.add_argument("--model", type=Path, required=True, metavar="FILE|DIR", help=MODEL_HELP)
     add_model_options(parser, NETS)

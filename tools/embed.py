@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from cosFace.net import NETS
 from faces.device import count_cpus
-from faces.files import InputError, atomic_write, command, locked, write_json
+from faces.files import InputError, atomic_write, command, locked, script_parser, write_json
 from faces.images import list_images
 from faces.verification.embed import MIRROR
 from faces.verification.weights import MODEL_HELP, announce
@@ -255,9 +255,7 @@ def main(argv=None):
 
 
 def _parser():
-    summary, _, details = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(description=summary, epilog=details,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("photos", type=Path, nargs="+", metavar="PHOTO|DIR", help="image files of any size, or folders")
     parser.add_argument("--model", type=Path, required=True, metavar="FILE|DIR", help=MODEL_HELP)
     add_model_options(parser, NETS)

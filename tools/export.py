@@ -6,7 +6,6 @@ The exported network takes float32 (N, 3, 112, 96), any N, RGB, (x - 127.5) / 12
 (N, 512), not normalized. Metadata in the file describe how to prepare the input; they are stored in metadata_props for
 ONNX, in the header for safetensors, and in the extra file metadata.json for TorchScript.
 """
-import argparse
 import contextlib
 import copy
 import io
@@ -24,7 +23,7 @@ import torch
 from cosFace.net import NETS
 from faces.align import HEIGHT, TEMPLATE, WIDTH, crop_aligned
 from faces.device import to_input
-from faces.files import InputError, atomic_write, command, folder
+from faces.files import InputError, atomic_write, command, folder, script_parser
 from faces.images import UnreadableImage, list_images, read_image
 from faces.verification.weights import MODEL_HELP, announce, load_net
 from faces.verification.weights import add_options as add_model_options
@@ -206,9 +205,7 @@ def main(argv=None):
 
 
 def _parser():
-    summary, _, details = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(description=summary, epilog=details,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--model", type=Path, required=True, metavar="FILE|DIR", help=MODEL_HELP)
     add_model_options(parser, NETS)
     parser.add_argument("--format", choices=tuple(FORMATS), required=True,

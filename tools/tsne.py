@@ -8,7 +8,6 @@ The seed determines the identities and images, so all models embed the same ones
 cosine distance on the embeddings, not on the 2-D layout; 1 means well separated, 0 means overlapping. --points FILE
 saves the points of the plot.
 """
-import argparse
 import csv
 import sys
 from pathlib import Path, PurePosixPath
@@ -22,7 +21,7 @@ from faces.data.cache import find_landmark_list
 from faces.data.casia import Folder, TrainingList, read_casia
 from faces.device import pick_device
 from faces.figures import tsne_panels
-from faces.files import RUNS, InputError, atomic_write, command, folder
+from faces.files import RUNS, InputError, atomic_write, command, folder, script_parser
 from faces.images import UnreadableImage
 from faces.landmarks import default_list, read_landmarks
 from faces.verification.embed import embed
@@ -216,9 +215,7 @@ def _person(path):
 
 
 def _parser():
-    summary, _, details = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(description=summary, epilog=details,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--model", type=Path, action="append", required=True, metavar="FILE|DIR",
                         help=f"{MODEL_HELP}; repeat --model to draw one panel per model")
     parser.add_argument("--title", action="append", metavar="TEXT",

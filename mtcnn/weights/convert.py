@@ -5,7 +5,6 @@
 
 The values are unchanged, bit for bit; only the names become those of nets.py.
 """
-import argparse
 import hashlib
 import io
 import re
@@ -17,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from safetensors.torch import save
 
-from faces.files import InputError, atomic_write, command
+from faces.files import InputError, atomic_write, command, script_parser
 from mtcnn.nets import WEIGHTS, Nets, ONet, PNet, RNet
 
 HEADS = {"1": "face", "2": "box", "3": "points"}
@@ -53,7 +52,7 @@ def move_dense(state):
 
 @command
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("package", type=Path, help="wheel of facenet-pytorch 2.6.0, or the unpacked folder")
     parser.add_argument("--output", type=Path, default=WEIGHTS, help="file to write")
     args = parser.parse_args(argv)
