@@ -63,7 +63,7 @@ def cmc_picture(path, ranks, curves):
         axes.step(range(1, ranks + 1), cmc[:ranks], where="post", label=name, **_line(i))
     axes.set(xscale="log", xlim=(1, max(2, ranks)), ylim=_rate_limits(min(cmc[0] for cmc in curves.values())),
              xlabel="rank", ylabel="probes identified")
-    axes.set_xticks([rank for rank in (1, 2, 5, 10, 20, 50, 100) if rank <= max(2, ranks)])
+    axes.set_xticks([rank for rank in (1, 2, 3, 5, 10, 20, 50, 100) if rank <= max(2, ranks)])
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("")
     axes.legend(loc="lower right", frameon=False)
@@ -137,7 +137,8 @@ def training_picture(path, images, loss, lfw):
 def tsne_panels(path, panels, labels, names):
     """Draw t-SNE layouts of embeddings, one per panel; up to 70 identities have distinct colors and markers.
 
-    The legend numbers the identities, and each number is also drawn at the median of the identity's points.
+    The legend numbers the identities, and each number is also drawn at the medoid of the identity's points: the point
+    that is nearest to all others, which is always in a cluster, unlike the mean.
 
     Args:
         path: file to write.
@@ -150,11 +151,14 @@ def tsne_panels(path, panels, labels, names):
     for panel, (title, points) in zip(np.ravel(axes), panels):
         for i, name in enumerate(names):
             style = {"color": COLORS[i % 7], "marker": MARKERS[i % 10], "linewidths": 0, "alpha": 0.85}
-            panel.scatter(*points[labels == i].T, s=28, label=f"{i + 1}  {name}", **style)
-            panel.annotate(str(i + 1), np.median(points[labels == i], 0), ha="center", va="center", fontsize=9,
-                           fontweight="bold", path_effects=[withStroke(linewidth=2, foreground="white")])
+            own = points[labels == i]
+            panel.scatter(*own.T, s=36, label=f"{i + 1}  {name}", **style)
+            medoid = own[np.linalg.norm(own[:, None] - own, axis=2).sum(1).argmin()]
+            panel.annotate(str(i + 1), medoid, ha="center", va="center", fontsize=9, fontweight="bold",
+                           path_effects=[withStroke(linewidth=2, foreground="white")])
         panel.set_title(title, fontsize=10, parse_math=False)
-        panel.set_axis_off()
+        panel.set(xticks=[], yticks=[])        # only distances mean something
+        panel.spines[:].set(visible=True, color="#bbbbbb")
     columns = 1 + (len(names) - 1) // round(4.6 * side)       # round(4.6 * side) names fit in the height of the figure
     panel.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8, ncols=columns)
     save(figure, path)

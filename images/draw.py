@@ -57,7 +57,8 @@ def margins(folder=HERE):
     _curves(left, theta, r"SphereFace: $\psi(\theta)$", {f"m = {m}": psi(cosine, m).numpy() for m in (1, 2, 3, 4)})
     _curves(middle, theta, r"SphereFace during training, m = 4: $\psi_\lambda(\theta)$",
             {rf"$\lambda$ = {lam}": logit for lam, logit in annealed.items()})
-    _curves(right, theta, r"CosFace: $\cos\,\theta-m$", {f"m = {m}": np.cos(theta) - m for m in (0, 0.2, 0.35, 0.5)})
+    _curves(right, theta, r"CosFace: $\cos\,\theta-m$ (finer scale)",
+            {f"m = {m}": np.cos(theta) - m for m in (0, 0.2, 0.35, 0.5)})
     right.plot(np.degrees(theta), annealed[5], color="black", linewidth=1, label=r"$\psi_\lambda$, $\lambda$ = 5")
     right.legend(frameon=False, fontsize=9)
     left.set_ylabel(r"target logit / $\Vert x\Vert$ or $s$")
@@ -106,7 +107,9 @@ def verification(folder=HERE):
 
 def tsne(folder=HERE):
     """Draw t-SNE plots of ten people in LFW, for models trained on the same images with and without a margin."""
-    tsne_panels(folder / "tsne.png", *read_points(HERE / "tsne.tsv"))
+    panels, labels, names = read_points(HERE / "tsne.tsv")
+    panels = [(title[0].upper() + title[1:], points) for title, points in panels]
+    tsne_panels(folder / "tsne.png", panels, labels, names)
 
 
 def _curves(axes, theta, title, curves):
@@ -139,8 +142,9 @@ def _save(figure, path):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, default=HERE, metavar="DIR",
-                        help="existing folder for the pictures (default: this script's own, which is tracked by git)")
+                        help="folder for the pictures (default: this script's own, which is tracked by git)")
     args = parser.parse_args(argv)
+    args.output.mkdir(parents=True, exist_ok=True)
     for draw in (margins, detection, verification, tsne):
         draw(args.output)
 
