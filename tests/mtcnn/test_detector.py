@@ -10,6 +10,7 @@ import torch
 from conftest import ROOT
 from literal_mtcnn import literal
 from PIL import Image
+from threadpoolctl import threadpool_limits
 
 from faces.device import pick_device
 from faces.images import UnreadableImage, read_image
@@ -202,8 +203,9 @@ def test_parity_with_a_literal_reading_on_real_photos(detector):
     exact = int(cv2.__version__.split(".")[0]) >= 5
     paths = sorted(LFW.rglob("*.jpg"))[::44][:300]
     distances, different, threads = [], [], torch.get_num_threads()
-    torch.set_num_threads(1)  # the convolutions are so small that threads would spend their time waiting
-    slow = [literal(read_image(path)) for path in paths]
+    torch.set_num_threads(1)  # the products are so small that threads would spend their time waiting for each other
+    with threadpool_limits(1):
+        slow = [literal(read_image(path)) for path in paths]
     torch.set_num_threads(threads)
     for path, (boxes, _, landmarks), faces in zip(paths, slow, detector.detect(paths), strict=True):
         if len(boxes) != len(faces.boxes):
