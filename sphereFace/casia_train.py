@@ -48,7 +48,6 @@ def parse_args(argv):
 @command
 def main(argv=None):
     args = parse_args(argv)
-    settings = settings_of(args)
     run = Run(args.device, args.precision, args.seed)
     lfw = LfwEvaluator(run, args.lfw, args.lfw_landmarks, find_landmarks)
     faces = load_casia(args.casia, args.landmarks, args.cache, args.drop_lfw_overlap, args.list)
@@ -61,13 +60,13 @@ def main(argv=None):
         partial(SphereFaceR, s=args.scale, m=args.margin)
     head = make_head(method, faces.classes, run, args.shard_head, args.sample_centers, args.seed)
     optimizer = SGD(parameter_groups(net, head, args.weight_decay), head, lr=recipe.base_lr, momentum=0.9)
-    checkpoints = Checkpoints(run, args.output, net, head, optimizer, faces, settings, args.keep_last)
-    step = checkpoints.restore(args.resume)
+    checkpoints = Checkpoints(run, args.output, net, head, optimizer, faces, settings_of(args), args.keep_last)
+    step = checkpoints.restore(args.resume, recipe.steps)
     batches = Batches(faces, args.batch_size, recipe.steps, run.device, step, args.seed, args.mirror, args.jitter,
                       args.workers, run.rank, run.world_size)
     run.print(start_line(args, run, head, batches))
 
-    with TrainingLog(run, args.output, recipe, step, settings, checkpoints.epoch_sums) as log, \
+    with TrainingLog(run, args.output, recipe, step, checkpoints.settings, checkpoints.epoch_sums) as log, \
             run.guard(memory_advice(args)):
         for images, labels in batches:                                        # (B, 3, 112, 96), (B,)
             for group in optimizer.param_groups:

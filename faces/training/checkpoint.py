@@ -61,11 +61,12 @@ class Checkpoints:
         self.saved_step, self.saved_at, self.epoch_sums = None, 0.0, {}
         self.writer, self.writing = ThreadPoolExecutor(1, "checkpoint"), None
 
-    def restore(self, resume):
+    def restore(self, resume, steps=None):
         """Load the checkpoint, depending on `resume`; return the step to start from.
 
         Args:
             resume: "always"; "auto", which starts a new run if there is no checkpoint; or "never".
+            steps: number of steps of the whole run, which the checkpoint may not exceed; None does not check it.
 
         Raises:
             InputError: nothing to resume; with "never", a checkpoint that would be overwritten; or other data or
@@ -77,6 +78,9 @@ class Checkpoints:
         def read():
             nonlocal state
             state = self._read(resume)
+            if state is not None and steps is not None and state["step"] > steps:
+                raise InputError(f"{self.path} is at step {state['step']:,}, beyond the {steps:,} steps of this "
+                                 "schedule; pass more --epochs.")
             if state is None:
                 return None
             head, optimizer = self.head.shared(state["head"], state["optimizer"], self.optimizer)
@@ -207,12 +211,14 @@ class Checkpoints:
         if settings["precision"] == "auto":    # as earlier versions saved it
             settings["precision"] = self.settings["precision"]
         other = [name for name in self.settings if name not in MAY_DIFFER and settings.get(name) != self.settings[name]]
-        for name in set(other) & set(SCHEDULE):
-            print(f"--{name} is {self.settings[name]} from step {state['step']:,} on; it was {settings.get(name)}")
+        changed = [name for name in other if name in SCHEDULE]
         other = [name for name in other if name not in SCHEDULE]
         if other:
-            before = ", ".join(f"--{name.replace('_', '-')} {settings.get(name)}" for name in other)
+            before = ", ".join(f"--{name.replace('_', '-')} {settings[name]}" if settings.get(name) is not None else
+                               f"no --{name.replace('_', '-')}" for name in other)
             raise InputError(f"{self.path} was trained with {before}; resume with the same settings.")
+        for name in changed:
+            print(f"--{name} is {self.settings[name]} from step {state['step']:,} on; it was {settings.get(name)}")
 
 
 def settings_in(state):
@@ -243,7 +249,11 @@ def load(path):
         InputError: no such file, or not a checkpoint of this project.
     """
     path = Path(path)
-    state = load_tensors(path)
+    try:
+        state = load_tensors(path)
+    except InputError as error:
+        raise InputError(f"{error} To resume, put back an earlier checkpoint (--keep-last keeps some); to start anew, "
+                         "move this one away.") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise InputError(f"{path} is not a training checkpoint of this project; pass the checkpoint.pt of a run.")
     state = {"epoch": {}, **state}    # which earlier versions did not save

@@ -146,8 +146,11 @@ class TrainingLog:
         """Drop the epochs that a killed run wrote after the checkpoint from which it is resumed, and damaged lines."""
         path = self.output / "epochs.jsonl"
         if path.exists():
+            lines, total = _read_epochs(path), len(path.read_bytes().splitlines())
+            if len(lines) < total:
+                self.run.print(f"{total - len(lines)} damaged line(s) of {path} are left out")
             with atomic_write(path, "w", encoding="utf-8") as file:
-                file.writelines(json.dumps(line) + "\n" for line in _read_epochs(path) if line["step"] <= start)
+                file.writelines(json.dumps(line) + "\n" for line in lines if line["step"] <= start)
 
     def _begin_epoch(self):
         self.epoch_start, self.epoch_sums, self.epoch_steps, self.histograms = time.monotonic(), {}, 0, {}

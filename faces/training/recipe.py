@@ -54,7 +54,8 @@ def _add_recipe_options(group):
                        help="faceNet has batch normalization; sphere20a is the paper's network without it")
     group.add_argument("--init", type=Path, metavar="FILE",
                        help="start from the network in this file, with new class centers: a checkpoint of a run, on "
-                            "whatever people, or public weights (default: random weights)")
+                            "whatever people, or public weights; --net has to name the same network (default: random "
+                            "weights)")
     group.add_argument("--batch-size", type=int, default=BATCH_SIZE, metavar="N",
                        help="images per step over all devices, at least 2; on a CPU, 64 to 128 learns more per hour")
     group.add_argument("--accumulate", "--grad-accum-steps", type=int, default=1, metavar="K",
@@ -197,10 +198,13 @@ def check_options(args):
     Raises:
         InputError: a value out of range, or options that exclude each other.
     """
-    if args.batch_size < 2 or args.warmup < 0 or args.keep_last < 1:
-        raise InputError("--batch-size must be at least 2, --warmup at least 0, and --keep-last at least 1.")
-    if (args.checkpoint_every is not None and args.checkpoint_every < 1) or not args.checkpoint_minutes > 0:
-        raise InputError("--checkpoint-every must be at least 1, and --checkpoint-minutes greater than 0.")
+    for name, minimum in (("batch_size", 2), ("warmup", 0), ("keep_last", 1), ("checkpoint_every", 1)):
+        if getattr(args, name) is not None and getattr(args, name) < minimum:
+            raise InputError(f"--{name.replace('_', '-')} must be at least {minimum}.")
+    if not args.checkpoint_minutes > 0:
+        raise InputError("--checkpoint-minutes must be greater than 0.")
+    if args.output.exists() and not args.output.is_dir():
+        raise InputError(f"--output {args.output} is a file; choose a folder.")
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if args.batch_size % processes:
         raise InputError(f"--batch-size {args.batch_size} is not divisible by {processes} processes.")

@@ -260,7 +260,7 @@ class Run:
                 self._exchange[0].wait()
             self.meet()  # a process that ended earlier would break the connections of the others
             distributed.destroy_process_group()
-        if step == steps:
+        if step >= steps:
             self.print(f"training is complete after {step:,} step(s); the model is {path}")
             return 0
         self.print(f"stopped after {step:,} of {steps:,} steps; continue with --resume")

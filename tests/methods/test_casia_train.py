@@ -109,6 +109,7 @@ def test_a_resumed_run_takes_its_options_from_the_checkpoint_and_may_train_longe
     assert "--epochs is 0.67 from step 3 on; it was 0.5" in output.out
     assert "--schedule is cosine from step 3 on; it was step" in output.out
     assert "was trained with --jitter 1" in error_of(main, *common, "--jitter", "2")
+    assert "is at step 4, beyond the 1 steps of this schedule" in error_of(main, *common, "--epochs", "0.17")
     saved = torch.load(tmp_path / "longer/checkpoint.pt", weights_only=True)["settings"]
     assert (saved["jitter"], saved["epochs"], saved["batch_size"]) == (1, 0.67, 8)
 
