@@ -37,7 +37,7 @@ from faces.verification.embed import MIRROR
 from faces.verification.weights import MODEL_HELP, announce
 from faces.verification.weights import add_options as add_model_options
 from mtcnn.detector import add_options, make_detector
-from mtcnn.processes import in_processes
+from mtcnn.processes import in_processes, start_method
 from mtcnn.search import RULES, normalize_rule
 from tools.embedder import Embedder, crop_faces, find_faces
 
@@ -151,8 +151,10 @@ def embed_parts(embedder, photos, parts, aligned, workers):
         bar.initial = bar.n    # the rate is that of this run
         detection = _Detection(photos, None if aligned else embedder.detector, embedder.select)
         workers = (count_cpus() if embedder.device.type == "cpu" else 0) if workers is None else workers
-        results = in_processes(detection, missing, 1, workers) if workers > 1 and len(missing) > 1 else \
-            (detection([start]) for start in missing)
+        if workers > 1 and len(missing) > 1:
+            results = in_processes(detection, missing, 1, workers, start_method(embedder.device))
+        else:
+            results = (detection([start]) for start in missing)
         for (start, faces), in results:
             part = _part(embedder, start, faces)
             parts.write(start, part)

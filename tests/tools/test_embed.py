@@ -114,6 +114,15 @@ def test_a_folder_becomes_one_file_and_what_is_skipped_is_named(run, embedder, p
     assert [path.name for path in output.parent.iterdir() if not path.name.endswith(".lock")] == ["faces.npz"]
 
 
+def test_worker_processes_give_the_same_file(run, photos, tmp_path):
+    assert run(photos, "--output", tmp_path / "one.npz")[0] == 0
+    assert run(photos, "--output", tmp_path / "two.npz", "--workers", 2)[0] == 0
+    one, two = np.load(tmp_path / "one.npz"), np.load(tmp_path / "two.npz")
+    assert one["names"].tolist() == two["names"].tolist()
+    for name in ("embeddings", "boxes", "landmarks"):
+        np.testing.assert_allclose(one[name], two[name], atol=1e-3)
+
+
 def test_an_interrupted_run_continues_to_the_same_file(run, photos, tmp_path, monkeypatch):
     assert run(photos, photos / "two.png", "--output", tmp_path / "whole.npz")[0] == 0
     original, embedded = Embedder.embed, []
