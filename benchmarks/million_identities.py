@@ -18,7 +18,7 @@ from torch import distributed
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cosFace.net import CosFace
-from faces.files import InputError, command, script_parser
+from faces.files import command, script_parser
 from faces.training.optimizer import SGD
 from faces.training.run import Run
 from faces.training.sharded_head import make_head
@@ -92,11 +92,7 @@ def main(argv=None):
     run = Run(args.device, precision="float32")
     before = peak_memory()
     method, margin = METHODS[args.method]
-    try:
-        head = make_head(method, args.identities, run, shard=True, sample=args.sample_centers)
-    except RuntimeError as error:  # torch raises it when the allocation fails
-        raise InputError(f"not enough memory for {args.identities:,} identities ({str(error).splitlines()[0]}); use "
-                         "more processes or fewer --identities.") from None
+    head = make_head(method, args.identities, run, shard=True, sample=args.sample_centers)
     optimizer = SGD(head.parameters(), head, lr=args.lr, momentum=0.9, weight_decay=5e-4)
     losses, seconds = train(args, run, head, optimizer, margin)
     own = head.end - head.first

@@ -137,6 +137,20 @@ def locked(path, activity, wait=True):
         lock.release()
 
 
+def printable(name):
+    """Return a file's name with escapes for bytes that are not UTF-8, which can't be printed."""
+    return name.encode(errors="backslashreplace").decode()
+
+
+def version(path):
+    """Return a string that changes when a file does, its size and modification time; "" if there is no such file."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return ""
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
 def folder(path, content):
     """Return `path` as a Path if it is an existing folder.
 

@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from faces.data.casia import list_photos, people_count, person
 from faces.data.sources import Folder
-from faces.files import command, folder, script_parser
+from faces.files import command, folder, printable, script_parser
 from faces.landmarks import default_list, write_landmarks
 from mtcnn import landmark_lists as lists
 
@@ -38,7 +38,7 @@ def main(argv=None):
                                  for find in journal.finds() if find.points))
         lists.report(paths, journal, unreadable, output, "left out")
         lost = sorted({person(path) for path in paths} - set(people))
-        names = lists.printable(" ".join(lost[:10]))
+        names = printable(" ".join(lost[:10]))
         print(f"{people_count(len(people))}; people without any image left: {len(lost)} {names}".rstrip())
         journal.remove()
 

@@ -4,15 +4,12 @@ Results are appended to a journal beside the list, from which an interrupted or 
 written atomically at the end.
 """
 import hashlib
-import os
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from faces.files import InputError, atomic_write, locked
-from faces.images import list_images
+from faces.files import InputError, atomic_write, locked, printable, version
 from mtcnn.detector import Detector, add_options, make_detector
 from mtcnn.journal import Journal
 from mtcnn.search import ATTEMPTS, RULES, fastest_device, normalize_rule, search
@@ -94,32 +91,6 @@ def list_detector(args):
     return make_detector(args, fastest_device(args.device))
 
 
-def list_photos(root, example):
-    """Return the sorted paths of all images in a folder that holds one folder of photos per person.
-
-    Args:
-        root: the folder.
-        example: path of a photo in such a folder, for error messages.
-
-    Raises:
-        InputError: there are no images, or most of them are in `root` itself or in folders further down.
-    """
-    paths, wanted = list_images(root), f"the folder that holds one folder of photos per person, such as {example}"
-    if not paths:
-        raise InputError(f"{root} contains no images; pass {wanted}.")
-    depths = Counter(path.count("/") for path in paths)
-    if 2 * depths[0] > len(paths):
-        raise InputError(f"the photos in {root} are not in a person folder; pass {wanted}"
-                         + (f", perhaps {root.resolve().parent}." if depths[0] == len(paths) else "."))
-    if 2 * (depths[0] + depths[1]) < len(paths):
-        above = sorted({path.rsplit("/", 2)[0] for path in paths if path.count("/") > 1})  # the person folders
-        if len(above) == 1:
-            raise InputError(f"the person folders are not in {root} but further down; pass {root / above[0]}.")
-        raise InputError(f"the person folders are not in {root} but in {len(above)} folders below it; pass one of "
-                         f"them, such as {root / above[0]}, or move all person folders into one.")
-    return paths
-
-
 def reserve(output):
     """Return a context manager that keeps other processes from making the list `output`.
 
@@ -149,7 +120,8 @@ def find_all(root, paths, output, detector, args):
         raise InputError(f"--batch-size {args.batch_size} is out of range; it must be at least 1.")
     if args.workers is not None and args.workers < 0:
         raise InputError(f"--workers {args.workers} is out of range; it must be 0 or more.")
-    settings = {"folder": str(root.resolve()), "images": digest(paths), "photos": digest(map(state_of(root), paths)),
+    settings = {"folder": str(root.resolve()), "images": digest(paths),
+                "photos": digest(version(root / path) for path in paths),
                 "select": "centre" if args.select == "center" else args.select,    # earlier journals spell it this way
                 "min_face_size": detector.min_face_size, "factor": detector.factor, "attempts": ATTEMPTS,
                 "device": detector.device.type}    # on a GPU, convolutions are less precise (TF32)
@@ -177,17 +149,6 @@ def digest(lines):
     return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
-def state_of(root):
-    """Return a function from a path below `root` to the size and modification time of the file, as a string."""
-    def state(path):
-        try:
-            found = os.stat(os.path.join(root, path))
-        except OSError:  # whatever is wrong with the file is reported when it is read
-            return ""
-        return f"{found.st_size} {found.st_mtime_ns}"
-    return state
-
-
 def report(paths, journal, unreadable, output, fate):
     """Print a summary; list the images that needed a retry or failed on the terminal and in .failed.txt.
 
@@ -212,8 +173,3 @@ def report(paths, journal, unreadable, output, fate):
         if len(names) > MAX_SHOWN:
             print(f"    and {len(names) - MAX_SHOWN} more, see {failed}")
     print(f"landmarks: {output}")
-
-
-def printable(name):
-    """Return a file's name with escapes for bytes that are not UTF-8, which can't be printed."""
-    return name.encode(errors="backslashreplace").decode()

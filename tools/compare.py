@@ -26,8 +26,7 @@ from faces.verification.threshold import choose_threshold, load_threshold
 from faces.verification.weights import MODEL_HELP, announce
 from faces.verification.weights import add_options as add_model_options
 from mtcnn.detector import add_options, make_detector
-from mtcnn.search import RULES, normalize_rule
-from tools.embedder import Embedder, find_faces
+from tools.embedder import Embedder, add_select_option, find_faces
 
 
 class Comparison(NamedTuple):
@@ -229,9 +228,7 @@ def _parser():
     parser.add_argument("--threshold", type=float, metavar="T",
                         help="accept the pair if its similarity is greater than T, -1 to 1; raise it for fewer false "
                              "accepts (default: the threshold with the highest accuracy in the evaluation)")
-    parser.add_argument("--select", type=normalize_rule, choices=RULES, default="largest",
-                        help="which face to use if a photo shows several: the largest, the one nearest the center, or "
-                             "the one with the highest score (default: largest)")
+    add_select_option(parser)
     parser.add_argument("--output", type=Path, metavar="DIR",
                         help="folder for comparison.png, which shows both crops side by side")
     add_options(parser)

@@ -16,9 +16,7 @@ With --aligned, it has no boxes, scores, landmarks, chosen and faces. An interru
 same command: results are kept in .NAME.parts beside the output until it is complete.
 """
 import argparse
-import hashlib
 import json
-import os
 import shutil
 import sys
 import zipfile
@@ -31,15 +29,15 @@ from tqdm import tqdm
 
 from cosFace.net import NETS
 from faces.device import count_cpus
-from faces.files import InputError, atomic_write, command, locked, script_parser, write_json
+from faces.files import InputError, atomic_write, command, locked, printable, script_parser, version, write_json
 from faces.images import list_images
 from faces.verification.embed import MIRROR
 from faces.verification.weights import MODEL_HELP, announce
 from faces.verification.weights import add_options as add_model_options
 from mtcnn.detector import add_options, make_detector
+from mtcnn.landmark_lists import digest
 from mtcnn.processes import in_processes, start_method
-from mtcnn.search import RULES, normalize_rule
-from tools.embedder import Embedder, crop_faces, find_faces
+from tools.embedder import Embedder, add_select_option, crop_faces, find_faces
 
 PART = 64      # photos per part; an interrupted run loses at most two per process
 FIELDS = {"box": "boxes", "score": "scores", "landmarks": "landmarks", "chosen": "chosen", "count": "faces"}
@@ -141,7 +139,7 @@ def embed_parts(embedder, photos, parts, aligned, workers):
     with tqdm(desc="embedding", total=len(photos), unit=" photos") as bar:
         def finish(start, part):
             for i, reason in zip(part["skipped"].tolist(), part["reasons"].tolist()):
-                tqdm.write(f"skipped {_printable(photos[i])}: {reason}", file=sys.stderr)
+                tqdm.write(f"skipped {printable(photos[i])}: {reason}", file=sys.stderr)
                 reasons[reason] += 1
             bar.update(min(PART, len(photos) - start))
 
@@ -218,20 +216,9 @@ def _add(archive, name, count, chunks):
 
 
 def _settings(args, photos, model):
-    digest = hashlib.sha256()
-    for photo in photos:
-        try:
-            status = os.stat(photo)
-            version = f"{status.st_size} {status.st_mtime_ns}"
-        except OSError:
-            version = "unreadable"
-        digest.update(f"{photo}\0{version}\n".encode(errors="surrogateescape"))
-    return {"photos": digest.hexdigest(), "model": model, "part": PART, "select": args.select, "mirror": args.mirror,
+    return {"photos": digest(f"{photo}\0{version(photo)}" for photo in photos), "model": model,
+            "part": PART, "select": args.select, "mirror": args.mirror,
             "aligned": args.aligned, "min_face_size": args.min_face_size}
-
-
-def _printable(name):
-    return name.encode(errors="backslashreplace").decode()
 
 
 @command
@@ -267,9 +254,7 @@ def _parser():
     parser.add_argument("--mirror", choices=MIRROR, default="concatenate",
                         help="how to use the embedding of the mirror image: append it, add it, or do not compute it "
                              "(default: concatenate)")
-    parser.add_argument("--select", type=normalize_rule, choices=RULES, default="largest",
-                        help="which face to use if a photo shows several: the largest, the one nearest the center, or "
-                             "the one with the highest score (default: largest)")
+    add_select_option(parser)
     parser.add_argument("--workers", type=int, metavar="N",
                         help="processes that detect faces (default: one per core; 0 on a GPU)")
     add_options(parser)

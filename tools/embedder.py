@@ -18,7 +18,7 @@ from faces.images import UnreadableImage, read_image
 from faces.verification.embed import embed
 from faces.verification.weights import load_net
 from mtcnn.detector import Detector, as_rgb, groups
-from mtcnn.search import ATTEMPTS, choose, frame, prefetch
+from mtcnn.search import ATTEMPTS, RULES, choose, frame, normalize_rule, prefetch
 
 
 class Face(NamedTuple):
@@ -149,3 +149,10 @@ def _find_in_images(images, detector, select):
                 results[i] = Face(align(images[i], points), faces.boxes[row] - np.tile(corner, 2), faces.scores[row],
                                   points, row, len(faces.boxes))
     return ["no face was found" if result is None else result for result in results]
+
+
+def add_select_option(parser):
+    """Add the option --select, for Embedder's argument of that name."""
+    parser.add_argument("--select", type=normalize_rule, choices=RULES, default="largest",
+                        help="which face to use if a photo shows several: the largest, the one nearest the center, or "
+                             "the one with the highest score (default: largest)")

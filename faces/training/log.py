@@ -138,7 +138,7 @@ class TrainingLog:
 
     def _draw(self):
         from faces.figures import training_picture  # slow to import as well
-        lines = _read_epochs(self.output / "epochs.jsonl")
+        lines, _ = _read_epochs(self.output / "epochs.jsonl")
         columns = [(line["step"] * self.recipe.batch_size, line["loss"], line.get("lfw", math.nan)) for line in lines]
         training_picture(self.output / "training.png", *np.array(columns).T)
 
@@ -146,9 +146,9 @@ class TrainingLog:
         """Drop the epochs that a killed run wrote after the checkpoint from which it is resumed, and damaged lines."""
         path = self.output / "epochs.jsonl"
         if path.exists():
-            lines, total = _read_epochs(path), len(path.read_bytes().splitlines())
-            if len(lines) < total:
-                self.run.print(f"{total - len(lines)} damaged line(s) of {path} are left out")
+            lines, damaged = _read_epochs(path)
+            if damaged:
+                self.run.print(f"{damaged} damaged line(s) of {path} are left out")
             with atomic_write(path, "w", encoding="utf-8") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines if line["step"] <= start)
 
@@ -206,13 +206,13 @@ class TrainingLog:
 
 
 def _read_epochs(path):
-    """Return the lines of an epochs.jsonl that are whole, as dicts."""
-    lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    """Return the lines of an epochs.jsonl that are whole, as dicts, and how many others there are."""
+    texts, lines = path.read_text(encoding="utf-8", errors="replace").splitlines(), []
+    for text in texts:
         with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
             line = json.loads(text)
             lines.append({**line, "step": int(line["step"]), "loss": float(line["loss"])})
-    return lines
+    return lines, len(texts) - len(lines)
 
 
 @torch.no_grad()

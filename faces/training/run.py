@@ -181,9 +181,7 @@ class Run:
         before = copy.deepcopy(net.state_dict())
         try:
             net.compile(dynamic=False)
-            with self.autocast():
-                embedding = net(x)
-            embedding.float().sum().backward()
+            _forward_and_backward(net, x, self.autocast())
         except Exception as error:  # no compiler, no Triton, an unsupported system: each has an exception of its own
             net._compiled_call_impl = None
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -192,7 +190,7 @@ class Run:
         net.zero_grad()
 
     def step(self, optimizer):
-        """Do a step of faces.training.sharded_head.SGD, unless gradients overflowed in fp16.
+        """Do a step of faces.training.optimizer.SGD, unless gradients overflowed in fp16.
 
         All processes skip the same steps, and the scale of the loss is halved after one.
         """
@@ -300,12 +298,16 @@ def data_parallel(net, x, context=None):
     """
     before = copy.deepcopy(net.state_dict())
     parallel = DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True)
-    with context or contextlib.nullcontext():
-        embedding = parallel(x)
-    embedding.float().sum().backward()
+    _forward_and_backward(parallel, x, context or contextlib.nullcontext())
     net.load_state_dict(before)
     net.zero_grad()
     return parallel
+
+
+def _forward_and_backward(net, x, context):
+    with context:
+        embedding = net(x)
+    embedding.float().sum().backward()
 
 
 def unwrap(module):
