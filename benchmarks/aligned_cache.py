@@ -17,10 +17,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from faces.signals import end_quietly
+
+end_quietly(__name__)
 import cv2
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from faces.align import HEIGHT, WIDTH, similarity_transform
 from faces.data.cache import AlignedFaces, build
 from faces.data.casia import Folder, TrainingList, read_casia

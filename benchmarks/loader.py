@@ -15,6 +15,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from faces.signals import end_quietly
+
+end_quietly(__name__)
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset

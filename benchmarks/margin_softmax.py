@@ -20,12 +20,16 @@ import time
 from pathlib import Path
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences the profiler, which logs a lot if there is no GPU
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from faces.signals import end_quietly
+
+end_quietly(__name__)
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cosFace.net import CosFace
 from faces.device import pick_device
 from faces.files import command, script_parser

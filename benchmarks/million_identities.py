@@ -13,10 +13,13 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from faces.signals import end_quietly
+
+end_quietly(__name__)
 import torch
 from torch import distributed
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cosFace.net import CosFace
 from faces.files import command, script_parser
 from faces.training.optimizer import SGD

@@ -13,6 +13,9 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from faces.signals import end_quietly
+
+end_quietly(__name__)
 from cosFace.net import NETS, CosFace
 from faces.data.batches import Batches
 from faces.data.cache import load_casia

@@ -5,15 +5,22 @@ import errno
 import functools
 import json
 import os
+import re
+import signal
+import stat
 import sys
 import tempfile
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from faces.signals import stopped_by_signals
+
 ROOT = Path(__file__).resolve().parents[1]    # the clone
 CACHE = ROOT / "cache"                        # landmark lists, aligned faces, compiled kernels
 RUNS = ROOT / "runs"                          # training runs
+# Errors of a disk, or of a terminal, that can happen wherever something is written or printed.
+DISK = {errno.ENOSPC, errno.EROFS, errno.EIO, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
 class InputError(Exception):
@@ -29,9 +36,10 @@ class TemporaryError(InputError):
 
 
 def command(main):
-    """Decorate a script's main(): InputError prints `script: sentence` and exits with its status, Ctrl-C with 130.
+    """Decorate a script's main(): InputError prints `script: sentence` and exits with its status.
 
-    Any other exception is a bug of ours and keeps its traceback.
+    So do Ctrl-C, SIGTERM and SIGHUP, with 128 plus the number of the signal, and a full or broken disk where nothing
+    else expects it. Any other exception is a bug of ours and keeps its traceback.
     """
     @functools.wraps(main)
     def run(*args, **kwargs):
@@ -40,18 +48,31 @@ def command(main):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")
         try:
-            return main(*args, **kwargs)
+            with stopped_by_signals():
+                return main(*args, **kwargs)
         except InputError as error:
-            print(f"{script}: {error}", file=sys.stderr)
-            sys.exit(error.status)
-        except KeyboardInterrupt:
-            print(f"{script}: interrupted", file=sys.stderr)
-            sys.exit(130)
+            _exit(f"{script}: {error}", error.status)
+        except KeyboardInterrupt as stop:
+            advice = "the same command continues where it stopped" if hasattr(stop, "resumable") else \
+                "run the same command again"
+            _exit(f"{script}: interrupted; {advice}.", 128 + getattr(stop, "number", signal.SIGINT))
         except BrokenPipeError:
             # `lfw_eval.py | head` is not an error. Python would complain at exit while flushing stdout, so redirect it.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(141)
+        except OSError as error:
+            if error.errno not in DISK:
+                raise
+            where = f" {error.filename}" if error.filename else ""
+            _exit(f"{script}: can't write{where}: {error.strerror}; free some space or choose another disk, and run "
+                  "the command again.", InputError.status)
     return run
+
+
+def _exit(message, status):
+    with contextlib.suppress(OSError):    # the terminal may be gone, or the disk of a redirected output full
+        print(message, file=sys.stderr)
+    sys.exit(status)
 
 
 def script_parser(doc):
@@ -96,6 +117,36 @@ def atomic_write(path, mode="wb", **kwargs):
                          "place.") from None
 
 
+def remove_partial(*paths):
+    """Delete what killed processes have left of atomic_write(path); the caller holds a lock on each path."""
+    for path in map(Path, paths):
+        pattern = re.compile(re.escape(f".{path.name}.") + r"[a-z0-9_]{8}\.partial")    # as tempfile names them
+        for other in path.parent.iterdir() if path.parent.is_dir() else ():
+            if pattern.fullmatch(other.name):
+                other.unlink(missing_ok=True)
+
+
+def open_regular(path, mode, **kwargs):
+    """Open a file that is kept open, such as a journal, like open(); never through a link, and never a pipe or device.
+
+    Whoever can write to the folder could otherwise choose the file that is overwritten, or make us wait forever.
+
+    Raises:
+        InputError: it is a link or not a regular file.
+        OSError: it can't be opened.
+    """
+    def opener(name, flags):
+        return os.open(name, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
+    refused = InputError(f"{path} is a link or not a regular file; remove it.")
+    if os.path.islink(path) or os.path.exists(path) and not os.path.isfile(path):
+        raise refused
+    file = open(path, mode, opener=opener, **kwargs)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):    # it has just been exchanged
+        file.close()
+        raise refused
+    return file
+
+
 def write_json(path, value):
     """Write `value` as indented JSON, atomically."""
     with atomic_write(path, "w", encoding="utf-8") as file:
@@ -112,11 +163,13 @@ def locked(path, activity, wait=True):
         wait: whether to wait for another process; otherwise, that is an error, and a disk without locks is none.
 
     Raises:
-        InputError: the lock file can't be written, its file system has no locks, or it is held and `wait` is false.
+        InputError: the lock file can't be written or is a link, its file system has no locks, or it is held and `wait`
+            is false.
     """
     lock = FileLock(path)
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
+        open_regular(path, "a").close()    # old versions of filelock follow links and empty what they find
         try:
             lock.acquire(timeout=0)
         except Timeout:

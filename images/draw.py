@@ -15,13 +15,16 @@ import argparse
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from faces.signals import end_quietly
+
+end_quietly(__name__)
 import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from skimage import data
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from faces.align import TEMPLATE, align
 from faces.figures import COLORS, draw_histogram, draw_roc, new_figure, save, tsne_panels
 from faces.verification.metrics import auc, best_threshold, roc

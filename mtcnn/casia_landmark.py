@@ -11,6 +11,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from faces.signals import end_quietly
+
+end_quietly(__name__)
 from faces.data.casia import list_photos, people_count, person
 from faces.data.sources import Folder
 from faces.files import command, folder, printable, script_parser

@@ -3,13 +3,15 @@
 Results are appended to a journal beside the list, from which an interrupted or killed run continues. The list itself is
 written atomically at the end.
 """
+import contextlib
 import hashlib
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from faces.files import InputError, atomic_write, locked, printable, version
+from faces.files import InputError, atomic_write, locked, printable, remove_partial, version
+from faces.signals import resumable
 from mtcnn.detector import Detector, add_options, make_detector
 from mtcnn.journal import Journal
 from mtcnn.search import ATTEMPTS, RULES, fastest_device, normalize_rule, search
@@ -91,13 +93,16 @@ def list_detector(args):
     return make_detector(args, fastest_device(args.device))
 
 
+@contextlib.contextmanager
 def reserve(output):
-    """Return a context manager that keeps other processes from making the list `output`.
+    """Keep other processes from making the list `output` in a `with` block.
 
     Raises:
         InputError: another process is making it.
     """
-    return locked(output.with_name(f".{output.name}.lock"), f"making {output}", wait=False)
+    with resumable(), locked(output.with_name(f".{output.name}.lock"), f"making {output}", wait=False):
+        remove_partial(output, _failed_list(output))
+        yield
 
 
 def find_all(root, paths, output, detector, args):
@@ -144,6 +149,10 @@ def find_all(root, paths, output, detector, args):
     return journal, unreadable
 
 
+def _failed_list(output):
+    return output.with_name(f"{output.stem}.failed.txt")
+
+
 def digest(lines):
     """Return a hash of some lines, joined by newlines."""
     return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
@@ -160,7 +169,7 @@ def report(paths, journal, unreadable, output, fate):
     bad = [f"{paths[i]}: {unreadable[i]}" for i in sorted(unreadable)]
     kinds = {"found only in a frame or with lower thresholds": retried, f"no face found, {fate}": faceless,
              "unreadable, left out": bad}
-    failed = output.with_name(f"{output.stem}.failed.txt")
+    failed = _failed_list(output)
     failed.unlink(missing_ok=True)
     if retried or faceless or bad:
         with atomic_write(failed, "w", encoding="utf-8", errors="backslashreplace") as file:

@@ -12,6 +12,9 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from faces.signals import end_quietly
+
+end_quietly(__name__)
 import numpy as np
 
 from faces.files import InputError, command, folder, script_parser

@@ -4,6 +4,7 @@ import multiprocessing
 import pickle
 import signal
 import sys
+import time
 import traceback
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
@@ -13,6 +14,7 @@ import torch
 
 from faces.files import InputError
 from faces.images import one_opencv_thread
+from faces.signals import stop_signals
 
 AHEAD = 8    # batches per process that may be finished before the one that is due, which bounds the memory
 
@@ -74,7 +76,7 @@ def _start(processes, count, method):
     """Start processes and add them to the dict `processes`, by pipe."""
     context = multiprocessing.get_context(method)
     # A fork would wait forever for the threads that OpenCV has in this process.
-    with one_opencv_thread(), _without_interrupts(method):
+    with one_opencv_thread(), _without_signals(method):
         for _ in range(count):
             try:
                 pipe, other_end = context.Pipe()
@@ -88,14 +90,14 @@ def _start(processes, count, method):
 
 
 @contextlib.contextmanager
-def _without_interrupts(method):
-    """Keep Ctrl-C from processes that are started inside a `with` block; it stops this process, which ends them."""
+def _without_signals(method):
+    """Keep Ctrl-C and the like from processes that start inside a `with` block, until _work() decides what they do."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
     if method == "spawn":
         resource_tracker.ensure_running()  # or else the first spawn would start it and then unblock the signal
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals())
     try:
         yield
     finally:
@@ -125,6 +127,8 @@ def _death(process):
     """Return an InputError that says how a process ended."""
     process.join(10)
     code = process.exitcode
+    if code == -signal.SIGTERM:
+        time.sleep(1)    # whoever ended it may be ending all processes of this job, and this one will hear of it now
     how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with status {code}"
     return InputError(f"worker process {process.pid} {how}; run the command again, with fewer --workers if memory ran "
                       "out.")
@@ -133,7 +137,10 @@ def _death(process):
 def _work(pipe, other_end):
     """Receive the function and then batches; send (True, result, "") or (False, exception, traceback) for each."""
     other_end.close()  # or else this process would keep its own pipe open when the other one is killed
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in stop_signals():    # Ctrl-C and a closed terminal stop the other process, which ends this one
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     function = None

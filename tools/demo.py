@@ -17,11 +17,14 @@ import time
 from importlib import metadata
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from faces.signals import end_quietly
+
+end_quietly(__name__)
 import cv2
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 from faces.files import InputError, atomic_write, command
 from faces.images import read_image
 from faces.verification.lfw import load_lfw

@@ -24,12 +24,25 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from faces.signals import end_quietly, resumable
+
+end_quietly(__name__)
 import numpy as np
 from tqdm import tqdm
 
 from cosFace.net import NETS
 from faces.device import count_cpus
-from faces.files import InputError, atomic_write, command, locked, printable, script_parser, version, write_json
+from faces.files import (
+    InputError,
+    atomic_write,
+    command,
+    locked,
+    printable,
+    remove_partial,
+    script_parser,
+    version,
+    write_json,
+)
 from faces.images import list_images
 from faces.verification.embed import MIRROR
 from faces.verification.weights import MODEL_HELP, announce
@@ -72,6 +85,8 @@ class Parts:
     def __init__(self, output, settings, count):
         self.folder = output.with_name(f".{output.name}.parts")
         self.starts = range(0, count, PART)
+        if self.folder.is_symlink():
+            raise InputError(f"{self.folder} is a link; remove it.")
         try:
             known = json.loads((self.folder / "settings.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -233,7 +248,8 @@ def main(argv=None):
                         detector=make_detector(args))
     announce(args.model, embedder.loaded)
     model = embedder.loaded["fingerprint"]
-    with locked(args.output.with_name(f".{args.output.name}.lock"), f"writing {args.output}"):
+    with resumable(), locked(args.output.with_name(f".{args.output.name}.lock"), f"writing {args.output}"):
+        remove_partial(args.output)
         parts = Parts(args.output, _settings(args, photos, model), len(photos))
         reasons = embed_parts(embedder, photos, parts, args.aligned, args.workers)
         rows, values = assemble(args.output, photos, parts, model)

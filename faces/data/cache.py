@@ -14,6 +14,7 @@ import shutil
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +24,11 @@ from faces import align
 from faces.align import HEIGHT, TEMPLATE, WIDTH, crop_aligned
 from faces.data.casia import Folder, people_count, read_casia, without_lfw_overlap
 from faces.device import count_cpus
-from faces.files import CACHE, InputError, atomic_write, locked, write_json
+from faces.files import CACHE, InputError, atomic_write, locked, open_regular, remove_partial, write_json
 from faces.images import UnreadableImage, one_opencv_thread, read_image, summarize
 from faces.jpeg import watched_stderr
 from faces.landmarks import default_list
+from faces.signals import resumable
 
 FACE_SHAPE, FACE_BYTES = (HEIGHT, WIDTH, 3), HEIGHT * WIDTH * 3
 LANDMARK_LIST = "casia_landmark.txt"
@@ -123,7 +125,7 @@ def build(listing, cache=CACHE):
     versions = hashlib.sha256(listing.source.versions(listing.paths).tobytes()).hexdigest()[:8]
     folder = Path(cache).expanduser() / f"{name.stem}-{key}-{versions}"
     if not (folder / "cache.json").is_file():
-        with locked(folder / ".lock", f"aligning the faces of {listing.source} into {folder}"):
+        with resumable(), locked(folder / ".lock", f"aligning the faces of {listing.source} into {folder}"):
             if not (folder / "cache.json").is_file():    # another process may have built it while this one waited
                 _build(listing, folder)
     failed = json.loads((folder / "cache.json").read_text())["failed"]
@@ -165,6 +167,7 @@ def _build(listing, folder):
     total = len(listing.paths)
     for other in _outdated(folder):
         print(f"the images have changed since the cache {other} was built; delete it unless you need it")
+    remove_partial(folder / "failed.txt", folder / "cache.json")
     _allocate(folder, total * FACE_BYTES)
     done, failed = _read_journal(folder), []
     chunks = (range(start, min(start + CHUNK, total)) for start in range(0, total, CHUNK))
@@ -173,10 +176,11 @@ def _build(listing, folder):
     print(f"aligning {total:,} faces of {listing.source} into the cache {folder}")
     try:
         # The pool already has a thread per CPU, with which OpenCV's own threads would compete.
-        with open(folder / "faces.u8", "r+b") as file, open(folder / "journal.jsonl", "a") as journal, \
+        with open_regular(folder / "faces.u8", "r+b") as file, open_regular(folder / "journal.jsonl", "a") as journal, \
                 one_opencv_thread(), watched_stderr(), ThreadPoolExecutor(count_cpus()) as pool, \
                 ThreadPoolExecutor(1) as writer, \
-                tqdm(total=total, unit=" images", unit_scale=True, dynamic_ncols=True) as bar:
+                tqdm(total=total, unit=" images", unit_scale=True, dynamic_ncols=True) as bar, ExitStack() as stack:
+            stack.callback(pool.shutdown, cancel_futures=True)  # an interrupted build does not wait for what is queued
             pending_write = writer.submit(int)  # returns at once: the first chunk has no write to wait for
             bar.update(total - sum(map(len, missing)))
             for rows, chunk, chunk_failed in _align(listing, missing, pool, sizes):
@@ -207,7 +211,7 @@ def _allocate(folder, size):
                              "some space or choose a larger disk with --cache.")
         if allocated != size:    # what a journal says about another file, or about one that was deleted, is void
             (folder / "journal.jsonl").unlink(missing_ok=True)
-        with open(path, "ab") as file:
+        with open_regular(path, "ab") as file:
             file.truncate(size)
     except OSError as error:
         raise _write_error(folder, error) from None
@@ -283,7 +287,8 @@ def _store(chunk, rows, file, journal):
 def _read_journal(folder):
     """Return the chunks that are on disk, as a set of ranges of rows."""
     try:
-        lines = (folder / "journal.jsonl").read_text().splitlines()
+        with open_regular(folder / "journal.jsonl", "r", errors="replace") as file:
+            lines = file.read().splitlines()
     except FileNotFoundError:
         return set()
     # A build that was killed may have left an incomplete last line, which does not match and is ignored.

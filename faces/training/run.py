@@ -15,6 +15,7 @@ from faces.align import HEIGHT, WIDTH
 from faces.cpu.training import for_training
 from faces.device import autocast, can_autocast, fast_dtype, keep_large_blocks, memory_format, pick_device
 from faces.files import InputError, TemporaryError
+from faces.signals import leave_lost_terminal, stop_signals
 
 PRECISION = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DAY = datetime.timedelta(days=1)    # the longest that one process may keep the others waiting outside of a step
@@ -203,8 +204,8 @@ class Run:
     def guard(self, memory_advice):
         """Context of the training loop.
 
-        Ctrl-C and SIGTERM only set a flag for should_stop(), so that no step is cut in two. Running out of memory and
-        the end of another process become one sentence.
+        Ctrl-C, SIGTERM and SIGHUP only set a flag for should_stop(), so that no step is cut in two. Running out of
+        memory and the end of another process become one sentence.
 
         Args:
             memory_advice: what to do if the memory of the device is too small.
@@ -215,7 +216,8 @@ class Run:
         """
         def note(number, _):
             self._own_signal = number
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+            leave_lost_terminal()
+        before = {number: signal.signal(number, note) for number in stop_signals()}
         try:
             yield
         except (RuntimeError, MemoryError) as error:

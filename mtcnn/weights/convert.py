@@ -13,6 +13,9 @@ import zipfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from faces.signals import end_quietly
+
+end_quietly(__name__)
 import torch
 from safetensors.torch import save
 

@@ -88,7 +88,8 @@ time.sleep(600)"""
 
 
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="Windows has no process groups")
-def test_ctrl_c_is_one_line():
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_to_all_processes_is_one_line(number):
     program = """
 from faces.files import command
 from mtcnn.processes import in_processes
@@ -102,8 +103,9 @@ main()"""
     process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True,
                                stderr=subprocess.PIPE, start_new_session=True)
     assert process.stdout.readline() == "started\n"
-    os.killpg(process.pid, signal.SIGINT)
-    assert process.communicate()[1] == "-c: interrupted\n" and process.returncode == 130
+    os.killpg(process.pid, getattr(signal, number))
+    assert process.communicate()[1] == "-c: interrupted; run the same command again.\n"
+    assert process.returncode == 128 + getattr(signal, number)
 
 
 def test_a_detector_is_pickled_without_its_networks():
