@@ -2,11 +2,10 @@
 import json
 import math
 import os
-import stat
 
 import numpy as np
 
-from faces.files import InputError
+from faces.files import InputError, open_regular
 from mtcnn.search import ATTEMPTS, Find
 
 
@@ -30,7 +29,8 @@ class Journal:
         settings = json.loads(json.dumps(settings, sort_keys=True))
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
-            self.file = self._open()
+            self.file = open_regular(self.path, "a+b")
+            self.file.seek(0)
             header = self.file.readline()
             if header and (problem := difference(header, settings)):
                 print(f"starting over, because {problem}: {self.path}")
@@ -77,18 +77,6 @@ class Journal:
         """Close the journal and delete it."""
         self.file.close()
         self.path.unlink(missing_ok=True)
-
-    def _open(self):
-        if self.path.is_symlink():  # it would let whoever made it choose the file that is overwritten
-            raise InputError(f"{self.path} is a symbolic link; remove it.")
-        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-        handle = os.open(self.path, flags, 0o666)
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            os.close(handle)
-            raise InputError(f"{self.path} is not a regular file; remove it.")
-        file = open(handle, "a+b")
-        file.seek(0)
-        return file
 
     def _read(self):
         """Find each image's line, and remove an incomplete line at the end."""

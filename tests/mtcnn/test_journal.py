@@ -81,10 +81,10 @@ def test_a_planted_link_or_pipe_is_refused(tmp_path):
     victim, journal = tmp_path / "victim", tmp_path / ".list.txt.partial"
     victim.write_text("precious")
     journal.symlink_to(victim)
-    with pytest.raises(InputError, match="is a symbolic link; remove it"):
+    with pytest.raises(InputError, match="is a link or not a regular file; remove it"):
         Journal(tmp_path / "list.txt", SETTINGS, 5)
     assert victim.read_text() == "precious"
     journal.unlink()
     os.mkfifo(journal)
-    with pytest.raises(InputError, match="not a regular file"):
+    with pytest.raises(InputError, match="not a regular file; remove it"):
         Journal(tmp_path / "list.txt", SETTINGS, 5)
