@@ -19,8 +19,8 @@ from faces.signals import stopped_by_signals
 ROOT = Path(__file__).resolve().parents[1]    # the clone
 CACHE = ROOT / "cache"                        # landmark lists, aligned faces, compiled kernels
 RUNS = ROOT / "runs"                          # training runs
-# Errors of a disk, or of a terminal, that can happen wherever something is written or printed.
-DISK = {errno.ENOSPC, errno.EROFS, errno.EIO, getattr(errno, "EDQUOT", errno.ENOSPC)}
+# Errors of a disk that can happen wherever something is written or printed.
+DISK = {errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EIO, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
 class InputError(Exception):

@@ -13,7 +13,7 @@ import torch
 from torch import distributed
 from tqdm import tqdm
 
-from faces.files import ROOT, InputError, atomic_write, locked, write_json
+from faces.files import ROOT, InputError, atomic_write, locked, open_regular, write_json
 from faces.training.margin import ALL, where
 
 HISTOGRAMS, BINS = ("genuine", "impostor"), 100
@@ -102,7 +102,7 @@ class TrainingLog:
         self._begin_epoch()
 
     def _write_epoch(self, line, figures):
-        with open(self.output / "epochs.jsonl", "a", encoding="utf-8") as file:
+        with open_regular(self.output / "epochs.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         self._draw()
         for name in figures:
@@ -207,7 +207,8 @@ class TrainingLog:
 
 def _read_epochs(path):
     """Return the lines of an epochs.jsonl that are whole, as dicts, and how many others there are."""
-    texts, lines = path.read_text(encoding="utf-8", errors="replace").splitlines(), []
+    with open_regular(path, "r", encoding="utf-8", errors="replace") as file:
+        texts, lines = file.read().splitlines(), []
     for text in texts:
         with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
             line = json.loads(text)

@@ -1,0 +1,76 @@
+"""What is written survives planted links and full disks, and killed processes leave nothing behind."""
+import os
+
+import pytest
+from conftest import file_size_limit
+
+from faces.data.cache import load_casia
+from faces.files import InputError, atomic_write, command, locked, open_regular, remove_partial
+
+
+@pytest.fixture
+def victim(tmp_path):
+    """Return a file that no link may make us change."""
+    path = tmp_path / "victim"
+    path.write_text("precious")
+    yield path
+    assert path.read_text() == "precious"
+
+
+@pytest.mark.parametrize("mode", ["a", "a+b", "r+b", "r"])
+def test_links_pipes_and_folders_are_not_opened(victim, tmp_path, mode):
+    (tmp_path / "link").symlink_to(victim)
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("link", "dangling", "folder", "pipe"):
+        with pytest.raises(InputError, match=f"{name} is a link or not a regular file; remove it"):
+            open_regular(tmp_path / name, mode)
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_a_file_that_becomes_a_link_after_the_check_is_not_opened(victim, tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(victim)
+    monkeypatch.setattr(os.path, "islink", lambda _: False)
+    with pytest.raises(OSError):
+        open_regular(tmp_path / "link", "a")
+
+
+def test_a_lock_that_is_a_link_is_refused(victim, tmp_path):
+    (tmp_path / ".lock").symlink_to(victim)
+    with pytest.raises(InputError, match="lock is a link"), locked(tmp_path / ".lock", "testing"):
+        pass
+
+
+@pytest.mark.parametrize("name", ["faces.u8", "journal.jsonl"])
+def test_a_link_in_an_unfinished_cache_is_refused(victim, casia, tmp_path, name):
+    load_casia(casia, cache=tmp_path)
+    folder, = tmp_path.glob("casia*")
+    (folder / "cache.json").unlink()
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(victim)
+    with pytest.raises(InputError, match=f"{name} is a link"):
+        load_casia(casia, cache=tmp_path)
+
+
+def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
+    others = [".list.txt.partial", ".list.txt.lock", ".list.txt.abc.partial", "list.txt", ".other.txt.abcd1234.partial"]
+    for name in [*others, ".list.txt.abcd1234.partial"]:
+        (tmp_path / name).touch()
+    remove_partial(tmp_path / "list.txt", tmp_path / "missing" / "list.txt")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)
+    with atomic_write(tmp_path / "new.txt"):
+        left, = tmp_path.glob(".new.txt.*.partial")    # named as atomic_write() does
+    left.touch()
+    remove_partial(tmp_path / "new.txt")
+    assert (tmp_path / "new.txt").exists() and not left.exists()
+
+
+def test_a_full_disk_where_nothing_expects_it_is_one_sentence(tmp_path, capsys):
+    @command
+    def main():
+        with file_size_limit(0), open(tmp_path / "log", "wb", buffering=0) as file:
+            file.write(b"more")
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert "can't write: " in capsys.readouterr().err
