@@ -4,7 +4,7 @@ VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint test-matrix test-oldest clean
+.PHONY: help demo test lint test-matrix test-oldest torture clean
 
 help:
 	@echo 'make demo         landmarks, training and evaluation on faces that come with a package; a few minutes'
@@ -12,6 +12,7 @@ help:
 	@echo 'make lint         check the style rules'
 	@echo 'make test-matrix  the tests as is, without bf16, with bf16, and without a C compiler'
 	@echo 'make test-oldest  the tests with the oldest supported version of every package'
+	@echo 'make torture      kill the long jobs a hundred times each, fill their disks; half an hour'
 	@echo 'make clean        remove the virtual environments and demo/; cache/ and runs/ stay'
 
 demo: $(VENV)/with-demo
@@ -32,6 +33,10 @@ test-matrix: $(VENV)/with-tests
 # The lower bounds in the requirements files, installed exactly.
 test-oldest:
 	@$(MAKE) --no-print-directory VENV=.venv-oldest BOUND="sed 's/>=/==/'" test
+
+# For fewer kills or some jobs only: make torture TORTURE='--kills 10 --jobs embed'
+torture: $(VENV)/with-tests
+	$(VENV)/bin/python tests/torture.py $(TORTURE)
 
 clean:
 	rm -rf .venv .venv-oldest demo .pytest_cache .ruff_cache
