@@ -49,17 +49,17 @@ def command(main):
                 stream.reconfigure(errors="backslashreplace")
         try:
             with stopped_by_signals():
-                return main(*args, **kwargs)
+                status = main(*args, **kwargs)
+                sys.stdout.flush()    # now, because Python would print a traceback if it failed at exit
+                return status
         except InputError as error:
             _exit(f"{script}: {error}", error.status)
         except KeyboardInterrupt as stop:
             advice = "the same command continues where it stopped" if hasattr(stop, "resumable") else \
                 "run the same command again"
             _exit(f"{script}: interrupted; {advice}.", 128 + getattr(stop, "number", signal.SIGINT))
-        except BrokenPipeError:
-            # `lfw_eval.py | head` is not an error. Python would complain at exit while flushing stdout, so redirect it.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(141)
+        except BrokenPipeError:    # `lfw_eval.py | head` is not an error
+            _exit(None, 141)
         except OSError as error:
             if error.errno not in DISK:
                 raise
@@ -70,8 +70,13 @@ def command(main):
 
 
 def _exit(message, status):
-    with contextlib.suppress(OSError):    # the terminal may be gone, or the disk of a redirected output full
-        print(message, file=sys.stderr)
+    with contextlib.suppress(OSError):    # the terminal may be gone, or the disk full that stderr is redirected to
+        if message:
+            print(message, file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:    # Python would try again at exit and complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(status)
 
 

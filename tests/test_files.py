@@ -1,8 +1,10 @@
 """What is written survives planted links and full disks, and killed processes leave nothing behind."""
 import os
+import subprocess
+import sys
 
 import pytest
-from conftest import file_size_limit
+from conftest import ROOT, file_size_limit
 
 from faces.data.cache import load_casia
 from faces.files import InputError, atomic_write, command, locked, open_regular, remove_partial
@@ -74,3 +76,13 @@ def test_a_full_disk_where_nothing_expects_it_is_one_sentence(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main()
     assert "can't write: " in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no device that is always full")
+@pytest.mark.parametrize("text", ["short", "long" * 10_000], ids=["at the end", "within main"])
+def test_output_that_is_redirected_to_a_full_disk_is_one_sentence(text):
+    program = f"from faces.files import command\n@command\ndef main(): print({text!r})\nmain()"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("-c: can't write: No space left on device; free")
+    assert done.stderr.count("\n") == 1

@@ -32,7 +32,7 @@ import skimage.data
 import tiny_train
 import torch._dynamo  # noqa: F401    imported here, so that it isn't in each process
 import torch.utils.tensorboard  # noqa: F401
-from conftest import write_image
+from conftest import tensors, write_image
 from helpers import write_model
 
 import faces.figures  # noqa: F401
@@ -55,13 +55,17 @@ class Job(NamedTuple):
     folder: Path
 
     def results(self):
-        """Return {name: bytes} of the files that must be the same after every kind of disturbance."""
+        """Return {name: content} of the files that must be the same after every kind of disturbance."""
         files = [path for path in self.folder.rglob("*") if path.is_file() and not path.name.endswith(".lock")
                  and not path.name.startswith(("events.", "settings.json", "training.png"))]
         return {str(path.relative_to(self.folder)): _content(path) for path in sorted(files)}
 
 
 def _content(path):
+    if path.suffix == ".pt":    # equal objects are pickled differently if some of them are the same object
+        state = torch.load(path, weights_only=True)
+        others = {name: state[name] for name in ("step", "epoch", "settings", "faces")}
+        return {name: tensor.numpy().tobytes() for name, tensor in tensors(state).items()} | others
     if path.name != "epochs.jsonl":
         return path.read_bytes()
     lines = map(json.loads, path.read_text().splitlines())
