@@ -2,6 +2,7 @@
 import contextlib
 import os
 import signal
+import sys
 import threading
 
 
@@ -34,25 +35,39 @@ def stop_signals():
 def stopped_by_signals():
     """In this block, a signal raises Stopped in the main thread, so that files and processes are cleaned up.
 
-    During that cleanup, a second Ctrl-C ends the script at once, and further SIGTERMs and SIGHUPs are ignored.
+    During that cleanup, a second signal has the effect it had before, which in a script is to end it at once.
     """
+    if threading.current_thread() is not threading.main_thread():    # Python handles signals only there
+        yield
+        return
     before = {number: signal.getsignal(number) for number in stop_signals()}
+    hook = sys.unraisablehook
 
     def stop(number, _):
-        for other, handler in before.items():
-            signal.signal(other, handler if other == signal.SIGINT else signal.SIG_IGN)
+        set_handlers(before)
         leave_lost_terminal()
         raise Stopped(number)
 
-    if threading.current_thread() is not threading.main_thread():    # Python handles signals only there
-        before = {}
+    def again(ignored):    # Python ignores an exception in a callback, such as a destructor: raise it after that
+        if not isinstance(ignored.exc_value, Stopped):
+            return hook(ignored)
+        set_handlers(dict.fromkeys(before, stop))
+        arguments = threading.get_ident(), ignored.exc_value.number
+        threading.Timer(0.1, signal.pthread_kill, arguments).start()
+
     try:
-        for number in before:
-            signal.signal(number, stop)
+        set_handlers(dict.fromkeys(before, stop))
+        sys.unraisablehook = again
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        set_handlers(before)
+        sys.unraisablehook = hook
+
+
+def set_handlers(handlers):
+    """Install a dict of signal handlers by number."""
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -52,6 +52,15 @@ def test_a_signal_ends_main_with_one_line_after_its_cleanup(number):
     assert process.returncode == 128 + number
 
 
+def test_a_signal_in_a_callback_whose_exceptions_python_ignores_ends_main_too():
+    destructor = "type('D', (), {'__del__': lambda _: (print('started', flush=True), time.sleep(60))})()"
+    process = start("import time\nfrom faces.files import command\n@command\ndef main():\n"
+                    f"    {destructor}\n    time.sleep(60)\nmain()")
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate() == ("", "-c: interrupted; run the same command again.\n")
+    assert process.returncode == 128 + signal.SIGTERM
+
+
 def test_ctrl_c_after_main_is_silent():
     process = start(PROGRAM + "import atexit; atexit.register(time.sleep, 60); time.sleep = lambda _: None; main()\n"
                     "print('main has ended', flush=True)")
