@@ -21,6 +21,7 @@ CACHE = ROOT / "cache"                        # landmark lists, aligned faces, c
 RUNS = ROOT / "runs"                          # training runs
 # Errors of a disk that can happen wherever something is written or printed.
 DISK = {errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EIO, getattr(errno, "EDQUOT", errno.ENOSPC)}
+MAX_JSON = 16 * 10**6                         # bytes of a JSON file, which can take 30 times that in memory
 
 
 class InputError(Exception):
@@ -53,7 +54,7 @@ def command(main):
                 sys.stdout.flush()    # now, because Python would print a traceback if it failed at exit
                 return status
         except InputError as error:
-            _exit(f"{script}: {error}", error.status)
+            _exit(f"{script}: {printable(str(error))}", error.status)
         except KeyboardInterrupt as stop:
             advice = "the same command continues where it stopped" if hasattr(stop, "resumable") else \
                 "run the same command again"
@@ -158,6 +159,47 @@ def write_json(path, value):
         file.write(json.dumps(value, indent=2) + "\n")
 
 
+def read_bytes(path, limit):
+    """Return the content of a regular file.
+
+    Raises:
+        OSError: it can't be read, is not a regular file, or has more than `limit` bytes.
+    """
+    # Opening a named pipe would wait for a writer forever without O_NONBLOCK, which regular files ignore.
+    def opener(path, flags):
+        return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+    with open(path, "rb", buffering=0, opener=opener) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(0, "not a regular file")
+        if status.st_size > limit:
+            raise OSError(0, f"over {limit // 10**6} MB")
+        return file.read(status.st_size)
+
+
+def read_json(path, advice):
+    """Return the object in a JSON file that write_json() wrote, as a dict; None if there is no such file.
+
+    Args:
+        advice: what to do about a damaged file, for the error message.
+
+    Raises:
+        InputError: the file can't be read, has more than MAX_JSON bytes, or is not a JSON object.
+    """
+    try:
+        value = json.loads(read_bytes(path, MAX_JSON).decode())
+        if not isinstance(value, dict):
+            raise ValueError
+        return value
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise InputError(f"can't read {path}: {error.strerror or error}; {advice}.") from None
+    except (ValueError, RecursionError):    # not UTF-8, not JSON, a number of 5,000 digits, or nested without end
+        raise InputError(f"{path} is damaged; {advice}.") from None
+
+
 @contextlib.contextmanager
 def locked(path, activity, wait=True):
     """Hold the lock file `path`. If another process holds it, say so once and wait.
@@ -195,9 +237,13 @@ def locked(path, activity, wait=True):
         lock.release()
 
 
-def printable(name):
-    """Return a file's name with escapes for bytes that are not UTF-8, which can't be printed."""
-    return name.encode(errors="backslashreplace").decode()
+def printable(text):
+    """Return text from a file with escapes such as \\x1b for everything that is not a visible character or a space.
+
+    Control characters and changes of direction would let a file rewrite the terminal, and the bytes of a name that are
+    not UTF-8 can't be printed.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def version(path):

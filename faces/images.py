@@ -7,7 +7,6 @@ import contextlib
 import functools
 import io
 import os
-import stat
 import warnings
 import zlib
 from collections import Counter
@@ -18,6 +17,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from faces import jpeg
+from faces.files import printable, read_bytes
 
 EXTENSIONS = frozenset(""".jpg .jpeg .jpe .jfif .png .bmp .pbm .pgm .ppm .pnm .webp .tif .tiff .gif .avif
     .jp2""".split())
@@ -168,7 +168,7 @@ def sort_in(path, scan):
     if extension in EXTENSIONS:
         scan.paths.append(path)
     elif path not in LISTS:
-        kind = f"{extension} file~" if extension else "file~ without extension"
+        kind = f"{printable(extension)} file~" if extension else "file~ without extension"
         (scan.ignored if extension in NO_PHOTOS else scan.lost)[kind] += 1
 
 
@@ -180,18 +180,8 @@ def _is(test):
 
 
 def _read_bytes(path):
-    # Opening a named pipe would wait for a writer forever without O_NONBLOCK, which regular files ignore.
-    def opener(path, flags):
-        return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
-
     try:
-        with open(path, "rb", buffering=0, opener=opener) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise UnreadableImage("not a regular file")
-            if status.st_size > MAX_BYTES:
-                raise UnreadableImage(f"over {MAX_BYTES // 10**6} MB")
-            return file.read(status.st_size)
+        return read_bytes(path, MAX_BYTES)
     except OSError as error:
         raise UnreadableImage(error.strerror or str(error)) from None
     except ValueError:           # a NUL character in the name

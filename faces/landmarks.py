@@ -5,6 +5,8 @@ of aligned faces has lines of `path label`.
 """
 import codecs
 import hashlib
+import io
+import itertools
 import os
 import unicodedata
 from pathlib import Path
@@ -18,6 +20,7 @@ from faces.files import CACHE, InputError, atomic_write, inside
 # Error messages use these: the name of the kind of list, and how to get one.
 LANDMARKS = "landmark list", "create one with mtcnn/lfw_landmark.py or mtcnn/casia_landmark.py"
 ALIGNED = "list", "pass a text file with lines of `path label`"
+MAX_LINE = 20_000    # characters of a line; a path has at most 4,096 bytes
 
 
 class LandmarkList(NamedTuple):
@@ -130,30 +133,35 @@ def format_line(path, *label_and_points):
     return "\t".join([path, *map(str, label), *(f"{v:.2f}" for v in np.ravel(points))]) + "\n"
 
 
-def read_text(path):
-    """Return the text of a file in UTF-8, or in UTF-16 if it starts with a byte-order mark.
+def read_lines(path):
+    """Yield the lines of a text file in UTF-8, or in UTF-16 if it starts with a byte-order mark, one at a time.
 
     Names of files are not always UTF-8; their bytes are kept, as os.fsdecode() does.
 
     Args:
-        path: Path of a regular file, or anything else that has read_bytes() and is_file().
+        path: Path of a regular file, or anything else that has open() and is_file().
+
+    Yields:
+        (number, line) of each line that is not blank, counted from 1.
 
     Raises:
         OSError: the file can't be read.
-        ValueError: it is not text.
+        ValueError: it is not text, or a line has MAX_LINE characters.
     """
     if not path.is_file():      # reading a named pipe would wait forever
         raise OSError(0, "not a regular file" if path.exists() else "No such file or directory")
-    return decode_text(path.read_bytes())
-
-
-def decode_text(data):
-    """Return the text of a file's bytes; see read_text()."""
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return data.decode("utf-16")
-    if b"\0" in data:
-        raise ValueError("not a text file")
-    return data.decode("utf-8-sig", "surrogateescape")
+    with path.open("rb") as file:
+        is_utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        file.seek(0)
+        text = io.TextIOWrapper(file, "utf-16") if is_utf16 else io.TextIOWrapper(file, "utf-8-sig", "surrogateescape")
+        for number in itertools.count(1):
+            line = text.readline(MAX_LINE)
+            if "\0" in line or len(line) == MAX_LINE:
+                raise ValueError("not a text file")
+            if line.strip():
+                yield number, line
+            if not line:
+                break
 
 
 def normal_form(name):
@@ -170,14 +178,12 @@ def normal_form(name):
 
 
 def _lines(path, kind, advice):
-    """Return the lines that are not blank, as a list of (line number, line)."""
+    """Yield what read_lines() does; its errors become InputError."""
     try:
-        text = read_text(Path(path))
+        yield from read_lines(Path(path))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "not a text file"
         raise InputError(f"can't read the {kind} {path}: {reason}; {advice}.") from None
-    return [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-
 
 def _relative_path(path, name):
     """Return a path that the list `path` names, with forward slashes; raise InputError if it leaves the folder."""

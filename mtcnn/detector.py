@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from faces.device import pick_device, to_input
-from faces.files import InputError, atomic_write, command, script_parser, write_json
+from faces.files import InputError, atomic_write, command, printable, script_parser, write_json
 from faces.images import UnreadableImage
 from mtcnn.boxes import nms, nms_of_smaller, regress, squares
 from mtcnn.inputs import IMAGE_TYPES, as_rgb
@@ -314,7 +314,7 @@ def main(argv=None):
             {"score": float(score), "box": box.tolist(), "landmarks": points.tolist()}
             for box, score, points in zip(*faces)]})
     for reason in skipped:
-        print(f"skipped {reason}", file=sys.stderr)
+        print(f"skipped {printable(reason)}", file=sys.stderr)
     if not listing:
         raise InputError(f"can't read any of the {len(skipped)} photo(s); pass image files.")
     write_json(args.output / "faces.json", listing)

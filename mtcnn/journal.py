@@ -5,8 +5,10 @@ import os
 
 import numpy as np
 
-from faces.files import InputError, open_regular
+from faces.files import InputError, open_regular, printable
 from mtcnn.search import ATTEMPTS, Find
+
+MAX_LINE = 10**6    # bytes of a line; about 200 are usual
 
 
 class Journal:
@@ -31,7 +33,7 @@ class Journal:
             output.parent.mkdir(parents=True, exist_ok=True)
             self.file = open_regular(self.path, "a+b")
             self.file.seek(0)
-            header = self.file.readline()
+            header = self.file.readline(MAX_LINE)
             if header and (problem := difference(header, settings)):
                 print(f"starting over, because {problem}: {self.path}")
                 header = b""
@@ -64,7 +66,7 @@ class Journal:
         """
         for index in np.flatnonzero(self.offsets >= 0).tolist():
             self.file.seek(self.offsets[index])
-            find = parse(self.file.readline(), len(self.offsets))
+            find = parse(self.file.readline(MAX_LINE), len(self.offsets))
             if find is None or find.index != index:
                 raise InputError(f"another program has changed {self.path}; run the command again.")
             yield find
@@ -81,8 +83,8 @@ class Journal:
     def _read(self):
         """Find each image's line, and remove an incomplete line at the end."""
         self.file.seek(0)
-        self.end, damaged = len(self.file.readline()), 0
-        for line in self.file:
+        self.end, damaged = len(self.file.readline(MAX_LINE)), 0
+        while line := self.file.readline(MAX_LINE):
             if not line.endswith(b"\n"):
                 self.file.truncate(self.end)
                 break
@@ -99,7 +101,9 @@ class Journal:
 def difference(header, settings):
     """Return why a journal with this first line can't be continued with `settings`, or None if it can."""
     try:
-        found = dict(json.loads(header))
+        found = json.loads(header)
+        if not isinstance(found, dict):
+            raise TypeError
     except (ValueError, TypeError, RecursionError):
         return "the journal is damaged"
     # The first journals were written without these. Most were written on a CPU, and nothing is known of their photos.
@@ -108,7 +112,7 @@ def difference(header, settings):
     changed = sorted(key for key in found | settings if found.get(key) != settings.get(key))
     if changed and {"images", "photos"}.issuperset(changed):
         return "the photos have changed since the journal was written"
-    return f"the journal has other settings ({', '.join(changed)})" if changed else None
+    return f"the journal has other settings ({printable(', '.join(changed))})" if changed else None
 
 
 def parse(line, count):

@@ -10,7 +10,7 @@ threshold and its error rates come from an evaluation of the same model: either 
     compare(Embedder("checkpoint.pt"), "A.jpg", "B.jpg").similarity
 """
 import csv
-import json
+import io
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -23,13 +23,15 @@ import numpy as np
 
 from cosFace.net import NETS
 from faces.figures import comparison_picture
-from faces.files import InputError, command, script_parser
+from faces.files import InputError, command, printable, read_bytes, read_json, script_parser
 from faces.verification.metrics import similarities
 from faces.verification.threshold import choose_threshold, load_threshold
 from faces.verification.weights import MODEL_HELP, announce
 from faces.verification.weights import add_options as add_model_options
 from mtcnn.detector import add_options, make_detector
 from tools.embedder import Embedder, add_select_option, find_faces
+
+MAX_SCORES = 20 * 10**6    # bytes of a scores.tsv, which can take 20 times that in memory; LFW's has half a million
 
 
 class Comparison(NamedTuple):
@@ -103,8 +105,9 @@ def read_scores(path):
     path = Path(path) / "scores.tsv" if Path(path).is_dir() else Path(path)
     model, fingerprint = _check_settings(path.with_name("results.json"))
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = [(row["same"], row["similarity"]) for row in csv.DictReader(file, delimiter="\t")]
+        text = io.StringIO(read_bytes(path, MAX_SCORES).decode(errors="surrogateescape"), newline="")
+        rows = [(row["same"], row["similarity"])
+                for row in csv.DictReader(text, delimiter="\t", quoting=csv.QUOTE_NONE)]
         same = np.array([{"0": False, "1": True}[same] for same, _ in rows], bool)
         similarity = np.array([similarity for _, similarity in rows], np.float64)
     except OSError as error:
@@ -114,8 +117,8 @@ def read_scores(path):
     except (KeyError, TypeError, ValueError, csv.Error):
         raise InputError(f"{path} is not a scores.tsv of lfw_eval.py; pass the folder that `lfw_eval.py --output DIR` "
                          "wrote.") from None
-    if not np.isfinite(similarity).all() or same.all() or not same.any():
-        raise InputError(f"{path} must contain genuine and impostor pairs with finite similarities; write it "
+    if not (abs(similarity) < 1.001).all() or same.all() or not same.any():
+        raise InputError(f"{path} must contain genuine and impostor pairs with similarities from -1 to 1; write it "
                          "again with `lfw_eval.py --output DIR`.")
     return Scores(similarity, same, model, fingerprint)
 
@@ -126,17 +129,21 @@ def _check_settings(results):
     Raises:
         InputError: the scores were computed differently from compare()'s.
     """
+    content = read_json(results, "run `lfw_eval.py --output DIR` again, which writes it")
+    if content is None:
+        return None, None    # without results.json, the settings are unknown
     try:
-        settings = json.loads(results.read_text(encoding="utf-8"))["settings"]
+        settings = content["settings"]
         different = settings.get("mirror", "concatenate") != "concatenate" or settings.get("subtract_mean", False)
         weights = settings.get("weights") or {}
-        model, fingerprint = settings.get("model"), weights.get("fingerprint")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None, None  # the settings are unknown without a valid results.json
+        model, fingerprint = printable(settings.get("model") or ""), weights.get("fingerprint")
+    except (KeyError, TypeError, AttributeError):
+        raise InputError(f"{results} is not a results.json of one model; pass the folder of one model that "
+                         "`lfw_eval.py --output DIR` wrote.") from None
     if different:
         raise InputError(f"{results} says that the scores were computed with another --mirror or with --subtract-mean, "
                          "which makes them unusable here; run lfw_eval.py with the defaults of both.")
-    return model, fingerprint
+    return model or None, fingerprint
 
 
 def pick_threshold(args, scores, fingerprint):

@@ -16,7 +16,7 @@ With --aligned, it has no boxes, scores, landmarks, chosen and faces. An interru
 same command: results are kept in .NAME.parts beside the output until it is complete.
 """
 import argparse
-import json
+import io
 import shutil
 import sys
 import zipfile
@@ -38,6 +38,8 @@ from faces.files import (
     command,
     locked,
     printable,
+    read_bytes,
+    read_json,
     remove_partial,
     script_parser,
     version,
@@ -53,6 +55,7 @@ from mtcnn.processes import in_processes, start_method
 from tools.embedder import Embedder, add_select_option, crop_faces, find_faces
 
 PART = 64      # photos per part; an interrupted run loses at most two per process
+MAX_PART = 10**8    # bytes of a part; it has 64 rows of about 4 KB
 FIELDS = {"box": "boxes", "score": "scores", "landmarks": "landmarks", "chosen": "chosen", "count": "faces"}
 
 
@@ -88,8 +91,9 @@ class Parts:
         if self.folder.is_symlink():
             raise InputError(f"{self.folder} is a link; remove it.")
         try:
-            known = json.loads((self.folder / "settings.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            known = read_json(self.folder / "settings.json", "the interrupted run is started anew")
+        except InputError as error:
+            print(error)
             known = None
         if known != settings:
             if known is not None:
@@ -100,9 +104,14 @@ class Parts:
     def read(self, start):
         """Return the arrays of the part that starts with photo `start`, or None if there is no such part yet."""
         try:
-            with np.load(self._path(start), allow_pickle=False) as part:
-                return dict(part)
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+            data = io.BytesIO(read_bytes(self._path(start), MAX_PART))
+            with zipfile.ZipFile(data) as archive:    # np.load doesn't always check the checksums
+                if sum(entry.file_size for entry in archive.infolist()) > MAX_PART or archive.testzip():
+                    return None
+            with np.load(data, allow_pickle=False) as part:
+                arrays = dict(part)
+            return arrays if {"index", "skipped", "reasons"} <= arrays.keys() else None
+        except Exception:    # numpy and zipfile raise many kinds on damaged files; the part is made again
             return None
 
     def write(self, start, arrays):
@@ -154,7 +163,7 @@ def embed_parts(embedder, photos, parts, aligned, workers):
     with tqdm(desc="embedding", total=len(photos), unit=" photos") as bar:
         def finish(start, part):
             for i, reason in zip(part["skipped"].tolist(), part["reasons"].tolist()):
-                tqdm.write(f"skipped {printable(photos[i])}: {reason}", file=sys.stderr)
+                tqdm.write(printable(f"skipped {photos[i]}: {reason}"), file=sys.stderr)
                 reasons[reason] += 1
             bar.update(min(PART, len(photos) - start))
 

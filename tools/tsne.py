@@ -9,6 +9,7 @@ cosine distance on the embeddings, not on the 2-D layout; 1 means well separated
 saves the points of the plot.
 """
 import csv
+import io
 import sys
 from pathlib import Path, PurePosixPath
 
@@ -24,7 +25,7 @@ from faces.data.cache import find_landmark_list
 from faces.data.casia import Folder, TrainingList, read_casia
 from faces.device import pick_device
 from faces.figures import tsne_panels
-from faces.files import RUNS, InputError, atomic_write, command, folder, script_parser
+from faces.files import RUNS, InputError, atomic_write, command, folder, read_bytes, script_parser
 from faces.images import UnreadableImage
 from faces.landmarks import default_list, read_landmarks
 from faces.verification.embed import embed
@@ -32,6 +33,8 @@ from faces.verification.weights import MODEL_HELP, announce, load_net
 from faces.verification.weights import add_options as add_model_options
 
 PICTURES = (".png", ".svg", ".pdf")
+COLUMNS = ("panel", "identity", "x", "y")
+MAX_POINTS = 20 * 10**6    # bytes of a table of points, which can take 20 times that in memory
 
 
 def list_faces(root, landmarks=None):
@@ -155,20 +158,38 @@ def write_points(path, panels, labels, names):
     """
     with atomic_write(path, "w", encoding="utf-8", newline="") as file:
         table = csv.writer(file, delimiter="\t", lineterminator="\n")
-        table.writerow(("panel", "identity", "x", "y"))
+        table.writerow(COLUMNS)
         for title, points in panels:
             table.writerows((title, names[label], f"{x:.2f}", f"{y:.2f}") for label, (x, y) in zip(labels, points))
 
 
 def read_points(path):
-    """Return the panels, labels and names that write_points() wrote to a file."""
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file, delimiter="\t"))
-    names = list(dict.fromkeys(row["identity"] for row in rows))
-    titles = list(dict.fromkeys(row["panel"] for row in rows))
-    points = np.array([(row["x"], row["y"]) for row in rows], np.float64).reshape(len(titles), -1, 2)
-    labels = np.array([names.index(row["identity"]) for row in rows[:points.shape[1]]])  # all panels share them
-    return list(zip(titles, points)), labels, names
+    """Return the panels, labels and names that write_points() wrote to a file.
+
+    Raises:
+        InputError: the file can't be read, or is not such a table.
+    """
+    try:
+        text = io.StringIO(read_bytes(path, MAX_POINTS).decode(errors="surrogateescape"), newline="")
+        rows = [[row[name] for name in COLUMNS] for row in csv.DictReader(text, delimiter="\t")]
+        (names, identities), (titles, panels) = (_numbered([row[i] for row in rows]) for i in (1, 0))
+        points = np.array([row[2:] for row in rows], np.float64).reshape(len(titles), -1, 2)
+        identities, panels = (labels.reshape(points.shape[:2]) for labels in (identities, panels))
+        if (panels != panels[:, :1]).any() or (identities != identities[0]).any() or not np.isfinite(points).all():
+            raise ValueError
+    except OSError as error:
+        raise InputError(f"can't read {path}: {error.strerror or error}; pass a file that tools/tsne.py --points "
+                         "wrote.") from None
+    except (KeyError, TypeError, ValueError, IndexError, csv.Error):
+        raise InputError(f"{path} is not a whole table of points; write it again with tools/tsne.py "
+                         "--points.") from None
+    return list(zip(titles, points)), identities[0], names
+
+
+def _numbered(values):
+    """Return the distinct values in the order in which they appear first, and the number of each value, int (N,)."""
+    numbers = {value: number for number, value in enumerate(dict.fromkeys(values))}
+    return list(numbers), np.array([numbers[value] for value in values], int)
 
 
 @command

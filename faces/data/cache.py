@@ -24,7 +24,18 @@ from faces import align
 from faces.align import HEIGHT, TEMPLATE, WIDTH, crop_aligned
 from faces.data.casia import Folder, people_count, read_casia, without_lfw_overlap
 from faces.device import count_cpus
-from faces.files import CACHE, InputError, atomic_write, locked, open_regular, remove_partial, write_json
+from faces.files import (
+    CACHE,
+    MAX_JSON,
+    InputError,
+    atomic_write,
+    locked,
+    open_regular,
+    read_bytes,
+    read_json,
+    remove_partial,
+    write_json,
+)
 from faces.images import UnreadableImage, one_opencv_thread, read_image, summarize
 from faces.jpeg import watched_stderr
 from faces.landmarks import default_list
@@ -124,15 +135,37 @@ def build(listing, cache=CACHE):
     key = _hash_list([str(name), *listing.paths], None, listing.points)[:12]
     versions = hashlib.sha256(listing.source.versions(listing.paths).tobytes()).hexdigest()[:8]
     folder = Path(cache).expanduser() / f"{name.stem}-{key}-{versions}"
-    if not (folder / "cache.json").is_file():
-        with resumable(), locked(folder / ".lock", f"aligning the faces of {listing.source} into {folder}"):
-            if not (folder / "cache.json").is_file():    # another process may have built it while this one waited
-                _build(listing, folder)
-    failed = json.loads((folder / "cache.json").read_text())["failed"]
     shape = (len(listing.paths), *FACE_SHAPE)
-    if (folder / "faces.u8").stat().st_size != np.prod(shape):
-        raise InputError(f"{folder} is damaged (faces.u8 has the wrong size); delete the folder and start again.")
-    return np.memmap(folder / "faces.u8", np.uint8, "r", shape=shape), failed
+    failed = _read_failed(folder, shape[0])
+    if failed is None:
+        with resumable(), locked(folder / ".lock", f"aligning the faces of {listing.source} into {folder}"):
+            failed = _read_failed(folder, shape[0])    # another process may have built it while this one waited
+            if failed is None:
+                failed = _build(listing, folder)
+    faces = folder / "faces.u8"
+    if not faces.is_file() or faces.stat().st_size != np.prod(shape):
+        raise InputError(f"{folder} is damaged (faces.u8 is missing or has the wrong size); delete the folder and "
+                         "start again.")
+    return np.memmap(faces, np.uint8, "r", shape=shape), failed
+
+
+def _read_failed(folder, total):
+    """Return the unusable images that cache.json lists, or None if the cache is not complete.
+
+    Raises:
+        InputError: cache.json is damaged, or is that of another list.
+    """
+    advice = "delete it, and the faces are aligned again"
+    content = read_json(folder / "cache.json", advice)
+    if content is None:
+        return None
+    failed = content.get("failed")
+    rows = isinstance(failed, list) and all(
+        isinstance(item, list) and [type(value) for value in item] == [int, str] and 0 <= item[0] < total
+        for item in failed)
+    if not rows or content.get("faces") != total:
+        raise InputError(f"{folder / 'cache.json'} is damaged; {advice}.")
+    return failed
 
 
 def _describe(images):
@@ -164,6 +197,7 @@ def _hash_list(names, labels, points):
 
 
 def _build(listing, folder):
+    """Align all faces into the cache, or continue a build; return a list of (row, reason) of unusable images."""
     total = len(listing.paths)
     for other in _outdated(folder):
         print(f"the images have changed since the cache {other} was built; delete it unless you need it")
@@ -199,6 +233,7 @@ def _build(listing, folder):
         file.writelines(f"{listing.paths[row]}\t{reason}\n" for row, reason in failed)
     write_json(folder / "cache.json", {"faces": total, "failed": failed})
     (folder / "journal.jsonl").unlink()
+    return failed
 
 
 def _allocate(folder, size):
@@ -287,12 +322,14 @@ def _store(chunk, rows, file, journal):
 def _read_journal(folder):
     """Return the chunks that are on disk, as a set of ranges of rows."""
     try:
-        with open_regular(folder / "journal.jsonl", "r", errors="replace") as file:
-            lines = file.read().splitlines()
+        lines = read_bytes(folder / "journal.jsonl", MAX_JSON).decode("latin-1").split("\n")
     except FileNotFoundError:
         return set()
+    except OSError as error:
+        raise InputError(f"can't read {folder / 'journal.jsonl'}: {error.strerror or error}; delete it, and the "
+                         "faces are aligned again.") from None
     # A build that was killed may have left an incomplete last line, which does not match and is ignored.
-    matches = (re.fullmatch(r"\[(\d+), (\d+)\]", line) for line in lines)
+    matches = (re.fullmatch(r"\[([0-9]{1,18}), ([0-9]{1,18})\]", line) for line in lines)
     return {range(int(match[1]), int(match[2])) for match in matches if match}
 
 

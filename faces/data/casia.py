@@ -9,7 +9,7 @@ import numpy as np
 
 from faces.data.recordio import Records
 from faces.data.sources import Folder, Zip, is_zip, open_source
-from faces.files import InputError, folder
+from faces.files import InputError, folder, printable
 from faces.images import count_of
 from faces.landmarks import normal_form, read_labels, read_landmarks
 
@@ -169,7 +169,7 @@ def _layout_notes(source, people):
     parents, names = {person(name) for name in people}, {name.rpartition("/")[2] for name in people}
     notes = ()
     if len(parents) == 1 and "" not in parents:
-        notes += (f"the person folders are in {source}/{parents.pop()}",)
+        notes += (f"the person folders are in {source}/{printable(parents.pop())}",)
     if len(names) < len(people):
         notes += (f"{len(people):,} person folders have only {len(names):,} different names; folders of the same name "
                   "in different folders count as different people",)

@@ -14,7 +14,7 @@ identities, which repeat the labels of the images and are not read. Otherwise ev
 
 property is an optional file of one line, `classes,height,width`.
 """
-import codecs
+import itertools
 import os
 import struct
 import threading
@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from faces.files import InputError
 from faces.images import MAX_BYTES, UnreadableImage
-from faces.landmarks import decode_text
+from faces.landmarks import read_lines
 
 MAGIC = 0xCED7230A
 WHOLE, FIRST, MIDDLE, LAST = range(4)
@@ -35,6 +35,7 @@ PART = struct.Struct("<II")                                              # magic
 PREFIX = struct.Struct("<IfQQ")                                          # flag, label, id, id2
 HEADER = np.dtype([("magic", "<u4"), ("word", "<u4"), ("flag", "<u4"), ("label", "<f4"), ("id", "<u8", 2),
                    ("first_label", "<f4")])                              # PART, PREFIX, and the first label if flag > 0
+MAX_PARTS = 1000                                                         # of a record; a second one is rare
 CHUNK = 65536                                                            # headers to read and check at a time
 
 
@@ -89,7 +90,7 @@ class Records:
     def _record(self, offset):
         """Return the data of the record at a byte offset, with its parts joined; raise ValueError if it is damaged."""
         data, kinds = bytearray(), (WHOLE, FIRST)
-        while True:
+        for _ in range(MAX_PARTS):
             magic, word = PART.unpack(self._read(offset, PART.size))
             kind, length = _kind_and_length(word)
             if magic != MAGIC or kind not in kinds or kind in (FIRST, MIDDLE) and length % 4:
@@ -101,6 +102,7 @@ class Records:
                 return bytes(data)
             data += struct.pack("<I", MAGIC)
             offset, kinds = offset + PART.size + length, (MIDDLE, LAST)
+        raise ValueError(f"has over {MAX_PARTS:,} parts")
 
     def _read(self, offset, length):
         if offset + length > self.size:
@@ -203,21 +205,17 @@ def _read_index(path, size):
         size: size of train.rec in bytes.
     """
     try:
-        if not path.is_file():
-            raise OSError(0, "not a regular file" if path.exists() else "No such file or directory")
-        with open(path, "rb") as file:
-            start = file.read(2)
-        encoding = "utf-16" if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
         if path.stat().st_size > 2 * size:  # every line is shorter than the record it refers to
             raise ValueError("it is larger than train.rec")
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # numpy only warns about an empty file and about fractions
-            keys, offsets = np.loadtxt(path, np.int64, comments=None, delimiter="\t", ndmin=2, encoding=encoding).T
+            lines = (line for _, line in read_lines(path))
+            keys, offsets = np.loadtxt(lines, np.int64, comments=None, delimiter="\t", ndmin=2).T
     except OSError as error:
         raise InputError(f"can't read {path}: {error.strerror or error}; it must be next to train.rec.") from None
     except (ValueError, OverflowError, Warning) as error:
-        raise InputError(f"{path} is not an index with tab-separated lines `key offset` ({error}); copy the "
-                         "set again.") from None
+        raise InputError(f"{path} is not an index with tab-separated lines `key offset` ({str(error)[:200]}); copy "
+                         "the set again.") from None
     order = np.argsort(offsets, kind="stable")
     keys, offsets = keys[order], offsets[order]
     if keys.min() < 0 or len(np.unique(keys)) != len(keys) or (np.diff(offsets) == 0).any():
@@ -232,15 +230,12 @@ def _read_index(path, size):
 
 def _read_classes(path):
     """Return the number of classes given by property, or None if the file does not exist."""
-    if path.exists() and not path.is_file():
-        raise InputError(f"{path} is not a regular file; copy the set again.")
-    try:
-        with open(path, "rb") as file:
-            fields = decode_text(file.read(200)).split(",")
-    except FileNotFoundError:
+    if not path.exists():
         return None
+    try:
+        fields = [field for _, line in itertools.islice(read_lines(path), 2) for field in line[:200].split(",")]
     except OSError as error:
-        raise InputError(f"can't read {path}: {error.strerror}; check its permissions.") from None
+        raise InputError(f"can't read {path}: {error.strerror}; copy the set again.") from None
     except ValueError:
         fields = []
     if len(fields) != 3 or not all(field.strip().isascii() and field.strip().isdigit() for field in fields):

@@ -1,4 +1,5 @@
 """Where images are stored: a folder or a zip. Both list their images and open them by name."""
+import io
 import os
 import stat
 import zipfile
@@ -14,6 +15,16 @@ from faces.images import EXTENSIONS, MAX_BYTES, Scan, UnreadableImage, is_system
 from faces.landmarks import normal_form
 
 PIECE = 1 << 20
+MAX_READ = 128 << 20    # bytes that are read from a zip at once; the list of files of a zip of CASIA has 60 million
+
+
+class _Limited(io.BufferedReader):
+    """A zip file whose list of files can't be so long that it would fill the memory; zipfile reads it at once."""
+
+    def read(self, size=-1):
+        if size > MAX_READ:
+            raise InputError(f"{self.name} has a list of files over {MAX_READ >> 20} MiB; split it, or unpack it.")
+        return super().read(size)
 
 
 class Folder:
@@ -68,7 +79,9 @@ class Zip:
     def __init__(self, path):
         self.path = Path(path)
         try:
-            self.archive = zipfile.ZipFile(self.path)
+            self.archive = zipfile.ZipFile(_Limited(open(self.path, "rb", buffering=0)))
+        except InputError:
+            raise
         except OSError as error:
             raise InputError(f"can't read {path}: {error.strerror or error}; check its permissions.") from None
         except Exception as error:  # zipfile raises many kinds of exceptions on damaged files

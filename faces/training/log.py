@@ -13,7 +13,7 @@ import torch
 from torch import distributed
 from tqdm import tqdm
 
-from faces.files import ROOT, InputError, atomic_write, locked, open_regular, write_json
+from faces.files import MAX_JSON, ROOT, InputError, atomic_write, locked, open_regular, read_bytes, write_json
 from faces.training.margin import ALL, where
 
 HISTOGRAMS, BINS = ("genuine", "impostor"), 100
@@ -207,12 +207,16 @@ class TrainingLog:
 
 def _read_epochs(path):
     """Return the lines of an epochs.jsonl that are whole, as dicts, and how many others there are."""
-    with open_regular(path, "r", encoding="utf-8", errors="replace") as file:
-        texts, lines = file.read().splitlines(), []
+    try:
+        texts, lines = read_bytes(path, MAX_JSON).decode(errors="replace").splitlines(), []
+    except OSError as error:
+        raise InputError(f"can't read {path}: {error.strerror or error}; move it away.") from None
     for text in texts:
-        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+        with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError, RecursionError):
             line = json.loads(text)
-            lines.append({**line, "step": int(line["step"]), "loss": float(line["loss"])})
+            numbers = {name: float(line[name]) for name in ("loss", "lfw") if name in line}
+            if type(line["step"]) is int and 0 <= line["step"] < 2**53 and "loss" in numbers:
+                lines.append({**line, **numbers})
     return lines, len(texts) - len(lines)
 
 

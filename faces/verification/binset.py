@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from faces.files import InputError
+from faces.files import InputError, read_bytes
 from faces.verification.pairs import Pairs
 
 FOLDS = 10
-MAX_BYTES = 2 * 10**9     # the largest known files are about 100 MB
-MAX_IMAGES = 100_000      # 3.2 GB once decoded; the largest known files have 14,000
-MAX_READS = 8_000_000     # by the unpickler, about two per instruction; the largest known files have half a million
+MAX_BYTES = 300 * 10**6   # the largest known files are about 100 MB
+MAX_IMAGES = 30_000       # 1 GB once decoded; the largest known files have 14,000
+MAX_READS = 2_000_000     # by the unpickler, about two per instruction; the largest known files have half a million
 
 
 class Refused(Exception):
@@ -87,7 +87,7 @@ class _Unpickler(pickle._Unpickler):
 
     def __init__(self, data):
         super().__init__(_CountedReads(data), encoding="bytes")
-        self.budget = 4 * len(data) + 1000    # bytes that builders may be given; an array's are handled twice at most
+        self.budget = 2 * len(data) + 1000    # bytes that builders may be given; an array's are handled twice at most
 
     def load_frame(self):
         self.read(8)    # frames are a hint for reading ahead, which would bypass _CountedReads
@@ -197,11 +197,10 @@ def _text(value):
 
 def _read(file):
     try:
-        if file.stat().st_size > MAX_BYTES:
-            raise Refused(f"it is over {MAX_BYTES // 10**9} GB")
-        return file.read_bytes()
+        return read_bytes(file, MAX_BYTES)
     except OSError as error:
-        raise InputError(f"can't read {file}: {error.strerror}; pass a .bin set or a folder of images.") from None
+        raise InputError(f"can't read {file}: {error.strerror or error}; pass a .bin set or a folder of "
+                         "images.") from None
 
 
 def _check(value):

@@ -6,6 +6,8 @@ folds, and pairs of each kind per fold) or with `300` alone. Each following line
 pairsDevTrain.txt, and accuracy is measured on pairsDevTest.txt. Each of these files starts with a number N, followed
 by N genuine and N impostor pairs.
 """
+import io
+import itertools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,9 +16,10 @@ import numpy as np
 from faces.data.sources import Folder, Zip, open_source
 from faces.files import InputError, folder
 from faces.images import UnreadableImage
-from faces.landmarks import normal_form, read_text
+from faces.landmarks import normal_form, read_lines
 
 VIEW_1_FILES = ("pairsDevTrain.txt", "pairsDevTest.txt")
+MAX_PAIRS = 1_000_000    # LFW has 6,000
 TRAINING_ONLY = -1   # fold number of the pairs that are used only to choose the threshold
 
 
@@ -93,7 +96,7 @@ def shorten(items, separator=", ", count=3):
 
 
 class _Member(NamedTuple):
-    """A text file in a zip, with the methods of a Path that read_text() needs."""
+    """A text file in a zip, with the methods of a Path that read_lines() needs."""
     source: Zip
     name: str
 
@@ -105,9 +108,9 @@ class _Member(NamedTuple):
 
     exists = is_file
 
-    def read_bytes(self):
+    def open(self, _):
         try:
-            return self.source.open(self.name)
+            return io.BytesIO(self.source.open(self.name))
         except UnreadableImage as error:
             raise OSError(0, str(error)) from None
 
@@ -165,12 +168,14 @@ def _read_view_1_file(file):
 def _read_fields(file):
     """Return a list of (line number, fields), counted from 1, without blank lines."""
     try:
-        text = read_text(file)
+        lines = list(itertools.islice(read_lines(file), MAX_PAIRS + 2))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "not a text file"
         raise InputError(f"can't read the pairs in {file}: {reason}; pass a file like LFW's "
                          f"{file.name}.") from None
-    lines = ((number, line.split("\t" if "\t" in line else None)) for number, line in enumerate(text.splitlines(), 1))
+    if len(lines) > MAX_PAIRS + 1:
+        raise InputError(f"{file} has over {MAX_PAIRS:,} lines; pass a file like LFW's {file.name}.")
+    lines = ((number, line.split("\t" if "\t" in line else None)) for number, line in lines)
     return [(number, [field.strip() for field in fields]) for number, fields in lines if any(fields)]
 
 

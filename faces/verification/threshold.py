@@ -2,18 +2,18 @@
 
 The file is named MODEL.threshold.json. It holds the fingerprint of the network, so that it is never used for another.
 """
-import json
 import math
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from faces.files import InputError, write_json
+from faces.files import InputError, printable, read_json, write_json
 from faces.verification.metrics import best_threshold
 from faces.verification.weights import model_file
 
 FORMAT = "faces-threshold-1"
+AGAIN = "delete it, or run `lfw_eval.py --save-threshold` again"    # for messages
 
 
 class Threshold(NamedTuple):
@@ -66,18 +66,17 @@ def load_threshold(model, fingerprint):
     """
     path = Path(threshold_path(model))
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path, AGAIN)
+        if content is None:
+            return None
         threshold = Threshold(*(kind(content[name]) for name, kind in
-                                zip(Threshold._fields, (float, int, int, int, int, str))))
-        valid = content["format"] == FORMAT and math.isfinite(threshold.value) and min(threshold[2], threshold[4]) > 0
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+                                zip(Threshold._fields, (float, int, int, int, int, printable))))
+        valid = (content["format"] == FORMAT and math.isfinite(threshold.value)
+                 and 0 <= threshold.accepted <= threshold.impostor > 0 <= threshold.rejected <= threshold.genuine > 0)
+    except (ValueError, KeyError, TypeError, OverflowError):
         valid = False
     if not valid:
-        raise InputError(f"{path} is not a threshold that lfw_eval.py saved; delete it, or run `lfw_eval.py "
-                         "--save-threshold` again.")
+        raise InputError(f"{path} is not a threshold that lfw_eval.py saved; {AGAIN}.")
     if content.get("fingerprint") != fingerprint:
-        raise InputError(f"{path} belongs to other weights than those that {model} has now; delete it, or run "
-                         "`lfw_eval.py --save-threshold` again.")
+        raise InputError(f"{path} belongs to other weights than those that {model} has now; {AGAIN}.")
     return threshold

@@ -15,7 +15,7 @@ import safetensors
 import torch
 from torch import nn
 
-from faces.files import InputError
+from faces.files import InputError, printable
 from faces.training.checkpoint import FORMAT, MAX_BYTES, load_tensors
 from faces.verification.layouts import LAYOUTS, Found, find_weights
 
@@ -114,7 +114,7 @@ def announce(path, loaded):
         line += f" rather than {', '.join(loaded['others'])}"
     if loaded["ignored"]:
         line += f"; left out: {_shorten(loaded['ignored'])}"
-    print(line, file=sys.stderr)
+    print(printable(line), file=sys.stderr)
 
 
 def add_options(parser, nets):
@@ -174,7 +174,7 @@ def _is_torchscript(path):
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except (OSError, zipfile.BadZipFile):
+    except Exception:    # zipfile raises many kinds on damaged files
         return False
 
 
@@ -208,7 +208,7 @@ def _read(path):
     if channels is not None and channels.lower() not in CHANNELS:
         raise InputError(f"the header of {path} states the channel order {channels!r}, which is neither RGB nor BGR; "
                          "export it again.")
-    return _File(path, format, method if isinstance(method, str) and method != "unknown" else None,
+    return _File(path, format, _printable(method) if isinstance(method, str) and method != "unknown" else None,
                  channels and channels.lower(), found)
 
 

@@ -139,7 +139,7 @@ def test_scores_and_thresholds_of_other_weights_are_refused(lfw, photos, tmp_pat
     assert "belongs to other weights" in capsys.readouterr().err
     (tmp_path / "b/checkpoint.pt.threshold.json").write_text("[1]")
     assert call(compare, *command, other) == 2
-    assert "is not a threshold that lfw_eval.py saved" in capsys.readouterr().err
+    assert "threshold.json is damaged; delete it" in capsys.readouterr().err
 
 
 def test_a_threshold_for_another_way_to_compare_is_not_saved(lfw, model, capsys):
