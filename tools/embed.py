@@ -108,6 +108,7 @@ class Parts:
             with zipfile.ZipFile(data) as archive:    # np.load doesn't always check the checksums
                 if sum(entry.file_size for entry in archive.infolist()) > MAX_PART or archive.testzip():
                     return None
+            data.seek(0)
             with np.load(data, allow_pickle=False) as part:
                 arrays = dict(part)
             return arrays if {"index", "skipped", "reasons"} <= arrays.keys() else None

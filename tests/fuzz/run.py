@@ -30,7 +30,8 @@ from targets import ALLOWED, TARGETS, attempt
 from faces.files import RUNS, printable
 
 SECONDS, MEMORY = 5, 10**9    # for one input
-ROUND = 200                   # inputs per worker process
+ROUND = 500                   # inputs per worker process, at most
+ROUND_SECONDS = 20            # after which the next target has its turn
 OUTPUT = RUNS / "fuzz"
 
 
@@ -44,17 +45,16 @@ def peak_memory(reset=False):
         return 0
 
 
-def read(call):
-    """Return what is wrong with a reader, as text, or None. What it prints is dropped."""
+def read(call, may_refuse):
+    """Return what is wrong with a reader, as text, or None."""
     before = peak_memory(reset=True)
     signal.setitimer(signal.ITIMER_PROF, SECONDS)    # the signals end the process
     signal.setitimer(signal.ITIMER_REAL, 12 * SECONDS)
     try:
         call()
-    except ALLOWED:
-        pass
-    except BaseException:
-        return traceback.format_exc()
+    except BaseException as error:
+        if not may_refuse or not isinstance(error, ALLOWED):
+            return traceback.format_exc()
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -72,20 +72,23 @@ def work(target, numbers, folder):
     nothing = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 1)
     os.dup2(nothing, 2)
+    end = time.monotonic() + ROUND_SECONDS
     for number in numbers:
-        with input_folder(target, number, folder) as (path, call):
+        if time.monotonic() > end:
+            break
+        with input_folder(target, number, folder) as (call, may_refuse):
             (folder / "at").write_text(str(number))
-            problem = read(call)
+            problem = read(call, may_refuse)
         if problem:
             keep(target, number, problem)
 
 
 @contextlib.contextmanager
 def input_folder(target, number, folder):
-    """Give a folder with an input, and the function that reads it; the folder is deleted afterwards."""
+    """Give what attempt() returns for a folder that is deleted afterwards."""
     path = Path(tempfile.mkdtemp(dir=folder))
     try:
-        yield path, attempt(target, number, path)
+        yield attempt(target, number, path)
     finally:
         shutil.rmtree(path, ignore_errors=True)
 
@@ -116,7 +119,7 @@ def run_round(target, numbers, folder):
     status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
     if status == 1:
         raise SystemExit((folder / "error").read_text())
-    last = int((folder / "at").read_text()) if status else numbers[-1]
+    last = int((folder / "at").read_text())
     if status:
         hung = -status in (signal.SIGPROF, signal.SIGALRM)
         keep(target, last, f"hangs ({signal.Signals(-status).name})" if hung else f"killed by signal {-status}")
