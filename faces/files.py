@@ -201,13 +201,14 @@ def read_json(path, advice):
 
 
 @contextlib.contextmanager
-def locked(path, activity, wait=True):
+def locked(path, activity, wait=True, advice="choose a writable folder on a local disk"):
     """Hold the lock file `path`. If another process holds it, say so once and wait.
 
     Args:
         path: the lock file; its folder is created.
         activity: what the holder is doing, for that message, such as "building the cache DIR".
         wait: whether to wait for another process; otherwise, that is an error, and a disk without locks is none.
+        advice: what to do if there can be no lock, for the error message; it should name the option.
 
     Raises:
         InputError: the lock file can't be written or is a link, its file system has no locks, or it is held and `wait`
@@ -229,12 +230,26 @@ def locked(path, activity, wait=True):
             print(f"{Path(path).parent} is on a disk without file locks; make sure that no other process is {activity}")
             yield
             return
-        raise InputError(f"can't lock {path}: {getattr(error, 'strerror', None) or error}; choose a writable folder "
-                         "on a local disk.") from None
+        raise InputError(f"can't lock {path}: {getattr(error, 'strerror', None) or error}; {advice}.") from None
     try:
         yield
     finally:
         lock.release()
+
+
+def check_writable(folder, option="--output"):
+    """Create a folder, and check that files can be written into it, before the work whose results it is for.
+
+    Raises:
+        InputError: it can't be created or written; the message names the option.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"can't write into the folder {folder}: {error.strerror or error}; choose another "
+                          f"{option}.") from None
 
 
 def printable(text):

@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from faces.device import pick_device, to_input
-from faces.files import InputError, atomic_write, command, printable, script_parser, write_json
+from faces.files import InputError, atomic_write, check_writable, command, printable, script_parser, write_json
 from faces.images import UnreadableImage
 from mtcnn.boxes import nms, nms_of_smaller, regress, squares
 from mtcnn.inputs import IMAGE_TYPES, as_rgb
@@ -300,6 +300,7 @@ def main(argv=None):
     overwritten = {photo.resolve() for photo in args.photos} & {(args.output / name).resolve() for name in names}
     if overwritten:
         raise InputError(f"a drawing would overwrite the photo {overwritten.pop()}; choose another --output.")
+    check_writable(args.output)
     listing, skipped = [], []
     for photo, name in zip(tqdm(args.photos, unit=" images", disable=None), names):
         try:

@@ -100,7 +100,8 @@ def reserve(output):
     Raises:
         InputError: another process is making it.
     """
-    with resumable(), locked(output.with_name(f".{output.name}.lock"), f"making {output}", wait=False):
+    with resumable(), locked(output.with_name(f".{output.name}.lock"), f"making {output}", wait=False,
+                             advice="choose another --output, on a writable local disk"):
         remove_partial(output, _failed_list(output))
         yield
 

@@ -258,7 +258,8 @@ def main(argv=None):
                         detector=make_detector(args))
     announce(args.model, embedder.loaded)
     model = embedder.loaded["fingerprint"]
-    with resumable(), locked(args.output.with_name(f".{args.output.name}.lock"), f"writing {args.output}"):
+    with resumable(), locked(args.output.with_name(f".{args.output.name}.lock"), f"writing {args.output}",
+                             advice="choose another --output, on a writable local disk"):
         remove_partial(args.output)
         parts = Parts(args.output, _settings(args, photos, model), len(photos))
         reasons = embed_parts(embedder, photos, parts, args.aligned, args.workers)

@@ -26,7 +26,7 @@ import torch
 from cosFace.net import NETS
 from faces.align import HEIGHT, TEMPLATE, WIDTH, crop_aligned
 from faces.device import to_input
-from faces.files import InputError, atomic_write, command, folder, script_parser
+from faces.files import InputError, atomic_write, check_writable, command, folder, script_parser
 from faces.images import UnreadableImage, list_images, read_image
 from faces.verification.weights import MODEL_HELP, announce, load_net
 from faces.verification.weights import add_options as add_model_options
@@ -194,6 +194,7 @@ def main(argv=None):
     args = _parser().parse_args(argv)
     if args.output.is_dir():
         raise InputError(f"--output {args.output} is a folder; pass the name of a file.")
+    check_writable(args.output.parent)
     faces = synthetic_faces(SYNTHETIC_FACES)
     if args.check_faces:
         faces = np.concatenate((faces, read_faces(args.check_faces)))

@@ -25,7 +25,7 @@ from faces.data.cache import find_landmark_list
 from faces.data.casia import Folder, TrainingList, read_casia
 from faces.device import pick_device
 from faces.figures import tsne_panels
-from faces.files import RUNS, InputError, atomic_write, command, folder, read_bytes, script_parser
+from faces.files import RUNS, InputError, atomic_write, check_writable, command, folder, read_bytes, script_parser
 from faces.images import UnreadableImage
 from faces.landmarks import default_list, read_landmarks
 from faces.verification.embed import embed
@@ -232,6 +232,8 @@ def _check_options(args):
     if args.output.suffix.lower() not in PICTURES:
         raise InputError(f"--output {args.output} has an unsupported extension; choose a name that ends in "
                          f"{', '.join(PICTURES[:-1])} or {PICTURES[-1]}.")
+    for path, option in ((args.output, "--output"), (args.points or args.output, "--points")):
+        check_writable(path.parent, option)
 
 
 def _person(path):

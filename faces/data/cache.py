@@ -36,7 +36,7 @@ from faces.files import (
     remove_partial,
     write_json,
 )
-from faces.images import UnreadableImage, one_opencv_thread, read_image, summarize
+from faces.images import UnreadableImage, count_of, one_opencv_thread, read_image, summarize
 from faces.jpeg import watched_stderr
 from faces.landmarks import default_list
 from faces.signals import resumable
@@ -113,11 +113,11 @@ def load_casia(root, landmarks=None, cache=CACHE, drop_lfw_overlap=False, labels
         raise InputError(f"{listing.source} has no images left to train on; leave out --drop-lfw-overlap or "
                          "choose another set.")
     people = np.unique(listing.labels[rows])
-    summary = f"{listing.source}: {len(rows):,} {'face' if len(rows) == 1 else 'faces'} of {people_count(len(people))}"
+    summary = f"{listing.source}: {count_of(len(rows), 'face~')} of {people_count(len(people))}{listing.gaps}"
     if failed:
-        summary += f"; {len(failed)} unusable images left out, see failed.txt in the cache"
+        summary += f"; {count_of(len(failed), 'unusable image~')} left out, see failed.txt in the cache"
     if drop_lfw_overlap:
-        summary += f"; {overlap.sum():,} images of people in LFW dropped"
+        summary += f"; {count_of(overlap.sum(), 'image~')} of people in LFW dropped"
     return AlignedFaces(images, listing, rows, "\n  ".join((summary, *listing.notes, _describe(images))))
 
 
@@ -138,7 +138,8 @@ def build(listing, cache=CACHE):
     shape = (len(listing.paths), *FACE_SHAPE)
     failed = _read_failed(folder, shape[0])
     if failed is None:
-        with resumable(), locked(folder / ".lock", f"aligning the faces of {listing.source} into {folder}"):
+        with resumable(), locked(folder / ".lock", f"aligning the faces of {listing.source} into {folder}",
+                                 advice="choose a folder on a writable local disk with --cache"):
             failed = _read_failed(folder, shape[0])    # another process may have built it while this one waited
             if failed is None:
                 failed = _build(listing, folder)
@@ -207,7 +208,7 @@ def _build(listing, folder):
     chunks = (range(start, min(start + CHUNK, total)) for start in range(0, total, CHUNK))
     missing = [rows for rows in chunks if rows not in done]
     sizes = np.full((total, 2), np.nan, np.float32)    # width and height of every image
-    print(f"aligning {total:,} faces of {listing.source} into the cache {folder}")
+    print(f"aligning {count_of(total, 'face~')} of {listing.source} into the cache {folder}")
     try:
         # The pool already has a thread per CPU, with which OpenCV's own threads would compete.
         with open_regular(folder / "faces.u8", "r+b") as file, open_regular(folder / "journal.jsonl", "a") as journal, \
@@ -340,8 +341,8 @@ def _failure_message(listing, failed):
         return (f"{listing.source} has photos that are not aligned faces ({examples}); run "
                 f"`python mtcnn/casia_landmark.py --casia {listing.source}` first.")
     suspects = "folder" if listing.points is None else "folder and the landmark list"
-    return (f"more than {MAX_FAILED:.0%} of the {total:,} {'image' if total == 1 else 'images'} of {listing.source} "
-            f"can't be used ({examples}); check the {suspects}.")
+    return (f"more than {MAX_FAILED:.0%} of the {count_of(total, 'image~')} of {listing.source} can't "
+            f"be used ({examples}); check the {suspects}.")
 
 
 def _position_message(listing, problem):

@@ -29,13 +29,15 @@ class TrainingList(NamedTuple):
     paths: the N names of the images in `source`.
     labels: int64 (N,), 0..C-1.
     points: float32 (N, 5, 2), landmarks; None if the faces are already aligned.
-    notes: sentences about what was left out or changed.
+    notes: sentences about what was left out, and where it was found.
+    gaps: how the labels were renumbered, as the end of a phrase about the people; "" if they were not.
     """
     source: Folder | Zip | Records
     paths: list
     labels: np.ndarray
     points: np.ndarray | None
     notes: tuple = ()
+    gaps: str = ""
 
     def face(self, row):
         """Return the arguments of faces.align.load_face() for a row: the image, and its landmarks or None."""
@@ -76,8 +78,8 @@ def read_casia(root, landmarks=None, labels=None):
         listed = set(map(normal_form, paths))
         unlisted = sum(normal_form(path) not in listed for path in source.names())
         notes = _left_out_notes(source, unlisted, "photo~ not in the list")
-    labels, more_notes = _renumber(labels, labels_from)
-    return TrainingList(source, paths, labels, points, (*notes, *more_notes))
+    labels, gaps = _renumber(labels, labels_from)
+    return TrainingList(source, paths, labels, points, notes, gaps)
 
 
 def person(path):
@@ -171,8 +173,8 @@ def _layout_notes(source, people):
     if len(parents) == 1 and "" not in parents:
         notes += (f"the person folders are in {source}/{printable(parents.pop())}",)
     if len(names) < len(people):
-        notes += (f"{len(people):,} person folders have only {len(names):,} different names; folders of the same name "
-                  "in different folders count as different people",)
+        notes += (f"{len(people):,} person folders have only {count_of(len(names), 'different name~')}; folders "
+                  "of the same name in different folders count as different people",)
     return notes
 
 
@@ -195,11 +197,10 @@ def without_lfw_overlap(listing):
 
 
 def _renumber(labels, path):
-    """Return labels 0..C-1 in the same order, int64 (N,), and a tuple of at most one sentence that says so."""
+    """Return labels 0..C-1 in the same order, int64 (N,), and what TrainingList.gaps says about that."""
     people, renumbered = np.unique(labels, return_inverse=True)
     if len(people) < 2:
         raise InputError(f"{path} lists only one person; training needs at least two.")
     if people[-1] == len(people) - 1:
-        return labels, ()
-    return renumbered.astype(np.int64), (f"the labels {people[0]} to {people[-1]} of {people_count(len(people))} are "
-                                         f"renumbered 0 to {len(people) - 1}",)
+        return labels, ""
+    return renumbered.astype(np.int64), f", whose labels {people[0]} to {people[-1]} are renumbered from 0"

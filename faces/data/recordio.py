@@ -144,8 +144,8 @@ class Records:
                 bar.update(len(labels[chunk]))
         people = len(np.unique(labels))    # a selection of people may have gaps in its labels
         if classes is not None and people > classes:
-            raise InputError(f"{self.path} has {people:,} people, but {self.root / 'property'} gives {classes:,} "
-                             "classes; the files belong to different sets, so copy the set again.")
+            raise InputError(f"{self.path} has {people:,} people, but {self.root / 'property'} gives {classes:,} as "
+                             "the number of classes; the files belong to different sets, so copy the set again.")
         return labels
 
     def _read_chunk_labels(self, keys, offsets):

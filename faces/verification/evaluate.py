@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from faces.device import keep_large_blocks, pick_device
-from faces.files import InputError, command
+from faces.files import InputError, check_writable, command
 from faces.verification import report
 from faces.verification.bootstrap import bootstrap
 from faces.verification.embed import MIRROR, default_batch_size, embed
@@ -244,8 +244,4 @@ def _check_outputs(args):
             raise InputError(f"--save-threshold can't write {threshold_path(path)}; copy the model to a folder of your "
                              "own.")
     if args.output:
-        try:
-            args.output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"can't write to --output {args.output}: {error.strerror}; choose another "
-                             "folder.") from None
+        check_writable(args.output)

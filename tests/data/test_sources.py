@@ -124,7 +124,7 @@ def test_labels_with_gaps_are_renumbered(aligned, tmp_path):
     (tmp_path / "list.txt").write_text("p2/0.png 45\np1/0.png 7\np0/0.png 45\n")
     faces = load(aligned, tmp_path, labels=tmp_path / "list.txt")
     assert faces.labels.tolist() == [1, 0, 1]
-    assert "the labels 7 to 45 of 2 people are renumbered 0 to 1" in str(faces)
+    assert "of 2 people, whose labels 7 to 45 are renumbered from 0" in str(faces)
     assert "3 photos not in the list" in str(faces)
 
 
