@@ -21,13 +21,14 @@ from faces.data.batches import Batches
 from faces.data.cache import load_casia
 from faces.files import RUNS, command
 from faces.training.checkpoint import Checkpoints
+from faces.training.folder import reserved
 from faces.training.log import TrainingLog
 from faces.training.optimizer import SGD, parameter_groups
 from faces.training.recipe import make_recipe, memory_advice, parse_options, settings_of, start_line, training_parser
 from faces.training.run import Run, micro_batches
 from faces.training.sharded_head import make_head
 from faces.verification.probe import LfwEvaluator
-from faces.verification.weights import initial_net
+from faces.verification.weights import initial_net, net_in
 from mtcnn.landmark_lists import find_landmarks
 
 
@@ -38,7 +39,7 @@ def parse_args(argv):
     method.add_argument("--margin", type=float, default=0.35, help="m, at least 0 and below 1; the paper's 0.35")
     method.add_argument("--margin-warmup", type=int, default=0, metavar="STEPS",
                         help="steps over which the margin grows from 0; half of all steps help on a small set")
-    args = parse_options(parser, argv)
+    args = parse_options(parser, argv, net_in)
     if not (args.scale > 0 and 0 <= args.margin < 1 and args.margin_warmup >= 0):
         parser.error("--scale must be greater than 0, --margin at least 0 and below 1, --margin-warmup at least 0")
     return args
@@ -48,12 +49,18 @@ def parse_args(argv):
 def main(argv=None):
     args = parse_args(argv)
     run = Run(args.device, args.precision, args.seed)
+    with reserved(run, args.output, args.resume):    # before the data are read, which may take hours
+        return train(args, run)
+
+
+def train(args, run):
+    """Train until the last step or a signal; return the script's exit status."""
+    net = initial_net(NETS[args.net], args.init)
     lfw = LfwEvaluator(run, args.lfw, args.lfw_landmarks, find_landmarks)
     faces = load_casia(args.casia, args.landmarks, args.cache, args.drop_lfw_overlap, args.list)
     recipe = make_recipe(args, len(faces))
     run.print(f"{faces}\n{recipe}")
 
-    net = initial_net(NETS[args.net], args.init)
     net = run.prepare(net, args.batch_size // args.accumulate, args.compile, args.sync_bn)
     method = partial(CosFace, s=args.scale, m=args.margin)
     head = make_head(method, faces.classes, run, args.shard_head, args.sample_centers, args.seed)
@@ -83,7 +90,8 @@ def main(argv=None):
 
             last = run.should_stop() or step == recipe.steps
             if recipe.ends_epoch(step):
-                log.end_epoch(**lfw.evaluate(net))
+                figures, checkpoints.threshold = lfw.evaluate(net, step, checkpoints.threshold)
+                log.end_epoch(**figures)
             if last or recipe.ends_epoch(step) or checkpoints.is_due(step):
                 log.flush()                                                   # stops if the loss is not finite
                 checkpoints.save(step, last, log.epoch_sums)

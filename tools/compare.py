@@ -3,9 +3,9 @@
     python tools/compare.py A.jpg B.jpg --model FILE
 
 The script detects the face in each photo, aligns and embeds both faces, and prints their cosine similarity. The
-threshold and its error rates come from an evaluation of the same model: either `lfw_eval.py --model FILE
---save-threshold` has saved them beside the model, or --scores DIR names the folder that `lfw_eval.py --model FILE
---output DIR` wrote. In Python:
+threshold and its error rates come from an evaluation of the same model: --scores DIR names the folder that
+`lfw_eval.py --model FILE --output DIR` wrote, or `lfw_eval.py --model FILE --save-threshold` has saved them beside the
+model, or the model is a checkpoint of `casia_train.py --lfw DIR`, which stores those of its last evaluation. In Python:
 
     compare(Embedder("checkpoint.pt"), "A.jpg", "B.jpg").similarity
 """
@@ -23,7 +23,7 @@ import numpy as np
 
 from cosFace.net import NETS
 from faces.figures import comparison_picture
-from faces.files import InputError, command, printable, read_bytes, read_json, script_parser
+from faces.files import InputError, check_writable, command, printable, read_bytes, read_json, script_parser
 from faces.verification.metrics import similarities
 from faces.verification.threshold import choose_threshold, load_threshold
 from faces.verification.weights import MODEL_HELP, announce
@@ -146,13 +146,13 @@ def _check_settings(results):
     return model or None, fingerprint
 
 
-def pick_threshold(args, scores, fingerprint):
+def pick_threshold(args, scores, loaded):
     """Return the threshold to use, and the Threshold that has its error counts; None for what is unknown.
 
     Args:
         args: the command line's options.
         scores: Scores, or None.
-        fingerprint: of the model's network.
+        loaded: dict that describes the model; see faces.verification.weights.load_weights().
 
     Raises:
         InputError: --threshold is out of range, or the scores or the saved threshold are those of another model.
@@ -160,7 +160,7 @@ def pick_threshold(args, scores, fingerprint):
     if args.threshold is not None and not -1 <= args.threshold <= 1:
         raise InputError(f"--threshold {args.threshold:g} is not a cosine similarity; choose a value from -1 to 1.")
     if scores is not None:
-        if scores.fingerprint not in (None, fingerprint):
+        if scores.fingerprint not in (None, loaded["fingerprint"]):
             raise InputError(f"{args.scores} has the scores of another model ({scores.model}) than {args.model}; run "
                              f"`lfw_eval.py --model {args.model} --output DIR` and pass that DIR.")
         source = f"{args.scores} ({scores.model})" if scores.model else str(args.scores)
@@ -168,7 +168,7 @@ def pick_threshold(args, scores, fingerprint):
             source += ", which does not say whether it is of this model"
         errors = choose_threshold(scores.similarity, scores.same, source, args.threshold)
     else:
-        errors = load_threshold(args.model, fingerprint) if args.threshold is None else None
+        errors = load_threshold(args.model, loaded) if args.threshold is None else None
     return errors.value if args.threshold is None and errors else args.threshold, errors
 
 
@@ -210,11 +210,13 @@ def report(args, result, threshold, errors, scores):
 @command
 def main(argv=None):
     args = _parser().parse_args(argv)
+    if args.output:
+        check_writable(args.output)
     scores = read_scores(args.scores) if args.scores else None
     embedder = Embedder(args.model, args.device, args.select, net=args.net, channels=args.channels,
                         detector=make_detector(args))
     announce(args.model, embedder.loaded)
-    threshold, errors = pick_threshold(args, scores, embedder.loaded["fingerprint"])
+    threshold, errors = pick_threshold(args, scores, embedder.loaded)
     result = compare(embedder, *args.photos)
     print(report(args, result, threshold, errors, scores))
     if args.output:
@@ -234,7 +236,8 @@ def _parser():
                         help="folder that lfw_eval.py --output wrote for this model, or its scores.tsv; provides the "
                              "threshold and its error rates, which hold for photos like those of the evaluated set "
                              "and are slightly optimistic, because the threshold is chosen on the same scores "
-                             "(default: the threshold that lfw_eval.py --save-threshold saved beside the model)")
+                             "(default: the threshold that lfw_eval.py --save-threshold saved beside the model, or "
+                             "else the one that casia_train.py --lfw stored in the checkpoint)")
     parser.add_argument("--threshold", type=float, metavar="T",
                         help="accept the pair if its similarity is greater than T, -1 to 1; raise it for fewer false "
                              "accepts (default: the threshold with the highest accuracy in the evaluation)")

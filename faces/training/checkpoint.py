@@ -14,7 +14,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from faces.files import InputError, atomic_write
+from faces.files import InputError, atomic_write, printable
+from faces.images import count_of
+from faces.training.content import CONTENT, OPTIONAL
+from faces.training.folder import check_resume
 from faces.training.optimizer import copy_to_cpu
 from faces.training.run import unwrap
 
@@ -52,13 +55,15 @@ class Checkpoints:
 
     Attributes:
         epoch_sums: after restore(), what was passed to save().
+        threshold: dict of the last evaluation during training, see faces.training.content.THRESHOLD; None if there was
+            none. Only the main process has it. save() saves it, and restore() restores it.
     """
 
     def __init__(self, run, output, net, head, optimizer, faces, settings, keep_last=1):
         self.run, self.path = run, Path(output) / "checkpoint.pt"
         self.net, self.head, self.optimizer = net, head, optimizer
         self.faces, self.settings, self.keep_last = faces, {**settings, "precision": run.precision}, keep_last
-        self.saved_step, self.saved_at, self.epoch_sums = None, 0.0, {}
+        self.saved_step, self.saved_at, self.epoch_sums, self.threshold = None, 0.0, {}, None
         self.writer, self.writing = ThreadPoolExecutor(1, "checkpoint"), None
 
     def restore(self, resume, steps=None):
@@ -79,8 +84,8 @@ class Checkpoints:
             nonlocal state
             state = self._read(resume)
             if state is not None and steps is not None and state["step"] > steps:
-                raise InputError(f"{self.path} is at step {state['step']:,}, beyond the {steps:,} steps of this "
-                                 "schedule; pass more --epochs.")
+                raise InputError(f"{self.path} is at step {state['step']:,}, beyond the "
+                                 f"{count_of(steps, 'step~')} of this schedule; pass more --epochs.")
             if state is None:
                 return None
             head, optimizer = self.head.shared(state["head"], state["optimizer"], self.optimizer)
@@ -97,7 +102,7 @@ class Checkpoints:
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):  # names or shapes of another network
             raise InputError(f"{self.path} does not fit this network and set, although its settings do; it is damaged: "
                              "restore it from a copy, or start a new run.") from None
-        self.saved_step, self.epoch_sums = state["step"], state.get("epoch", {})
+        self.saved_step, self.epoch_sums, self.threshold = state["step"], state["epoch"], state["threshold"]
         self.run.print(f"resumed {self.path} at step {self.saved_step:,}")
         return self.saved_step
 
@@ -112,11 +117,7 @@ class Checkpoints:
                              "checkpoint).")
 
     def _read(self, resume):
-        if resume == "never" and self.path.exists():
-            raise InputError(f"{self.path} already holds a run; continue it with --resume or choose another --output.")
-        if resume == "always" and not self.path.exists():
-            raise InputError(f"there is no {self.path} to resume; check --output, or leave out --resume to start a "
-                             "run (--resume auto does either).")
+        check_resume(self.path, resume)    # again, because another run may have ended before the folder was locked
         if resume == "never" or not self.path.exists():
             return None
         state = load(self.path)
@@ -149,7 +150,7 @@ class Checkpoints:
             return
         self.writing = self.writer.submit(self._write, step, last, {
             "method": type(self.head.module).__name__, "net": self.settings["net"], "step": step,
-            "epoch": dict(epoch_sums or {}),
+            "epoch": dict(epoch_sums or {}), "threshold": self.threshold,
             "weights": {name: copy_to_cpu(tensor) for name, tensor in unwrap(self.net).state_dict().items()},
             "head": head, "optimizer": optimizer, "scaler": self.run.scaler.state_dict(),
             "classes": self.faces.classes, "faces": self.faces.fingerprint, "settings": self.settings,
@@ -214,11 +215,13 @@ class Checkpoints:
         changed = [name for name in other if name in SCHEDULE]
         other = [name for name in other if name not in SCHEDULE]
         if other:
-            before = ", ".join(f"--{name.replace('_', '-')} {settings[name]}" if settings.get(name) is not None else
+            before = ", ".join(f"--{name.replace('_', '-')} {printable(str(settings[name]))}"
+                               if settings.get(name) is not None else
                                f"no --{name.replace('_', '-')}" for name in other)
             raise InputError(f"{self.path} was trained with {before}; resume with the same settings.")
         for name in changed:
-            print(f"--{name} is {self.settings[name]} from step {state['step']:,} on; it was {settings.get(name)}")
+            print(f"--{name} is {self.settings[name]} from step {state['step']:,} on; it was "
+                  f"{printable(str(settings.get(name)))}")
 
 
 def settings_in(state):
@@ -256,54 +259,12 @@ def load(path):
                          "move this one away.") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise InputError(f"{path} is not a training checkpoint of this project; pass the checkpoint.pt of a run.")
-    state = {"epoch": {}, **state}    # which earlier versions did not save
+    state = {**OPTIONAL, **state}
     wrong = next((name for name, is_right in CONTENT.items() if name not in state or not is_right(state[name])), None)
     if wrong:
         raise InputError(f"{path} is damaged (its entry {wrong!r} is missing or not what casia_train.py writes); "
                          "restore it from a copy, or start a new run.")
     return state
-
-
-def _is_text(value):
-    return isinstance(value, str) and value.isprintable()
-
-
-def _is_count(value):
-    return type(value) is int and 0 <= value < 2**63
-
-
-def _is_tensor(value):
-    """Return whether a value is an ordinary tensor on the CPU, no larger than the memory that it refers to."""
-    return (isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_nested
-            and not value.is_quantized and value.device.type == "cpu"
-            and value.numel() * value.element_size() <= value.untyped_storage().nbytes())
-
-
-def _are_tensors(value):
-    return isinstance(value, dict) and all(_is_text(name) and _is_tensor(tensor) for name, tensor in value.items())
-
-
-def _is_head(value):
-    return _are_tensors(value) and value.keys() == {"weight"} and value["weight"].ndim == 2
-
-
-def _is_optimizer(value):
-    return (isinstance(value, dict) and isinstance(value.get("param_groups"), list)
-            and isinstance(value.get("state"), dict)
-            and all(_is_count(index) and isinstance(entry, dict) and _is_tensor(entry.get("momentum_buffer"))
-                    for index, entry in value["state"].items()))
-
-
-def _are_settings(value):
-    return isinstance(value, dict) and "precision" in value and all(
-        _is_text(name) and (_is_text(setting) or isinstance(setting, (int, float, type(None))))
-        for name, setting in value.items())
-
-
-# What a checkpoint holds. Files may come from strangers, so all of it is checked before any of it is used.
-CONTENT = {"method": _is_text, "net": _is_text, "step": _is_count, "weights": _are_tensors, "head": _is_head,
-           "optimizer": _is_optimizer, "classes": _is_count, "faces": _is_text, "settings": _are_settings,
-           "epoch": lambda value: isinstance(value, dict) and all(type(sum_) is float for sum_ in value.values())}
 
 
 def load_tensors(path):

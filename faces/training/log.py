@@ -13,7 +13,8 @@ import torch
 from torch import distributed
 from tqdm import tqdm
 
-from faces.files import MAX_JSON, ROOT, InputError, atomic_write, locked, open_regular, read_bytes, write_json
+from faces.files import MAX_JSON, ROOT, InputError, atomic_write, open_regular, read_bytes, write_json
+from faces.images import count_of
 from faces.training.margin import ALL, where
 
 HISTOGRAMS, BINS = ("genuine", "impostor"), 100
@@ -25,7 +26,7 @@ class TrainingLog:
 
     Args:
         run: faces.training.run.Run.
-        output: folder of the run, a Path.
+        output: folder of the run, a Path; see faces.training.folder.
         recipe: faces.training.recipe.Recipe.
         start: step that training starts from.
         settings: dict of the command line's options, for settings.json.
@@ -33,16 +34,11 @@ class TrainingLog:
 
     Attributes:
         epoch_sums: dict of float: loss and training accuracy, added up over the steps of the epoch so far, and steps.
-
-    Raises:
-        InputError: another process is training into the folder.
     """
 
     def __init__(self, run, output, recipe, start, settings, epoch_sums=None):
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only training needs it
         self.run, self.output, self.recipe, self.step = run, output, recipe, start
-        self.lock = contextlib.ExitStack()
-        run.on_main(self._reserve_folder)
         if run.is_main_process:
             self._forget_after(start)
             write_json(output / "settings.json", _describe(run, recipe, start, settings))
@@ -117,13 +113,6 @@ class TrainingLog:
         self.bar.close()  # first, so that an error message is the last line
         if self.board:
             self.board.close()
-        self.lock.close()
-
-    def _reserve_folder(self):
-        self.lock.enter_context(locked(self.output / ".lock", f"training into {self.output}", wait=False))
-        for name in ("checkpoint*.pt", "settings.json", "epochs.jsonl", "training.png"):
-            for path in self.output.glob(f".{name}.*.partial"):    # left by a run that was killed while it wrote
-                path.unlink(missing_ok=True)
 
     def _try_to_write(self, write, *args):
         """Call a function that writes a part of the log; a full disk, for example, must not end the training."""
@@ -148,7 +137,7 @@ class TrainingLog:
         if path.exists():
             lines, damaged = _read_epochs(path)
             if damaged:
-                self.run.print(f"{damaged} damaged line(s) of {path} are left out")
+                self.run.print(f"left out: {count_of(damaged, 'damaged line~')} of {path}")
             with atomic_write(path, "w", encoding="utf-8") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines if line["step"] <= start)
 

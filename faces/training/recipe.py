@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from faces.data.batches import THREADS
 from faces.files import CACHE, InputError
+from faces.images import count_of
 from faces.training.checkpoint import MAY_DIFFER, load, settings_in
 
 # The authors' recipe (SphereFace's Caffe release; CosFace, section 4.1): 28k iterations of 512 images, with a learning
@@ -44,18 +45,19 @@ def _add_data_options(group):
                        help="leave out the 19 people that CASIA-WebFace shares with LFW, by their folder names")
     group.add_argument("--cache", type=Path, default=CACHE, metavar="DIR",
                        help="folder for aligned faces, 32 KB each (default: cache/ of this clone)")
-    group.add_argument("--lfw", type=Path, metavar="DIR", help="LFW, to evaluate after each epoch, for logging only")
+    group.add_argument("--lfw", type=Path, metavar="DIR",
+                       help="LFW, to evaluate after each epoch; does not affect the training")
     group.add_argument("--lfw-landmarks", type=Path, metavar="FILE",
                        help="landmark list of LFW (default: the list that mtcnn/lfw_landmark.py wrote for it)")
 
 
 def _add_recipe_options(group):
     group.add_argument("--net", choices=("faceNet", "sphere20a"), default="faceNet",
-                       help="faceNet has batch normalization; sphere20a is the paper's network without it")
+                       help="faceNet has batch normalization; sphere20a is the paper's network without it (default: "
+                            "the network in --init, or faceNet)")
     group.add_argument("--init", type=Path, metavar="FILE",
                        help="start from the network in this file, with new class centers: a checkpoint of a run, on "
-                            "whatever people, or public weights; --net has to name the same network (default: random "
-                            "weights)")
+                            "whatever people, or public weights (default: random weights)")
     group.add_argument("--batch-size", type=int, default=BATCH_SIZE, metavar="N",
                        help="images per step over all devices, at least 2; on a CPU, 64 to 128 learns more per hour")
     group.add_argument("--accumulate", "--grad-accum-steps", type=int, default=1, metavar="K",
@@ -153,23 +155,29 @@ class Recipe(NamedTuple):
         return step % self.steps_per_epoch == 0 or step == self.steps
 
     def __str__(self):
-        return (f"{self.steps:,} steps of {self.batch_size} images: {self.steps / self.steps_per_epoch:.2f} epochs of "
-                f"{self.steps_per_epoch:,} steps, learning rate {self.base_lr:g} ({self.schedule})")
+        return (f"{count_of(self.steps, 'step~')} of {self.batch_size} images: "
+                f"{self.steps / self.steps_per_epoch:.2f} epochs of {count_of(self.steps_per_epoch, 'step~')}, "
+                f"learning rate {self.base_lr:g} ({self.schedule})")
 
 
-def parse_options(parser, argv):
-    """Parse and check a command line; with --resume, take the options that it lacks from the checkpoint in --output.
+def parse_options(parser, argv, net_in):
+    """Parse and check a command line.
 
-    Options that do not change what is computed, such as --device, are not taken.
+    With --resume, the options that it lacks are those of the checkpoint in --output, except for options that do not
+    change what is computed, such as --device. With --init, a missing --net is the network in that file.
+
+    Args:
+        parser: what training_parser() returned, perhaps with further options.
+        argv: command line arguments; None takes sys.argv.
+        net_in: function from the path of a file of weights to the name of its network.
 
     Raises:
-        InputError: the checkpoint can't be read; see check_options() for more.
+        InputError: the checkpoint or the file of --init can't be read; see check_options() for more.
     """
     args = parser.parse_args(argv)
-    path = args.output / "checkpoint.pt"
+    path, unset = args.output / "checkpoint.pt", object()
+    given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
     if args.resume != "never" and path.is_file():
-        unset = object()
-        given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
         actions = {action.dest: action for action in parser._actions}
         for name, value in settings_in(load(path)).items():
             if getattr(given, name, None) is unset and name not in MAY_DIFFER:
@@ -177,6 +185,8 @@ def parse_options(parser, argv):
                     raise InputError(f"{path} is damaged (its setting {name} is {value!r}); restore it from a copy, or "
                                      "start a new run.")
                 setattr(args, name, Path(value) if actions[name].type is Path and value is not None else value)
+    elif args.init is not None and given.net is unset:
+        args.net = net_in(args.init)
     check_options(args)
     return args
 
@@ -209,8 +219,9 @@ def check_options(args):
     if args.batch_size % processes:
         raise InputError(f"--batch-size {args.batch_size} is not divisible by {processes} processes.")
     if args.accumulate < 1 or args.batch_size % (processes * args.accumulate):
-        raise InputError(f"--batch-size {args.batch_size} can't be split into {args.accumulate} micro-batches for "
-                         f"each of {processes} process(es); change --accumulate.")
+        each = f" for each of {processes} processes" if processes > 1 else ""
+        raise InputError(f"--batch-size {args.batch_size} can't be split into {args.accumulate} micro-batches"
+                         f"{each}; change --accumulate.")
     if args.net == "faceNet" and args.batch_size < 2 * processes * args.accumulate:
         raise InputError(f"--batch-size {args.batch_size} leaves 1 face at a time, but batch normalization needs at "
                          "least 2; choose a larger batch, or --net sphere20a.")
@@ -234,8 +245,8 @@ def make_recipe(args, images):
         InputError: a batch larger than the set, or less than one step.
     """
     if args.batch_size > images:
-        raise InputError(f"--batch-size {args.batch_size} is larger than the set of {images} faces; choose a smaller "
-                         "one.")
+        raise InputError(f"--batch-size {args.batch_size} is larger than the set of {count_of(images, 'face~')}; "
+                         "choose a smaller one.")
     base_lr = args.lr if args.lr is not None else LEARNING_RATE * args.batch_size / BATCH_SIZE
     steps_per_epoch = images // args.batch_size
     steps = round(args.epochs * steps_per_epoch) if args.epochs is not None else round(IMAGES / args.batch_size)
@@ -248,13 +259,13 @@ def memory_advice(args):
     """Return what to change if a step does not fit in the memory of a device, as part of a sentence."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
     faces = args.batch_size // (processes * args.accumulate)
-    advice = f"a step of --batch-size {args.batch_size} processes {faces} faces at a time on each device"
+    advice = f"a step of --batch-size {args.batch_size} processes {count_of(faces, 'face~')} at a time on each device"
     split = next((k for k in range(args.accumulate + 1, args.batch_size + 1)
                   if args.batch_size % (processes * k) == 0), None)
     if args.sample_centers is not None or split is None:
         return f"{advice}; choose a smaller --batch-size, or more devices"
     fewer = args.batch_size // (processes * split)
-    effect = "" if args.net == "sphere20a" else f" (batch normalization then sees {fewer} faces, too)"
+    effect = "" if args.net == "sphere20a" else f" (batch normalization then sees {count_of(fewer, 'face~')}, too)"
     return (f"{advice}; pass --accumulate {split} for {fewer} at a time{effect}, or choose a smaller --batch-size or "
             "more devices")
 

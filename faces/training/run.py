@@ -15,6 +15,7 @@ from faces.align import HEIGHT, WIDTH
 from faces.cpu.training import for_training
 from faces.device import autocast, can_autocast, fast_dtype, keep_large_blocks, memory_format, pick_device
 from faces.files import InputError, TemporaryError
+from faces.images import count_of
 from faces.signals import leave_lost_terminal, stop_signals
 
 PRECISION = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -68,8 +69,8 @@ class Run:
         if name == "cpu" or not gpus:
             return "cpu" if name == "auto" else name
         if local >= gpus:
-            raise InputError(f"torchrun started process {local + 1} on this machine, which has {gpus} GPU(s); lower "
-                             "--nproc-per-node.")
+            raise InputError(f"torchrun started process {local + 1} on this machine, which has "
+                             f"{count_of(gpus, 'GPU~')}; lower --nproc-per-node.")
         return f"cuda:{local}"
 
     def _join_processes(self):
@@ -261,9 +262,9 @@ class Run:
             self.meet()  # a process that ended earlier would break the connections of the others
             distributed.destroy_process_group()
         if step >= steps:
-            self.print(f"training is complete after {step:,} step(s); the model is {path}")
+            self.print(f"training is complete after {count_of(step, 'step~')}; the model is {path}")
             return 0
-        self.print(f"stopped after {step:,} of {steps:,} steps; continue with --resume")
+        self.print(f"stopped after {step:,} of {count_of(steps, 'step~')}; continue with --resume")
         return 128 + self.stop_signal
 
 

@@ -1,6 +1,8 @@
-"""A model's own threshold: a small file beside the model, which lfw_eval.py writes and tools/compare.py reads.
+"""A model's own threshold, which tools/compare.py reads.
 
-The file is named MODEL.threshold.json. It holds the fingerprint of the network, so that it is never used for another.
+lfw_eval.py writes it into a small file beside the model, MODEL.threshold.json. It holds the fingerprint of the network,
+so that it is never used for another. Without that file, a checkpoint has the threshold of the last evaluation during
+its training, if it was trained with --lfw.
 """
 import math
 from pathlib import Path
@@ -58,8 +60,12 @@ def save_threshold(model, fingerprint, threshold):
     write_json(threshold_path(model), {"format": FORMAT, "fingerprint": fingerprint, **threshold._asdict()})
 
 
-def load_threshold(model, fingerprint):
-    """Return the Threshold that was saved beside a model, or None if there is none.
+def load_threshold(model, loaded):
+    """Return the Threshold that was saved beside a model, or else the one in its checkpoint, or else None.
+
+    Args:
+        model: path of the model.
+        loaded: dict that faces.verification.weights.load_net() returned for it.
 
     Raises:
         InputError: the file can't be read, is malformed, or belongs to other weights.
@@ -68,7 +74,7 @@ def load_threshold(model, fingerprint):
     try:
         content = read_json(path, AGAIN)
         if content is None:
-            return None
+            return _threshold_in(loaded)
         threshold = Threshold(*(kind(content[name]) for name, kind in
                                 zip(Threshold._fields, (float, int, int, int, int, printable))))
         valid = (content["format"] == FORMAT and math.isfinite(threshold.value)
@@ -77,6 +83,17 @@ def load_threshold(model, fingerprint):
         valid = False
     if not valid:
         raise InputError(f"{path} is not a threshold that lfw_eval.py saved; {AGAIN}.")
-    if content.get("fingerprint") != fingerprint:
+    if content.get("fingerprint") != loaded["fingerprint"]:
         raise InputError(f"{path} belongs to other weights than those that {model} has now; {AGAIN}.")
     return threshold
+
+
+def _threshold_in(loaded):
+    """Return the Threshold that training stored in a checkpoint, whose source says at which step, or None."""
+    if loaded["threshold"] is None:
+        return None
+    threshold = Threshold(*(loaded["threshold"][name] for name in Threshold._fields))
+    step = loaded["threshold"]["step"]
+    later = "" if loaded["step"] == step else f" (the weights are those of step {loaded['step']:,})"
+    source = f"{printable(threshold.source)}, evaluated during training at step {step:,}{later}"
+    return threshold._replace(source=source)

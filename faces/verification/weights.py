@@ -17,6 +17,7 @@ from torch import nn
 
 from faces.files import InputError, printable
 from faces.training.checkpoint import FORMAT, MAX_BYTES, load_tensors
+from faces.training.content import CONTENT
 from faces.verification.layouts import LAYOUTS, Found, find_weights
 
 CHANNELS = ("rgb", "bgr")
@@ -82,7 +83,8 @@ def load_weights(net, path, channels=None):
     Returns:
         dict that describes the file, with the keys "format", "method" (None if the file does not name it), "net",
         "layout", "channels", "source" (where in the file the weights are), "ignored" (names that were left out),
-        "others" (further weights in the file) and "fingerprint" (of the loaded network).
+        "others" (further weights in the file), "fingerprint" (of the loaded network), and, None for files of other
+        origin, "step" and "threshold" (see faces.training.content.THRESHOLD).
 
     Raises:
         InputError: the file can't be read safely, is not a checkpoint, or contains weights that do not fit `net`.
@@ -96,6 +98,11 @@ def initial_net(make, path=None):
     if path is not None:
         announce(path, load_weights(net, path))
     return net
+
+
+def net_in(path):
+    """Return the name of the network whose weights a file holds; see load_weights()."""
+    return architecture(_read(path).found.tensors)
 
 
 def announce(path, loaded):
@@ -179,12 +186,14 @@ def _is_torchscript(path):
 
 
 class _File(NamedTuple):
-    """A file of weights: its path, its format, its method and channel order as far as it states them, and Found."""
+    """A file of weights: path, format, Found, and as far as it states them, method, channel order, step, threshold."""
     path: Path
     format: str
+    found: Found
     method: str | None
     channels: str | None
-    found: Found
+    step: int | None
+    threshold: dict | None
 
 
 def _read(path):
@@ -196,8 +205,8 @@ def _read(path):
             content = load_tensors(path)
         format, stated = "state dict", {}
         if isinstance(content, dict) and content.get("format") == FORMAT:
-            format, stated = FORMAT, {"method": content.get("method"), "colour_order": "RGB"}
-            content = {"weights": content.get("weights")}
+            format, content = FORMAT, _check_progress(path, content)
+            stated, content = {**content, "colour_order": "RGB"}, {"weights": content.get("weights")}
     found = find_weights(content)
     if found is None:
         raise InputError(f"{path} {_what_is_wrong(content)}; {PAGE}.")
@@ -208,8 +217,18 @@ def _read(path):
     if channels is not None and channels.lower() not in CHANNELS:
         raise InputError(f"the header of {path} states the channel order {channels!r}, which is neither RGB nor BGR; "
                          "export it again.")
-    return _File(path, format, _printable(method) if isinstance(method, str) and method != "unknown" else None,
-                 channels and channels.lower(), found)
+    method = _printable(method) if isinstance(method, str) and method != "unknown" else None
+    return _File(path, format, found, method, channels and channels.lower(), stated.get("step"),
+                 stated.get("threshold"))
+
+
+def _check_progress(path, content):
+    """Return the content of a checkpoint if its step and its threshold, which it may lack, are valid."""
+    for name in ("step", "threshold"):
+        if content.get(name) is not None and not CONTENT[name](content[name]):
+            raise InputError(f"{path} is damaged (its entry {name!r} is not what casia_train.py writes); restore it "
+                             "from a copy.")
+    return content
 
 
 def _what_is_wrong(content):
@@ -249,7 +268,7 @@ def _load(net, file, channels):
     _set(file, net, channels)
     return {"format": file.format, "method": file.method, "net": architecture(found.tensors),
             "layout": found.layout.title, "channels": channels, "source": found.source, "ignored": found.ignored,
-            "others": found.others, "fingerprint": fingerprint(net)}
+            "others": found.others, "fingerprint": fingerprint(net), "step": file.step, "threshold": file.threshold}
 
 
 def _check_same_net(file, net_name):

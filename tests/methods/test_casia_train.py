@@ -16,6 +16,7 @@ from faces.files import locked
 from faces.landmarks import write_landmarks
 from faces.verification.evaluate import evaluate
 from faces.verification.lfw import load_lfw
+from faces.verification.threshold import choose_threshold, load_threshold
 from faces.verification.weights import load_weights
 from sphereFace.net import SphereFace
 
@@ -103,13 +104,13 @@ def test_a_resumed_run_takes_its_options_from_the_checkpoint_and_may_train_longe
     assert main("cosFace", *longer, "--epochs", "0.5")[0] == 0
     common = [*args[:4], "--output", tmp_path / "longer", "--device", "cpu", "--resume"]
     status, output = main("cosFace", *common)
-    assert status == 0 and "12 steps" not in output.out and "after 3 step(s)" in output.out
+    assert status == 0 and "12 steps" not in output.out and "after 3 steps;" in output.out
     status, output = main("cosFace", *common, "--epochs", "0.67", "--schedule", "cosine")
-    assert status == 0 and "after 4 step(s)" in output.out
+    assert status == 0 and "after 4 steps;" in output.out
     assert "--epochs is 0.67 from step 3 on; it was 0.5" in output.out
     assert "--schedule is cosine from step 3 on; it was step" in output.out
     assert "was trained with --jitter 1" in error_of(main, *common, "--jitter", "2")
-    assert "is at step 4, beyond the 1 steps of this schedule" in error_of(main, *common, "--epochs", "0.17")
+    assert "is at step 4, beyond the 1 step of this schedule" in error_of(main, *common, "--epochs", "0.17")
     saved = torch.load(tmp_path / "longer/checkpoint.pt", weights_only=True)["settings"]
     assert (saved["jitter"], saved["epochs"], saved["batch_size"]) == (1, 0.67, 8)
 
@@ -119,23 +120,32 @@ def test_init_starts_from_the_network_of_a_run_or_of_public_weights(main, casia,
     public = {f"module.{name}": tensor for name, tensor in sphere20a().state_dict().items()}
     public["module.conv1_2.bias"] = torch.full((64,), 0.5)     # as public checkpoints have it
     torch.save(public, tmp_path / "public.pth")
-    args = ["--net", "sphere20a", "--epochs", "0.17", "--lr", "1e-12", "--init"]
+    args = ["--epochs", "0.17", "--lr", "1e-12", "--init"]    # without --net, which the files say
     status, output = main("cosFace", *options(casia, tmp_path), *args, tmp_path / "public.pth")
-    assert status == 0 and "BGR" in output.err
+    assert status == 0 and "BGR" in output.err and "(sphere20a, " in output.out and "after 1 step;" in output.out
     trained = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["weights"]
     torch.testing.assert_close(trained["conv1_1.weight"], public["module.conv1_1.weight"].flip(1))
     torch.testing.assert_close(trained["conv1_2.bias"], public["module.conv1_2.bias"])
     assert main("sphereFace", *options(casia, tmp_path, "second"), *args, tmp_path / "run/checkpoint.pt")[0] == 0
     second = torch.load(tmp_path / "second/checkpoint.pt", weights_only=True)["weights"]
     torch.testing.assert_close(second["fc5.weight"], trained["fc5.weight"])
-    assert "contains the weights of sphere20a" in error_of(main, *options(casia, tmp_path, "third"), "--init",
-                                                           tmp_path / "public.pth")
+    third = [*options(tmp_path / "absent", tmp_path, "third"), "--init", tmp_path / "public.pth", "--net"]
+    assert "contains the weights of sphere20a" in error_of(main, *third, "faceNet")
+    args = [*options(tmp_path / "absent", tmp_path, "third"), "--init", tmp_path / "absent.pth"]
+    assert "can't read" in error_of(main, *args)
 
 
-def test_a_second_training_into_the_same_folder_is_refused(main, casia, tmp_path):
+def test_the_output_folder_is_checked_before_the_set_is_read(main, tmp_path):
+    common = options(tmp_path / "absent", tmp_path)
     with locked(tmp_path / "run/.lock", "training"):
-        assert "another process is training into" in error_of(main, *options(casia, tmp_path))
+        assert "another process is training into" in error_of(main, *common)
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+    (tmp_path / "file").write_text("")
+    assert "choose another --output" in error_of(main, *common, "--output", tmp_path / "file/run")
+    (tmp_path / "run/checkpoint.pt").write_text("")
+    assert "already holds a run" in error_of(main, *common)
+    assert "checkpoint.pt to resume" in error_of(main, *common, "--output", tmp_path / "other", "--resume")
+    assert not (tmp_path / "other").exists()
 
 
 class Malicious:
@@ -186,13 +196,22 @@ def test_lfw_accuracy_after_an_epoch_equals_lfw_eval(main, casia, tmp_path):
             rows.append((name, points))
     write_landmarks(tmp_path / "list.txt", rows)
     (tmp_path / "lfw/pairs.txt").write_text("2\t1\nA\t1\t2\nA\t1\tB\t1\nC\t1\t2\nC\t1\tD\t1\n")
-    status, _ = main("cosFace", *options(casia, tmp_path), "--epochs", "0.4", "--lfw", tmp_path / "lfw",
-                     "--lfw-landmarks", tmp_path / "list.txt")
+    args = [*options(casia, tmp_path), "--lfw-landmarks", tmp_path / "list.txt"]
+    status, _ = main("cosFace", *args, "--epochs", "0.4", "--lfw", tmp_path / "lfw")
     line, = (json.loads(line) for line in (tmp_path / "run/epochs.jsonl").read_text().splitlines())
-    net = faceNet()
-    load_weights(net, tmp_path / "run/checkpoint.pt")
+    net, path = faceNet(), tmp_path / "run/checkpoint.pt"
+    loaded = load_weights(net, path)
     lfw = load_lfw(tmp_path / "lfw", landmarks=tmp_path / "list.txt")
-    assert status == 0 and line["lfw"] == round(evaluate(net, lfw, "cpu", progress=False).accuracy, 5)
+    result = evaluate(net, lfw, "cpu", progress=False)
+    assert status == 0 and line["lfw"] == round(result.accuracy, 5)
+
+    source = f"4 pairs of {tmp_path / 'lfw'}, evaluated during training at step 2"
+    best = choose_threshold(result.similarities, lfw.pairs.same, source)
+    stored = load_threshold(path, loaded)
+    assert stored.value == pytest.approx(best.value, abs=1e-5) and stored[1:] == best[1:]
+    assert main("cosFace", *args, "--resume", "--epochs", "0.5")[0] == 0    # without --lfw
+    later = load_threshold(path, load_weights(net, path))
+    assert later == stored._replace(source=f"{source} (the weights are those of step 3)")
 
 
 def test_gradient_accumulation_equals_the_whole_batch(main, casia, tmp_path):

@@ -14,6 +14,7 @@ from cosFace.net import NETS
 from faces.align import similarity_transform
 from faces.files import InputError
 from faces.images import read_image
+from faces.training import checkpoint
 from faces.verification.metrics import best_threshold
 from faces.verification.threshold import choose_threshold
 from faces.verification.weights import load_weights
@@ -140,6 +141,23 @@ def test_scores_and_thresholds_of_other_weights_are_refused(lfw, photos, tmp_pat
     (tmp_path / "b/checkpoint.pt.threshold.json").write_text("[1]")
     assert call(compare, *command, other) == 2
     assert "threshold.json is damaged; delete it" in capsys.readouterr().err
+
+
+def test_the_threshold_of_the_evaluation_during_training_is_used(photos, scores, tmp_path, capsys):
+    torch.manual_seed(0)
+    stored = {"value": 0.31, "accepted": 3, "impostor": 200, "rejected": 4, "genuine": 300,
+              "source": "500 pairs of LFW", "step": 7}
+    state = {"method": "CosFace", "net": "faceNet", "weights": NETS["faceNet"]().state_dict(), "step": 9}
+    checkpoint.save(tmp_path / "checkpoint.pt", {**state, "threshold": stored})
+    command = photos / "face.png", photos / "face.png", "--device", "cpu", "--model", tmp_path / "checkpoint.pt"
+    assert call(compare, *command) == 0
+    out = capsys.readouterr().out
+    assert "same person: 1.0000 > threshold 0.3100\n" in out and "3 of 200 impostor pairs" in out
+    assert "from 500 pairs of LFW, evaluated during training at step 7 (the weights are those of step 9):" in out
+    assert call(compare, *command, "--scores", scores[0]) == 0 and "during training" not in capsys.readouterr().out
+    assert call(compare, *command, "--threshold", "1") == 0 and "during training" not in capsys.readouterr().out
+    checkpoint.save(tmp_path / "checkpoint.pt", {**state, "threshold": {**stored, "impostor": 0}})
+    assert call(compare, *command) == 2 and "is damaged (its entry 'threshold'" in capsys.readouterr().err
 
 
 def test_a_threshold_for_another_way_to_compare_is_not_saved(lfw, model, capsys):

@@ -3,6 +3,7 @@
 They train a tiny network to be fast; tests/methods/test_casia_train.py kills and resumes a run of the real one.
 """
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -123,6 +124,17 @@ def saved(casia, tmp_path_factory):
     return options(casia, folder), torch.load(folder / "run/checkpoint.pt", weights_only=True)
 
 
+THRESHOLD = {"value": 0.3, "accepted": 1, "impostor": 9, "rejected": 0, "genuine": 9, "source": "LFW", "step": 2}
+
+
+def test_a_checkpoint_of_before_thresholds_is_resumed(tiny, main, saved, tmp_path):
+    args, state = saved
+    (tmp_path / "run").mkdir()
+    torch.save({name: value for name, value in state.items() if name != "threshold"}, tmp_path / "run/checkpoint.pt")
+    status, output = main("cosFace", *args, "--output", tmp_path / "run", "--resume", "--epochs", "0.5")
+    assert status == 0 and torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["threshold"] is None
+
+
 def with_optimizer(state, entry):
     return {**state["optimizer"], "state": {**state["optimizer"]["state"], 0: entry}}
 
@@ -138,7 +150,10 @@ def with_optimizer(state, entry):
     ("weights", lambda state: {**state["weights"], "2.bias": torch.zeros(512).to_sparse()}),
     ("weights", lambda state: {**state["weights"], "2.bias": torch.zeros(1).expand(10**12)}),
     ("head", lambda state: {"weight": torch.zeros(6)}), ("head", lambda state: {}), ("classes", lambda state: "6"),
-    ("faces", lambda state: 7)])
+    ("faces", lambda state: 7), ("threshold", lambda state: 0.3),
+    ("threshold", lambda state: {**THRESHOLD, "value": math.nan}),
+    ("threshold", lambda state: {**THRESHOLD, "genuine": 0}),
+    ("threshold", lambda state: {**THRESHOLD, "source": "\x1b[2J"})])
 def test_a_damaged_checkpoint_is_one_sentence(tiny, main, saved, tmp_path, entry, make):
     args, state = saved
     (tmp_path / "run").mkdir()
