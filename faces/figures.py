@@ -1,7 +1,8 @@
 """Draw ROC and CMC curves, similarity histograms, training curves, t-SNE layouts and face comparisons.
 
-Pictures are drawn without pyplot's global state, on white, in the color-blind safe palette of Okabe and Ito. The
-extension of the file determines the format (.png, .svg, .pdf).
+Pictures are drawn without pyplot's global state, on white, in the color-blind safe palette of Okabe and Ito, and line
+styles, markers, hatching or text repeat what colors say. The extension of the file determines the format (.png, .svg,
+.pdf).
 """
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from matplotlib.ticker import EngFormatter
 from faces.files import atomic_write
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+LINES = "-", "--", ":", "-.", (0, (1, 4)), (0, (8, 2)), (0, (6, 1, 1, 1, 1, 1))     # dots and dashes in points
 MARKERS = "osD^vP*X<>"
 DPI = 150
 
@@ -46,6 +48,9 @@ def draw_roc(axes, curves):
     room_for_legend = 0.05 * len(curves)
     axes.set(xscale="log", xlim=(min_far, 1), ylim=_rate_limits(lowest - room_for_legend),
              xlabel="false acceptance rate", ylabel="true acceptance rate")
+    if min_far == 0.1:
+        axes.set_xticks((0.1, 0.2, 0.5, 1), ("0.1", "0.2", "0.5", "1"))    # one decade has only two powers of 10
+    axes.xaxis.set_minor_formatter("")
     axes.legend(loc="lower right", frameon=False)
 
 
@@ -60,10 +65,10 @@ def cmc_picture(path, ranks, curves):
     figure, axes = new_figure((6, 4))
     ranks = min(ranks, *(len(cmc) for cmc in curves.values()))
     for i, (name, cmc) in enumerate(curves.items()):  # ranks are whole numbers, so the rate does not change in between
-        axes.step(range(1, ranks + 1), cmc[:ranks], where="post", label=name, **_line(i))
-    axes.set(xscale="log", xlim=(1, max(2, ranks)), ylim=_rate_limits(min(cmc[0] for cmc in curves.values())),
+        axes.step(range(1, ranks + 2), [*cmc[:ranks], cmc[ranks - 1]], where="post", label=name, **_line(i))
+    axes.set(xscale="log", xlim=(1, ranks + 1), ylim=_rate_limits(min(cmc[0] for cmc in curves.values())),
              xlabel="rank", ylabel="probes identified")
-    axes.set_xticks([rank for rank in (1, 2, 3, 5, 10, 20, 50, 100) if rank <= max(2, ranks)])
+    axes.set_xticks([rank for rank in (1, 2, 3, 5, 10, 20, 50, 100) if rank <= ranks])
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("")
     axes.legend(loc="lower right", frameon=False)
@@ -72,7 +77,7 @@ def cmc_picture(path, ranks, curves):
 
 def _line(i):
     """Return the color and line style of curve i."""
-    return {"color": COLORS[i % len(COLORS)], "linestyle": ("-", "--", ":", "-.")[i % 4]}
+    return {"color": COLORS[i % 7], "linestyle": LINES[i % 7]}
 
 
 def _rate_limits(lowest):
@@ -102,11 +107,12 @@ def draw_histogram(axes, similarities, same, threshold):
         threshold: float; a pair is accepted when its similarity is greater.
     """
     bins = np.histogram_bin_edges(similarities, int(np.clip(len(similarities) ** 0.5, 10, 60)))
-    for mask, name, color in ((~same, "impostor", COLORS[1]), (same, "genuine", COLORS[0])):
+    for mask, name, color, hatch in ((~same, "impostor", COLORS[1], "////"), (same, "genuine", COLORS[0], None)):
         axes.hist(similarities[mask], bins, color=color, alpha=0.3)
-        axes.hist(similarities[mask], bins, color=color, histtype="step", label=f"{name} ({mask.sum()})")
+        axes.hist(similarities[mask], bins, color=color, histtype="step", hatch=hatch, label=f"{name} ({mask.sum():,})")
     axes.axvline(threshold, color=COLORS[-1], linestyle="--", linewidth=1, label=f"threshold {threshold:.3f}")
     axes.set(xlabel="cosine similarity", ylabel="pairs", ylim=(0, 1.35 * axes.get_ylim()[1]))  # room for the legend
+    axes.yaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.legend(loc="upper left", framealpha=1, edgecolor="none")  # opaque, because it may cover the threshold line
 
 
@@ -122,7 +128,7 @@ def training_picture(path, images, loss, lfw):
     figure, axes = new_figure((6, 4))
     axes.plot(images, loss, color=COLORS[0], marker="o", markersize=4)
     axes.set(xlim=(0, None), ylim=(0, None), xlabel="images seen")
-    axes.set_ylabel("loss", color=COLORS[0])
+    axes.set_ylabel("loss (solid line)", color=COLORS[0])
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     measured = np.isfinite(lfw)
     if measured.any():
@@ -130,7 +136,7 @@ def training_picture(path, images, loss, lfw):
         accuracy_axes.spines["top"].set_visible(False)
         accuracy_axes.plot(images[measured], 100 * lfw[measured], color=COLORS[1], marker="s", markersize=4,
                            linestyle="--")
-        accuracy_axes.set_ylabel("LFW accuracy (%)", color=COLORS[1])
+        accuracy_axes.set_ylabel("LFW accuracy in % (dashed line)", color=COLORS[1])
     save(figure, path)
 
 

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from skimage import data
 
 from faces.align import TEMPLATE, align
@@ -76,15 +77,16 @@ def detection(folder=HERE):
     faces = Detector(device="cpu").detect(photo)
     crop = align(photo, faces.landmarks[0])
     figure, (whole, aligned) = _figure((7, 3.4), 2, width_ratios=(1.9, 1))
+    outline = {"path_effects": [withStroke(linewidth=3.5, foreground="black")]}    # orange is hard to see on skin
     whole.imshow(photo)
     for (x1, y1, x2, y2), score in zip(faces.boxes, faces.scores):
-        whole.plot((x1, x2, x2, x1, x1), (y1, y1, y2, y2, y1), color=COLORS[4], linewidth=2)
+        whole.plot((x1, x2, x2, x1, x1), (y1, y1, y2, y2, y1), color=COLORS[4], linewidth=2, **outline)
         whole.annotate(f"{score:.3f}", (x1 + 2, y1 - 6), color="white", fontsize=9,
                        bbox={"facecolor": "black", "alpha": 0.7, "pad": 1.5, "linewidth": 0})
     whole.scatter(*faces.landmarks[0].T, s=22, color=COLORS[5], edgecolor="black", linewidth=0.6)
     whole.set_title("MTCNN: box, score and landmarks", fontsize=10)
     aligned.imshow(crop)
-    aligned.scatter(*TEMPLATE.T, s=60, marker="+", color=COLORS[4], linewidth=1.8)
+    aligned.scatter(*TEMPLATE.T, s=60, marker="+", color=COLORS[4], linewidth=1.8, **outline)
     aligned.set_title("aligned face and template", fontsize=10)
     for axes in (whole, aligned):
         axes.set_axis_off()

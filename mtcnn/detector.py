@@ -263,6 +263,7 @@ def draw(image, faces):
     scale = 0.45 * thickness
     for box, score, points in zip(*faces):
         x1, y1, x2, y2 = np.rint(box).astype(int).tolist()
+        cv2.rectangle(image, (x1, y1), (x2, y2), (0, 0, 0), thickness + 2)
         cv2.rectangle(image, (x1, y1), (x2, y2), ORANGE, thickness)
         text = f"{score:.3f}"
         (width, height), below = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, scale, thickness)

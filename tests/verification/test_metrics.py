@@ -180,3 +180,22 @@ def test_pictures_have_content_on_a_white_background(tmp_path):
     for name in ("roc.png", "histogram.png", "tsne.png"):
         picture = read_image(tmp_path / name)
         assert (picture[0, 0] == 255).all() and picture.std() > 5
+
+
+@pytest.mark.parametrize("count", (8, 30, 100, 600, 6000))
+def test_the_labels_of_a_roc_curve_keep_their_distance_with_few_pairs(count):
+    same = np.arange(count) % 2 == 0
+    figure, axes = figures.new_figure((6, 4.5))
+    figures.draw_roc(axes, {"model": roc(np.random.default_rng(count).normal(0.4 * same, 0.2), same)})
+    figure.canvas.draw()
+    labels = [label for minor in (False, True) for label in axes.get_xticklabels(minor) if label.get_text()]
+    boxes = sorted((label.get_window_extent() for label in labels), key=lambda box: box.x0)
+    assert len(boxes) > 1 and all(left.x1 + 20 < right.x0 for left, right in zip(boxes, boxes[1:]))
+
+
+def test_curves_and_histograms_differ_without_color():
+    _, (curves, histogram) = figures.new_figure((8, 4), 2)
+    figures.draw_roc(curves, {str(i): (np.array((0, 0.01 * i, 1)), np.array((0.1, 0.5, 1))) for i in range(1, 8)})
+    assert len({line.get_linestyle() + str(line._dash_pattern) for line in curves.get_lines()}) == 7
+    figures.draw_histogram(histogram, *random_scores(0), 0.2)
+    assert len({patch.get_hatch() for patch in histogram.get_legend().get_patches()}) == 2
