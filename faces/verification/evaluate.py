@@ -60,7 +60,8 @@ def main(nets, method, find_landmarks=None, argv=None):
     loaded = [load_net(path, nets, name, args.channels) for path, name in zip(args.model, args.net)]
     for path, (_, weights) in zip(args.model, loaded):
         announce(path, weights)
-    lfw = load_lfw(args.lfw, args.pairs, args.landmarks, args.aligned, args.view, find_landmarks, device)
+    lfw = load_lfw(args.lfw, args.pairs, args.landmarks, args.aligned, args.view, find_landmarks, device,
+                   "identification" in args.protocol)
     if "identification" in args.protocol:
         _check_names(args, lfw.pairs)
     measured = []
@@ -117,8 +118,8 @@ def _check_names(args, pairs):
         raise InputError(f"{args.lfw} does not name the people on its images, which --protocol identification needs; "
                          "leave that out or pass a folder of people.")
     if (np.bincount(pairs.identities) >= 2).sum() < 2:
-        raise InputError(f"the pairs of {args.lfw} name fewer than two people with two images or more, so --protocol "
-                         "identification can't be run; leave it out.")
+        raise InputError(f"{args.lfw} has fewer than two people with two images or more, so --protocol identification "
+                         "can't be run; leave it out.")
 
 
 def _parse(nets, method, argv):
@@ -174,8 +175,8 @@ def _add_model_options(group, nets):
 def _add_protocol_options(group):
     group.add_argument("--protocol", choices=PROTOCOLS, nargs="+", default=["folds"],
                        help="one or several of: folds, the accuracy with AUC and EER; tar, the true acceptance rate "
-                            "at each --far; identification, rank 1, 5 and 10 with one gallery image of each person "
-                            "with two or more among the images that the pairs name (default: folds)")
+                            "at each --far; identification, rank 1, 5 and 10 over all images of people with two or "
+                            "more, one of each in the gallery (default: folds)")
     group.add_argument("--far", type=_rate, nargs="+", default=[1e-3, 1e-2], metavar="RATE",
                        help="false acceptance rates for the protocol tar, above 0 and below 1; the 3,000 impostor "
                             "pairs of LFW resolve 4e-4 at best (default: 1e-3 1e-2)")

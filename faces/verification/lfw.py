@@ -30,7 +30,8 @@ class Lfw(NamedTuple):
     landmarks: str
 
 
-def load_lfw(root, file=None, landmarks=None, aligned=False, view=None, find_landmarks=None, device="cpu"):
+def load_lfw(root, file=None, landmarks=None, aligned=False, view=None, find_landmarks=None, device="cpu",
+             identification=False):
     """Read the pairs of LFW, or of a similar set, and align the images that they name.
 
     Args:
@@ -43,6 +44,7 @@ def load_lfw(root, file=None, landmarks=None, aligned=False, view=None, find_lan
         find_landmarks: function (root, paths, device=...) that detects landmarks and returns float32 (N, 5, 2) and the
             number of images without a face, such as mtcnn.landmark_lists.find_landmarks.
         device: for `find_landmarks`.
+        identification: also take all other images of people with two images or more; a .bin file has none.
 
     Raises:
         InputError: anything is missing, malformed or unreadable; no pair is ever left out.
@@ -50,7 +52,7 @@ def load_lfw(root, file=None, landmarks=None, aligned=False, view=None, find_lan
     root = Path(root).expanduser()
     if root.is_file() and not is_zip(root):
         return _load_bin(root, file or landmarks or view)
-    pairs = read_pairs(root, file, view)
+    pairs = read_pairs(root, file, view, identification)
     if aligned:
         return Lfw(pairs, load_faces(root, pairs.paths), "none, the images are aligned")
     listed = Path(landmarks or default_list(root, "lfw_landmark.txt"))

@@ -8,6 +8,7 @@ by N genuine and N impostor pairs.
 """
 import io
 import itertools
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from faces.data.sources import Folder, Zip, open_source
 from faces.files import InputError, folder
-from faces.images import UnreadableImage
+from faces.images import UnreadableImage, count_of
 from faces.landmarks import normal_form, read_lines
 
 VIEW_1_FILES = ("pairsDevTrain.txt", "pairsDevTest.txt")
@@ -26,7 +27,7 @@ TRAINING_ONLY = -1   # fold number of the pairs that are used only to choose the
 class Pairs(NamedTuple):
     """P pairs of N distinct images, in the order of the pairs file.
 
-    paths: N paths relative to the folder, with forward slashes.
+    paths: N paths relative to the folder, with forward slashes; those of the pairs come first.
     pairs: int64 (P, 2), indices into paths.
     same: bool (P,), true for a genuine pair.
     folds: int64 (P,), 0 .. K-1; fold k is the k-th run of 2 x 300 lines, or of the size that the header gives. -1 for
@@ -48,13 +49,14 @@ class Pairs(NamedTuple):
         return self._replace(pairs=self.pairs[keep], same=self.same[keep], folds=self.folds[keep])
 
 
-def read_pairs(root, file=None, view=None):
+def read_pairs(root, file=None, view=None, identification=False):
     """Read the pairs and find their images.
 
     Args:
         root: folder or zip of `Name/Name_0001.jpg`; every extension in faces.images works, and .jpg takes precedence.
         file: pairs.txt, or one of the two files of view 1; None searches `root` and its parent folder.
         view: view of LFW, 1 or 2; None determines it from the names of the files, and prefers view 2.
+        identification: add all other images of everyone in `root` who has two images or more.
 
     Returns:
         Pairs.
@@ -79,8 +81,10 @@ def read_pairs(root, file=None, view=None):
         raise InputError(f"{source} lacks {len(missing)} of the {len(names)} images named in {lists} "
                          f"({shorten(missing)}); pass the complete folder of Name/Name_0001.jpg.")
     index = {name: i for i, name in enumerate(names)}
+    if identification:
+        names += sorted(set(_of_people_with_several(path_of)) - set(names))
     pairs = np.array([(index[a], index[b]) for a, b in named_pairs])
-    _, identities = np.unique([name.partition("/")[0] for name in names], return_inverse=True)
+    _, identities = np.unique([_person(name) for name in names], return_inverse=True)
     return Pairs([path_of[name] for name in names], pairs, same, folds, identities)
 
 
@@ -93,6 +97,17 @@ def open_images(root):
 def shorten(items, separator=", ", count=3):
     """Return the first `count` items as text, followed by an ellipsis if there are more."""
     return separator.join(items[:count]) + (f"{separator}..." if len(items) > count else "")
+
+
+def _person(name):
+    return name.partition("/")[0]
+
+
+def _of_people_with_several(names):
+    """Return those of some image names, such as Name/Name_0001, whose person has two images or more."""
+    names = [name for name in names if name.count("/") == 1]
+    count = Counter(map(_person, names))
+    return [name for name in names if count[_person(name)] > 1]
 
 
 class _Member(NamedTuple):
@@ -198,7 +213,8 @@ def _read_view_2(file):
                          f"{len(named_pairs)}; complete it or correct its first line.")
     same = np.array([len(fields) == 3 for _, fields in lines[1:]])
     if folds < 2 or same.all() or not same.any():
-        raise InputError(f"{file} has {folds} fold(s), {same.sum()} genuine and {(~same).sum()} impostor pairs, but "
+        raise InputError(f"{file} has {count_of(folds, 'fold~')}, {count_of(same.sum(), 'genuine pair~')} and "
+                         f"{count_of((~same).sum(), 'impostor pair~')}, but "
                          "the protocol needs at least two folds and pairs of both kinds; add what is missing.")
     return named_pairs, same, np.arange(len(named_pairs)) // fold_size
 

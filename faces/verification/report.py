@@ -9,7 +9,7 @@ from faces import figures
 from faces.files import atomic_write, write_json
 from faces.verification.bootstrap import interval
 from faces.verification.contact_sheet import error_sheet
-from faces.verification.metrics import Identification, Verification, tar_at_far
+from faces.verification.metrics import Identification, Verification, operating_point, tar_at_far
 
 FAR = 1e-3             # allows three false accepts among the 3,000 impostor pairs of LFW
 TABLE_RANKS = (1, 5, 10)
@@ -59,7 +59,9 @@ def table(measured, lfw, protocols, mirror):
     genuine = int(pairs.same.sum())
     rows = [("model", f"{measured.model} ({measured.method}, {measured.net})")]
     if "folds" in protocols:
-        rows += _fold_rows(measured, len(pairs.same) - genuine, "tar" not in protocols)
+        rows += _fold_rows(measured)
+        if "tar" not in protocols:
+            rows.append(_tar_row(operating_point(measured.result.similarities, pairs.same, FAR)))
     rows += [_tar_row(point) for point in measured.operating]
     if measured.identification:
         rows += _identification_rows(measured.identification)
@@ -132,33 +134,28 @@ def folder_names(models):
     return names
 
 
-def _fold_rows(measured, impostors, with_tar):
+def _fold_rows(measured):
     result = measured.result
     (low, high), folds = interval(measured.draws), len(result.accuracies)
     std = f"{result.std:.4f} over {folds} folds (ddof=0)" if folds > 1 else "n/a (one test set)"
-    rows = [("accuracy", f"{result.accuracy:.4f}"),
+    return [("accuracy", f"{result.accuracy:.4f}"),
             ("standard deviation", std),
             ("95 % interval", f"{low:.4f} to {high:.4f} ({len(measured.draws)} bootstrap draws of identities)"),
             ("AUC", f"{result.auc:.4f}"),
             ("EER", f"{result.eer:.4f}")]
-    if with_tar:
-        note = "" if impostors * FAR >= 1 else f" (0 of {impostors} impostor pairs accepted)"
-        rows.append(("TAR@FAR=1e-3", f"{tar_at_far(result.far, result.tar, FAR):.4f}{note}"))
-    return rows
 
 
 def _tar_row(point):
     text = f"{point.tar:.4f} at threshold {point.threshold:.4f}, {point.accepted} of {point.impostors} impostor pairs"
     if not point.resolved:
-        text += f"; too few to resolve this rate, which needs {1 / point.far:,.0f}"
+        text += f"; too few to resolve this rate, which needs {np.ceil(1 / point.far - 1e-9):,.0f}"
     return f"TAR@FAR={_format_rate(point.far)}", text
 
 
 def _identification_rows(identification):
     ranks = [rank for rank in TABLE_RANKS if rank <= identification.gallery]
     return [(f"rank {rank}", f"{identification.cmc[rank - 1]:.4f}") for rank in ranks] + [
-        ("gallery", f"{identification.gallery} people, one image each; {identification.probes} probes; only images "
-                    "that the pairs name")]
+        ("gallery", f"{identification.gallery} people, one image each; {identification.probes} probes")]
 
 
 def _format_rate(rate):

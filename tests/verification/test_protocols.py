@@ -250,6 +250,19 @@ def test_titles_name_the_folders_of_several_models(lfw, models, tmp_path, capsys
     assert status == 2 and "--title was given 1 times for 2 models" in err
 
 
+def test_identification_takes_all_images_of_people_with_two_or_more(lfw, models, tmp_path, capsys):
+    for name in ("P1/P1_0009.png", "New/a.png", "New/b.png", "Once/a.png", "a.png"):    # in no pair
+        write_image(tmp_path / "lfw" / name, draw_face(9, 9, 112)[0])
+    for path in lfw.rglob("*.*"):
+        (tmp_path / "lfw" / path.relative_to(lfw)).parent.mkdir(exist_ok=True)
+        (tmp_path / "lfw" / path.relative_to(lfw)).symlink_to(path)
+    for protocol, images, rows in (("identification", PEOPLE * PHOTOS + 3, "rank 1 .*rank 5 .*gallery +7 people, one "
+                                    "image each; 14 probes"), ("folds", PEOPLE * PHOTOS, "TAR@FAR=1e-3 .* too few")):
+        status, out, _ = run_lfw_eval(capsys, "--model", models[0], "--lfw", tmp_path / "lfw", "--aligned",
+                                      "--protocol", protocol)
+        assert status == 0 and re.search(rows, out, re.S) and f"images              {images}," in out
+
+
 def test_a_single_protocol_and_a_bin_set(lfw, models, tmp_path, capsys):
     status, out, _ = run_lfw_eval(capsys, "--model", models[0], "--lfw", lfw, "--aligned", "--view", 1,
                                   "--protocol", "tar")
