@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import EngFormatter
 
-from faces.files import atomic_write
+from faces.files import atomic_write, printable
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 LINES = "-", "--", ":", "-.", (0, (1, 4)), (0, (8, 2)), (0, (6, 1, 1, 1, 1, 1))     # dots and dashes in points
@@ -43,7 +43,7 @@ def draw_roc(axes, curves):
     lowest = 1.0
     for i, (name, (far, tar)) in enumerate(curves.items()):
         start = np.searchsorted(far, min_far, side="right") - 1  # the last point that is not right of the y axis
-        axes.step(np.maximum(far[start:], min_far), tar[start:], where="post", label=name, **_line(i))
+        axes.step(np.maximum(far[start:], min_far), tar[start:], where="post", label=plain(name), **_line(i))
         lowest = min(lowest, tar[start])
     room_for_legend = 0.05 * len(curves)
     axes.set(xscale="log", xlim=(min_far, 1), ylim=_rate_limits(lowest - room_for_legend),
@@ -65,7 +65,7 @@ def cmc_picture(path, ranks, curves):
     figure, axes = new_figure((6, 4))
     ranks = min(ranks, *(len(cmc) for cmc in curves.values()))
     for i, (name, cmc) in enumerate(curves.items()):  # ranks are whole numbers, so the rate does not change in between
-        axes.step(range(1, ranks + 2), [*cmc[:ranks], cmc[ranks - 1]], where="post", label=name, **_line(i))
+        axes.step(range(1, ranks + 2), [*cmc[:ranks], cmc[ranks - 1]], where="post", label=plain(name), **_line(i))
     axes.set(xscale="log", xlim=(1, ranks + 1), ylim=_rate_limits(min(cmc[0] for cmc in curves.values())),
              xlabel="rank", ylabel="probes identified")
     axes.set_xticks([rank for rank in (1, 2, 3, 5, 10, 20, 50, 100) if rank <= ranks])
@@ -158,11 +158,11 @@ def tsne_panels(path, panels, labels, names):
         for i, name in enumerate(names):
             style = {"color": COLORS[i % 7], "marker": MARKERS[i % 10], "linewidths": 0, "alpha": 0.85}
             own = points[labels == i]
-            panel.scatter(*own.T, s=36, label=f"{i + 1}  {name}", **style)
+            panel.scatter(*own.T, s=36, label=f"{i + 1}  {plain(name)}", **style)
             medoid = own[np.linalg.norm(own[:, None] - own, axis=2).sum(1).argmin()]
             panel.annotate(str(i + 1), medoid, ha="center", va="center", fontsize=9, fontweight="bold",
                            path_effects=[withStroke(linewidth=2, foreground="white")])
-        panel.set_title(title, fontsize=10, parse_math=False)
+        panel.set_title(plain(title), fontsize=10)
         panel.set(xticks=[], yticks=[])        # only distances mean something
         panel.spines[:].set(visible=True, color="#bbbbbb")
     columns = 1 + (len(names) - 1) // round(4.6 * side)       # round(4.6 * side) names fit in the height of the figure
@@ -183,9 +183,15 @@ def comparison_picture(path, crops, names, title):
     for panel, crop, name in zip(axes, crops, names):
         panel.imshow(crop)
         panel.set_axis_off()
-        panel.set_title(_shorten(name), fontsize=9, y=-0.12, parse_math=False)
+        panel.set_title(plain(_shorten(name)), fontsize=9, y=-0.12)
     figure.suptitle(title, fontsize=10)
     save(figure, path)
+
+
+def plain(name):
+    """Return a name as text for a picture: with escapes for what can't be drawn, and dollar signs that stay what they
+    are."""
+    return printable(name).replace("$", r"\$")
 
 
 def _shorten(name, length=30):

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from faces.device import pick_device, to_input
 from faces.files import InputError, atomic_write, check_writable, command, printable, script_parser, write_json
-from faces.images import UnreadableImage
+from faces.images import UnreadableImage, count_of
 from mtcnn.boxes import nms, nms_of_smaller, regress, squares
 from mtcnn.inputs import IMAGE_TYPES, as_rgb
 from mtcnn.nets import load_nets
@@ -318,10 +318,10 @@ def main(argv=None):
     for reason in skipped:
         print(f"skipped {printable(reason)}", file=sys.stderr)
     if not listing:
-        raise InputError(f"can't read any of the {len(skipped)} photo(s); pass image files.")
+        raise InputError("no photo can be read; pass image files.")
     write_json(args.output / "faces.json", listing)
-    print(f"{sum(len(entry['faces']) for entry in listing)} faces in {len(listing)} photo(s), {len(skipped)} skipped: "
-          f"{args.output}")
+    count = sum(len(entry["faces"]) for entry in listing)
+    print(f"{count_of(count, 'face~')} in {count_of(len(listing), 'photo~')}, {len(skipped):,} skipped: {args.output}")
 
 
 if __name__ == "__main__":

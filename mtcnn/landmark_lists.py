@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from faces.files import InputError, atomic_write, locked, printable, remove_partial, version
+from faces.images import count_of
 from faces.signals import resumable
 from mtcnn.detector import Detector, add_options, make_detector
 from mtcnn.journal import Journal
@@ -134,16 +135,16 @@ def find_all(root, paths, output, detector, args):
     journal, unreadable = Journal(output, settings, len(paths)), {}
     indices = journal.missing()
     if 0 < len(indices) < len(paths):
-        print(f"continuing: {len(paths) - len(indices)} of {len(paths)} images are already done")
+        print(f"continuing: {len(paths) - len(indices):,} of {count_of(len(paths), 'image~')} already done")
     with tqdm(desc="landmarks", total=len(paths), initial=len(paths) - len(indices), unit=" images") as bar:
         for finds, bad in search(root, paths, indices, detector, args.select, args.batch_size, args.workers):
             journal.add(finds)
             unreadable.update(bad)
             if len(unreadable) > MAX_UNREADABLE * len(paths):
-                examples = "; ".join(f"{paths[i]}: {why}" for i, why in list(unreadable.items())[:5])
-                raise InputError(f"{len(unreadable)} of {len(paths)} images in {root} can't be read, more than "
-                                 f"{MAX_UNREADABLE:.0%} ({examples}); replace or remove them and run the command "
-                                 "again.")
+                examples = "; ".join(f"{printable(paths[i])}: {why}" for i, why in list(unreadable.items())[:5])
+                raise InputError(f"{len(unreadable):,} of {count_of(len(paths), 'image~')} in {root} can't be read, "
+                                 f"more than {MAX_UNREADABLE:.0%} ({examples}); replace or remove them and run the "
+                                 "command again.")
             bar.update(len(finds) + len(bad))
     if journal.missing() != sorted(unreadable):
         raise InputError(f"{journal.path} is incomplete; run the command again.")
@@ -173,9 +174,9 @@ def report(paths, journal, unreadable, output, fate):
     failed = _failed_list(output)
     failed.unlink(missing_ok=True)
     if retried or faceless or bad:
-        with atomic_write(failed, "w", encoding="utf-8", errors="backslashreplace") as file:
-            file.writelines(f"{kind}\t{name}\n" for kind, names in kinds.items() for name in names)
-    print(f"{len(paths)} images: a face in {len(paths) - len(faceless) - len(bad)}")
+        with atomic_write(failed, "w", encoding="utf-8") as file:
+            file.writelines(f"{kind}\t{printable(name)}\n" for kind, names in kinds.items() for name in names)
+    print(f"{count_of(len(paths), 'image~')}: a face in {len(paths) - len(faceless) - len(bad)}")
     for kind, names in kinds.items():
         print(f"  {kind}: {len(names)}")
         for name in names[:MAX_SHOWN]:

@@ -124,7 +124,7 @@ def prefetch(items):
 def read(root, path):
     """Return the image root / path, or an UnreadableImage with the reason."""
     try:
-        if not path.isprintable():
+        if "\t" in path or "\\" in path or path.splitlines() != [path]:
             raise UnreadableImage("its name has a character that a list can't hold, such as a tab")
         return read_image(root / path)
     except UnreadableImage as error:

@@ -5,7 +5,8 @@
 The file holds one row per photo with a face; photos without one, and unreadable ones, are named and counted. It has the
 arrays:
 
-    names        path of the photo, as it was given or below the folder that was given
+    names        path of the photo, as it was given or below the folder that was given; bytes that are not UTF-8 are
+                 kept as os.fsdecode() does, so open() takes it, and print(ascii(name)) shows it
     embeddings   float32 (N, 1024), or (N, 512) with --mirror none or sum; not normalized
     boxes, scores, landmarks    float32 (N, 4), (N,), (N, 5, 2), in pixels of the photo
     chosen, faces               int64 (N,): which of the detected faces it is, by decreasing score from 0, and how many
@@ -45,7 +46,7 @@ from faces.files import (
     version,
     write_json,
 )
-from faces.images import list_images
+from faces.images import count_of, list_images
 from faces.verification.embed import MIRROR
 from faces.verification.weights import MODEL_HELP, announce
 from faces.verification.weights import add_options as add_model_options
@@ -213,7 +214,7 @@ def assemble(output, photos, parts, model):
     """
     arrays, index = parts.names()
     if not len(index):
-        raise InputError(f"none of the {len(photos)} photos has a face that can be used; nothing was written.")
+        raise InputError(f"no face that can be used in {count_of(len(photos), 'photo~')}; nothing was written.")
     names = [photos[i] for i in index]
     text = f"<U{max(map(len, names))}"
     chunks = (np.array(names[i:i + PART], text) for i in range(0, len(names), PART))
@@ -266,8 +267,8 @@ def main(argv=None):
         rows, values = assemble(args.output, photos, parts, model)
         shutil.rmtree(parts.folder, ignore_errors=True)
     details = f" ({', '.join(f'{reason}: {n:,}' for reason, n in reasons.most_common(5))})" if reasons else ""
-    print(f"{args.output}: {rows:,} embeddings of {values} values; {reasons.total():,} of {len(photos):,} photos "
-          f"skipped{details}")
+    print(f"{args.output}: {count_of(rows, 'embedding~')} of {values} values; {reasons.total():,} of "
+          f"{count_of(len(photos), 'photo~')} skipped{details}")
 
 
 def _parser():

@@ -17,7 +17,8 @@ from faces.files import InputError
 from faces.images import UnreadableImage, read_image
 from faces.verification.embed import embed
 from faces.verification.weights import load_net
-from mtcnn.detector import Detector, as_rgb, groups
+from mtcnn.detector import Detector, groups
+from mtcnn.inputs import IMAGE_TYPES, as_rgb
 from mtcnn.search import ATTEMPTS, RULES, choose, frame, normalize_rule, prefetch
 
 
@@ -72,17 +73,22 @@ class Embedder:
         """Embed one photo, or a list of photos.
 
         Args:
-            photos: uint8 RGB (H, W, 3), uint8 gray (H, W), or the path of a file; or a list of these, of any sizes.
+            photos: what mtcnn.detector.Detector.detect() takes: uint8 RGB (H, W, 3) or gray (H, W), as an array or a
+                tensor; a PIL image; or the path of a file. Or a list of these, of any sizes.
             aligned: the photos are faces that are already aligned, 112x96 or 112x112; nothing is detected.
 
         Returns:
             float32 (D,), or (N, D) for a list of N; not normalized. D is 512, or 1024 with the mirror image.
 
         Raises:
-            InputError: a photo can't be read, has no face or, if aligned, another size; or an empty list.
+            InputError: a photo can't be read, is not a photo, has no face or, if aligned, another size; or an empty
+                list.
         """
-        single = isinstance(photos, (str, Path)) or isinstance(photos, np.ndarray) and photos.ndim < 4
-        photos = [photos] if single else list(photos)
+        single = isinstance(photos, IMAGE_TYPES) and getattr(photos, "ndim", 3) < 4
+        try:
+            photos = [photos] if single else list(photos)
+        except TypeError:
+            raise InputError(f"can't embed {photos!r}; pass a photo or a list of photos.") from None
         if not photos:
             raise InputError("there is nothing to embed; pass at least one photo.")
         faces = crop_faces(photos) if aligned else find_faces(photos, self.detector, self.select)
@@ -130,7 +136,7 @@ def crop_faces(photos):
 def _read(photo):
     """Return uint8 (H, W, 3), or the reason why the photo can't be read."""
     try:
-        return np.ascontiguousarray(as_rgb(photo)) if isinstance(photo, np.ndarray) else read_image(photo)
+        return read_image(photo) if isinstance(photo, (str, Path)) else np.ascontiguousarray(as_rgb(photo))
     except (UnreadableImage, ValueError) as error:
         return str(error)
 

@@ -22,11 +22,11 @@ import numpy as np
 from cosFace.net import NETS
 from faces.align import load_face
 from faces.data.cache import find_landmark_list
-from faces.data.casia import Folder, TrainingList, read_casia
+from faces.data.casia import Folder, TrainingList, people_count, read_casia
 from faces.device import pick_device
 from faces.figures import tsne_panels
 from faces.files import RUNS, InputError, atomic_write, check_writable, command, folder, read_bytes, script_parser
-from faces.images import UnreadableImage
+from faces.images import UnreadableImage, count_of
 from faces.landmarks import default_list, read_landmarks
 from faces.verification.embed import embed
 from faces.verification.weights import MODEL_HELP, announce, load_net
@@ -80,8 +80,8 @@ def choose_images(labels, identities, per_identity, seed):
     people, counts = np.unique(labels, return_counts=True)
     candidates = people[counts >= per_identity]
     if len(candidates) < identities:
-        raise InputError(f"only {len(candidates)} of {len(people)} people have {per_identity} images or more; lower "
-                         "--per-identity or --identities.")
+        raise InputError(f"only {len(candidates):,} of {people_count(len(people))} have {per_identity} images or "
+                         "more; lower --per-identity or --identities.")
     chosen = np.sort(random.choice(candidates, identities, replace=False))
     return np.stack([np.sort(random.choice(np.flatnonzero(labels == person), per_identity, replace=False))
                      for person in chosen])
@@ -227,8 +227,8 @@ def _check_options(args):
     if args.seed < 0 or (args.batch_size is not None and args.batch_size < 1):
         raise InputError("--seed must be at least 0 and --batch-size at least 1; change the option that is too small.")
     if args.title and len(args.title) != len(args.model):
-        raise InputError(f"--title was given {len(args.title)} times and --model {len(args.model)} times; pass one "
-                         "title per model, in the same order.")
+        raise InputError(f"--title was given {count_of(len(args.title), 'time~')} and --model "
+                         f"{count_of(len(args.model), 'time~')}; pass one title per model, in the same order.")
     if args.output.suffix.lower() not in PICTURES:
         raise InputError(f"--output {args.output} has an unsupported extension; choose a name that ends in "
                          f"{', '.join(PICTURES[:-1])} or {PICTURES[-1]}.")

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from faces.files import InputError, read_bytes
+from faces.images import count_of
 from faces.verification.pairs import Pairs
 
 FOLDS = 10
@@ -211,7 +212,7 @@ def _check(value):
     if not isinstance(images, (list, tuple)) or not _is_row(same):
         raise Refused("it does not hold two lists")
     if len(images) != 2 * len(same):
-        raise Refused(f"it has {len(images)} images for {len(same)} pairs")
+        raise Refused(f"it has {count_of(len(images), 'image~')} for {count_of(len(same), 'pair~')}")
     if len(images) > MAX_IMAGES:
         raise Refused(f"it has over {MAX_IMAGES:,} images")
     same = same.tolist() if isinstance(same, np.ndarray) else same
@@ -219,7 +220,8 @@ def _check(value):
         raise Refused("a pair is marked neither true nor false")
     same = np.array(same, bool)
     if len(same) < FOLDS or same.all() or not same.any():
-        raise Refused(f"it has {len(same)} pairs, {same.sum()} of them genuine, and {FOLDS} folds need both kinds")
+        raise Refused(f"it has {count_of(len(same), 'pair~')}, {same.sum()} of them genuine, and {FOLDS} folds need "
+                      "both kinds")
     files = {}   # by object, so that an array that is listed a thousand times is copied once
     for i, image in enumerate(images):
         if id(image) not in files:

@@ -9,6 +9,7 @@ import torch
 
 from faces.device import keep_large_blocks, pick_device
 from faces.files import InputError, check_writable, command
+from faces.images import count_of
 from faces.verification import report
 from faces.verification.bootstrap import bootstrap
 from faces.verification.embed import MIRROR, default_batch_size, embed
@@ -71,7 +72,7 @@ def main(nets, method, find_landmarks=None, argv=None):
                                         draws, operating_points, identification, time.monotonic() - started))
         if args.save_threshold:
             pairs = lfw.pairs.judged()
-            source = f"{len(pairs.same):,} pairs of {args.lfw}"
+            source = f"{count_of(len(pairs.same), 'pair~')} of {args.lfw}"
             save_threshold(path, weights["fingerprint"], choose_threshold(result.similarities, pairs.same, source))
         print(report.table(measured[-1], lfw, args.protocol, args.mirror), end="\n\n" if len(loaded) > 1 else "\n")
         started = time.monotonic()
@@ -136,10 +137,12 @@ def _parse(nets, method, argv):
     if len(args.net) == 1:
         args.net *= len(args.model)
     if len(args.net) != len(args.model):
-        parser.error(f"--net was given {len(args.net)} times for {len(args.model)} models; give it once, or once per "
+        parser.error(f"--net was given {count_of(len(args.net), 'time~')} for "
+                     f"{count_of(len(args.model), 'model~')}; give it once, or once per "
                      "model")
     if args.title and len(args.title) != len(args.model):
-        parser.error(f"--title was given {len(args.title)} times for {len(args.model)} models; give it once per model")
+        parser.error(f"--title was given {count_of(len(args.title), 'time~')} for "
+                     f"{count_of(len(args.model), 'model~')}; give it once per model")
     return args
 
 

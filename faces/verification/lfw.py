@@ -11,7 +11,7 @@ from tqdm import tqdm
 from faces.align import HEIGHT, WIDTH, align, crop_aligned, position_problem
 from faces.data.sources import is_zip
 from faces.files import InputError
-from faces.images import UnreadableImage, one_opencv_thread, read_image, summarize
+from faces.images import UnreadableImage, count_of, one_opencv_thread, read_image, summarize
 from faces.jpeg import watched_stderr
 from faces.landmarks import default_list, normal_form, read_landmarks
 from faces.verification.binset import read_bin
@@ -103,8 +103,8 @@ def decode_faces(where, names, open_image, points=None):
         results = pool.map(load, range(len(names)))
         bad = [r for r in tqdm(results, "aligning", len(names), unit=" faces", leave=False) if r]
     if bad:
-        raise InputError(f"{len(bad)} of {len(names)} images in {where} can't be used ({summarize(bad)}); "
-                         "replace them, because a verification set must be complete.")
+        raise InputError(f"{len(bad):,} of {count_of(len(names), 'image~')} in {where} can't be used "
+                         f"({summarize(bad)}); replace them, because a verification set must be complete.")
     problem = position_problem(centers)
     if problem:
         raise InputError(f"the landmarks of {where} are in {problem}; use the images that the landmark list was made "
@@ -140,9 +140,10 @@ def _load_bin(file, surplus):
 
 
 def _detect_landmarks(root, paths, listed, find_landmarks, device):
-    print(f"{listed} does not exist; detecting landmarks in {len(paths)} images now (mtcnn/lfw_landmark.py would save "
-          "them)", file=sys.stderr)
+    print(f"{listed} does not exist; detecting landmarks in {count_of(len(paths), 'image~')} now "
+          "(mtcnn/lfw_landmark.py would save them)", file=sys.stderr)
     points, missed = find_landmarks(root, paths, device=device)
-    source = f"MTCNN, for this run; no face in {missed} of {len(paths)} images, which got the median landmarks"
+    source = f"MTCNN, for this run; no face in {missed:,} of {count_of(len(paths), 'image~')}" + (
+        ", which got the median landmarks" if missed else "")
     print(source, file=sys.stderr)
     return points, source

@@ -209,8 +209,8 @@ def _read_view_2(file):
     named_pairs = [_image_names(file, number, fields) for number, fields in lines[1:]]
     folds = int(header[0]) if len(header) == 2 else max(1, len(named_pairs) // fold_size)
     if len(named_pairs) != folds * fold_size:
-        raise InputError(f"{file} declares {folds} x {fold_size} = {folds * fold_size} pairs but contains "
-                         f"{len(named_pairs)}; complete it or correct its first line.")
+        raise InputError(f"{file} declares {folds:,} x {fold_size:,} = {folds * fold_size:,} pairs but contains "
+                         f"{len(named_pairs):,}; complete it or correct its first line.")
     same = np.array([len(fields) == 3 for _, fields in lines[1:]])
     if folds < 2 or same.all() or not same.any():
         raise InputError(f"{file} has {count_of(folds, 'fold~')}, {count_of(same.sum(), 'genuine pair~')} and "

@@ -7,6 +7,7 @@ import torch
 
 from faces import figures
 from faces.files import atomic_write, write_json
+from faces.images import count_of
 from faces.verification.bootstrap import interval
 from faces.verification.contact_sheet import error_sheet
 from faces.verification.metrics import Identification, Verification, operating_point, tar_at_far
@@ -65,8 +66,8 @@ def table(measured, lfw, protocols, mirror):
     rows += [_tar_row(point) for point in measured.operating]
     if measured.identification:
         rows += _identification_rows(measured.identification)
-    rows += [("pairs", f"{len(pairs.same)} ({genuine} genuine, {len(pairs.same) - genuine} impostor)"),
-             ("images", f"{len(lfw.faces)}, mirror image: {mirror}"),
+    rows += [("pairs", f"{len(pairs.same):,} ({genuine:,} genuine, {len(pairs.same) - genuine:,} impostor)"),
+             ("images", f"{len(lfw.faces):,}, mirror image: {mirror}"),
              ("landmarks", lfw.landmarks),
              ("seconds", f"{measured.seconds:.1f}")]
     lines = [f"{name:<20}{value}" for name, value in rows]
@@ -140,13 +141,15 @@ def _fold_rows(measured):
     std = f"{result.std:.4f} over {folds} folds (ddof=0)" if folds > 1 else "n/a (one test set)"
     return [("accuracy", f"{result.accuracy:.4f}"),
             ("standard deviation", std),
-            ("95 % interval", f"{low:.4f} to {high:.4f} ({len(measured.draws)} bootstrap draws of identities)"),
+            ("95 % interval", f"{low:.4f} to {high:.4f} ({count_of(len(measured.draws), 'bootstrap draw~')} "
+             "of identities)"),
             ("AUC", f"{result.auc:.4f}"),
             ("EER", f"{result.eer:.4f}")]
 
 
 def _tar_row(point):
-    text = f"{point.tar:.4f} at threshold {point.threshold:.4f}, {point.accepted} of {point.impostors} impostor pairs"
+    text = f"{point.tar:.4f} at threshold {point.threshold:.4f}, {point.accepted} of "
+    text += count_of(point.impostors, "impostor pair~")
     if not point.resolved:
         text += f"; too few to resolve this rate, which needs {np.ceil(1 / point.far - 1e-9):,.0f}"
     return f"TAR@FAR={_format_rate(point.far)}", text
@@ -155,7 +158,7 @@ def _tar_row(point):
 def _identification_rows(identification):
     ranks = [rank for rank in TABLE_RANKS if rank <= identification.gallery]
     return [(f"rank {rank}", f"{identification.cmc[rank - 1]:.4f}") for rank in ranks] + [
-        ("gallery", f"{identification.gallery} people, one image each; {identification.probes} probes")]
+        ("gallery", f"{identification.gallery:,} people, one image each; {count_of(identification.probes, 'probe~')}")]
 
 
 def _format_rate(rate):

@@ -185,7 +185,7 @@ def test_detector_draws_photos_and_skips_unreadable_ones(photo, tmp_path, capsys
     photos = [tmp_path / name for name in ("a.png", "bad.jpg", "none.jpg", "b/a.png", "a-2.png")]
     assert in_process("detector.py", *photos, "--output", tmp_path / "out", "--device", "cpu") == 0
     shown = capsys.readouterr()
-    assert "3 faces in 3 photo(s), 2 skipped" in shown.out
+    assert "3 faces in 3 photos, 2 skipped" in shown.out
     assert f"skipped {tmp_path}/bad.jpg: not an image\nskipped {tmp_path}/none.jpg: No such file" in shown.err
     listed = json.loads((tmp_path / "out" / "faces.json").read_text())
     assert [entry["photo"] for entry in listed] == [str(photos[k]) for k in (0, 3, 4)]
@@ -197,11 +197,29 @@ def test_detector_draws_photos_and_skips_unreadable_ones(photo, tmp_path, capsys
 def test_detector_without_any_photo_and_onto_a_photo(photo, tmp_path, capsys):
     (tmp_path / "bad.jpg").write_bytes(b"<html>")
     assert in_process("detector.py", tmp_path / "bad.jpg", "--output", tmp_path / "out", "--device", "cpu") == 2
-    assert "can't read any of the 1 photo(s)" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert "no photo can be read" in capsys.readouterr().err and not (tmp_path / "out").exists()
     cv2.imwrite(str(tmp_path / "a.png"), photo[:200, :, ::-1])
     before = (tmp_path / "a.png").read_bytes()
     assert in_process("detector.py", tmp_path / "a.png", "--output", tmp_path, "--device", "cpu") == 2
     assert "would overwrite the photo" in capsys.readouterr().err and (tmp_path / "a.png").read_bytes() == before
+
+
+def test_the_person_folders_and_names_that_training_takes(people, tmp_path, capsys):
+    root = tmp_path / "parts"
+    names = ["0/0_12/0.png", "0/0_13/0.png", "1/1_12/0.png", os.fsdecode(b"1/Jos\xe9/0.png"), "2/\u5973\u00a0/0.png"]
+    for name in names:
+        try:
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            pytest.skip("this file system takes only UTF-8")
+        shutil.copy(people / "Zoe/Zoe_0003.png", root / name)
+    assert in_process("casia_landmark.py", "--casia", root, "--output", tmp_path / "list.txt", "--workers", 0) == 0
+    listing = read_casia(root, tmp_path / "list.txt")
+    assert listing.paths == names and listing.labels.tolist() == list(range(5))
+    for name in ("1/1_12/tab\t.png", "1/1_12/line\u2028.png", "1/1_12/back\\slash.png"):
+        shutil.copy(people / "Zoe/Zoe_0003.png", root / name)
+    assert in_process("casia_landmark.py", "--casia", root, "--output", tmp_path / "list.txt", "--workers", 0) == 2
+    assert "3 of 8 images" in (error := capsys.readouterr().err) and r"tab\t.png: its name" in error
 
 
 def test_a_missing_folder_is_one_sentence(tmp_path):
@@ -211,7 +229,7 @@ def test_a_missing_folder_is_one_sentence(tmp_path):
 
 @pytest.mark.parametrize("content, script, sentence", [
     ({}, "lfw_landmark.py", "contains no images"),
-    ({"Ann/Ann_0001.jpg": b"no image"}, "lfw_landmark.py", "1 of 1 images"),
+    ({"Ann/Ann_0001.jpg": b"no image"}, "lfw_landmark.py", "1 of 1 image in"),
     ({"Ann/Ann_0001.png": "blank"}, "lfw_landmark.py", "no face was found"),
     ({"0001.png": "blank"}, "casia_landmark.py", "because they are not in folders; pass a folder"),
     ({"0001.png": "blank"}, "lfw_landmark.py", "not in a person folder; pass"),

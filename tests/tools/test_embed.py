@@ -81,6 +81,17 @@ def test_what_cannot_be_embedded_is_named(embedder, photos, photo, aligned, mess
         embedder([read_image(photos / "face.png"), np.zeros((112, 96, 3))], aligned=False)
 
 
+@pytest.mark.parametrize("wrong, message", [
+    (None, "can't embed None; pass a photo"), ([None], "photo 1 of 1: an image must be .* not NoneType"),
+    (3, "can't embed 3; pass a photo"), (np.zeros((200, 200)), r"photo 1 of 1: .* not float64 \(200, 200\)"),
+    ([], "nothing to embed"), (b"image", "photo 1 of 5: .* not int"), (np.zeros((1, 1, 9, 9, 3), np.uint8), "uint8"),
+])
+def test_what_is_no_photo_is_one_sentence(embedder, wrong, message):
+    for aligned in (False, True):
+        with pytest.raises(InputError, match=message):
+            embedder(wrong, aligned)
+
+
 @pytest.fixture
 def run(model, tmp_path, monkeypatch, capsys):
     """Return a function that runs embed.py with parts of two photos: (exit status, stdout, stderr)."""
@@ -168,7 +179,7 @@ def test_aligned_faces_and_names_that_are_not_utf8(run, embedder, tmp_path):
 
 @pytest.mark.parametrize("photo, output, message", [
     ("missing", "faces.npz", "missing does not exist"), (".", "faces.npz", "contains no images"),
-    ("coffee.png", "faces.npz", "none of the 1 photos has a face"),
+    ("coffee.png", "faces.npz", "no face that can be used in 1 photo;"),
     ("face.png", "faces.csv", "not the name of an .npz"),
 ])
 def test_mistakes_are_one_sentence_errors(run, photos, tmp_path, photo, output, message):

@@ -85,7 +85,7 @@ def test_tsne_reads_lfw_casia_and_aligned_faces(casia, tmp_path):
 @pytest.mark.parametrize("options, message", [
     (("--per-identity", 9), "only 0 of 6 people"),
     (("--identities", 1), "--identities 1"),
-    (("--title", "a", "--title", "b"), "--title was given 2 times and --model 1 times"),
+    (("--title", "a", "--title", "b"), "--title was given 2 times and --model 1 time;"),
     (("--output", "tsne.gif"), "tsne.gif has an unsupported extension"),
 ])
 def test_tsne_refuses_invalid_options(casia, model, capsys, options, message):

@@ -193,6 +193,14 @@ def test_the_labels_of_a_roc_curve_keep_their_distance_with_few_pairs(count):
     assert len(boxes) > 1 and all(left.x1 + 20 < right.x0 for left, right in zip(boxes, boxes[1:]))
 
 
+def test_any_name_can_be_drawn(tmp_path):
+    name, empty = "Jos\udce9 $x^ $\t\x1b.png", np.zeros((2, 112, 96, 3), np.uint8)
+    figures.comparison_picture(tmp_path / "a.png", empty, [name, name], "similarity 1")
+    figures.tsne_panels(tmp_path / "b.png", [(name, np.eye(4)[:, :2])], np.array([0, 0, 1, 1]), [name, name])
+    figures.roc_picture(tmp_path / "c.png", {name: (np.array((0, 1)), np.array((0, 1)))})
+    figures.cmc_picture(tmp_path / "d.png", 5, {name: np.array((0.5, 1))})
+
+
 def test_curves_and_histograms_differ_without_color():
     _, (curves, histogram) = figures.new_figure((8, 4), 2)
     figures.draw_roc(curves, {str(i): (np.array((0, 0.01 * i, 1)), np.array((0.1, 0.5, 1))) for i in range(1, 8)})

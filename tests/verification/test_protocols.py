@@ -247,7 +247,7 @@ def test_titles_name_the_folders_of_several_models(lfw, models, tmp_path, capsys
         assert run_lfw_eval(capsys, *command, *options)[0] == 0
         assert {path.name for path in (tmp_path / "out").iterdir() if path.is_dir()} >= expected
     status, _, err = run_lfw_eval(capsys, *command, "--title", "a")
-    assert status == 2 and "--title was given 1 times for 2 models" in err
+    assert status == 2 and "--title was given 1 time for 2 models" in err
 
 
 def test_identification_takes_all_images_of_people_with_two_or_more(lfw, models, tmp_path, capsys):
@@ -281,7 +281,7 @@ def test_a_single_protocol_and_a_bin_set(lfw, models, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("options, message", [
-    (("--net", "faceNet", "--net", "sphere20a"), "--net was given 2 times for 1 models"), (("--far", "0"), "above 0"),
+    (("--net", "faceNet", "--net", "sphere20a"), "--net was given 2 times for 1 model"), (("--far", "0"), "above 0"),
     (("--resamples", "100001"), "more than 100,000"),
     (("--protocol", "roc"), "invalid choice"), (("--view", "1", "--pairs", "pairs.txt"), "does not belong to view 1")])
 def test_invalid_options_are_one_sentence_errors(lfw, models, capsys, options, message):
