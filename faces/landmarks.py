@@ -7,8 +7,10 @@ import codecs
 import hashlib
 import io
 import itertools
+import math
 import os
 import unicodedata
+from array import array
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,7 +52,7 @@ def read_landmarks(path, labeled):
             finite number, or a path that leaves the folder or occurs twice; or the landmarks can't be those of faces.
     """
     columns = 12 if labeled else 11
-    paths, labels, points = [], [], []
+    paths, labels, points = [], array("q"), array("f")    # an array per line would take most of the memory and time
     for number, line in _lines(path, *LANDMARKS):
         fields = line.rstrip().split("\t")
         if len(fields) != columns:
@@ -59,16 +61,16 @@ def read_landmarks(path, labeled):
         try:
             name = _relative_path(path, fields[0])
             label = _label(fields[1]) if labeled else 0
-            values = np.array(fields[columns - 10:], np.float32)
-            if not np.isfinite(values).all():
+            values = array("f", map(float, fields[columns - 10:]))
+            if not all(map(math.isfinite, values)):
                 raise ValueError
         except ValueError:
             raise InputError(f"{path}, line {number}: a value is not a valid number; correct the line.") from None
         paths.append(name)
         labels.append(label)
-        points.append(values)
+        points += values
     _check_paths(paths, path, *LANDMARKS)
-    points = np.array(points).reshape(-1, 5, 2)
+    points = np.array(points, np.float32).reshape(-1, 5, 2)
     problem = arrangement_problem(points)
     if problem:
         raise InputError(f"{path} is not a usable landmark list: {problem}; expected x1 y1 ... x5 y5 in pixels for "
@@ -185,10 +187,12 @@ def _lines(path, kind, advice):
         reason = getattr(error, "strerror", None) or "not a text file"
         raise InputError(f"can't read the {kind} {path}: {reason}; {advice}.") from None
 
+
 def _relative_path(path, name):
     """Return a path that the list `path` names, with forward slashes; raise InputError if it leaves the folder."""
     name = name.replace("\\", "/")
-    inside(Path(path).parent, name)
+    if ".." in name or ":" in name or name.startswith("/"):    # making a Path of each name would be slow
+        inside(Path(path).parent, name)
     return name
 
 
