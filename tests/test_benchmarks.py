@@ -1,11 +1,14 @@
 """The programs in benchmarks/ on small inputs: what they compare agrees, and what they measure is right."""
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import margin_softmax, mtcnn_equivariance, training_step
+from benchmarks import load, margin_softmax, mtcnn_equivariance, training_step
 
 
 def test_a_margin_needs_little_more_memory_than_a_linear_layer():
@@ -43,3 +46,24 @@ def test_equivariance_error_is_zero_if_the_landmarks_move_with_the_face():
     copies = [(np.roll(photo, -5, 0), up), (np.roll(photo, 4, 1), right), (np.roll(photo, 4, 1), up)]
     # The third copy moved right, but is said to have moved up: landmarks are off by (4, 5), and the eyes are 20 apart.
     np.testing.assert_allclose(mtcnn_equivariance.errors(detect, [photo], [copies]), [[0, 0, 41 ** 0.5 / 20]])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="this system has no /proc")
+def test_load_counts_what_a_process_and_its_children_hold():
+    child = "hold = b'x' * 50_000_000; print('ready', flush=True); input()"
+    parent = ("import subprocess, sys; hold = b'x' * 80_000_000; files = [open(sys.executable) for _ in range(30)]\n"
+              f"subprocess.run([sys.executable, '-c', {child!r}])")
+    with subprocess.Popen([sys.executable, "-c", parent], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        sample = load.measure(process.pid, 0)
+        process.communicate(b"\n")
+    assert sample.processes == sample.threads == 2 and 36 <= sample.files < 50
+    assert 76 <= sample.first < 120 and 47 <= sample.largest < 80 and sample.total == sample.first + sample.largest
+    samples = [sample._replace(total=total) for total in (5, 100, 300, 400)]
+    assert "second and last quarter of the run: 100 and 400 MB" in load.summary(samples)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="this system has no /proc")
+def test_load_passes_on_the_exit_status(tmp_path):
+    (tmp_path / "script.py").write_text("import sys; sys.exit(int(sys.argv[1]))")
+    assert load.main([str(tmp_path / "script.py"), "3"]) == 3
