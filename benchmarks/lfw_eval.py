@@ -8,7 +8,6 @@ both images, and passes them and their mirror images through the unmodified netw
 cosFace/lfw_eval.py runs. Both start from the same landmarks. Without --model, the network is untrained, which takes the
 same time. The number of threads is torch's; set OMP_NUM_THREADS to change it.
 """
-import platform
 import sys
 import time
 from pathlib import Path
@@ -22,7 +21,7 @@ import torch
 
 from cosFace.net import NETS
 from faces.align import load_face
-from faces.device import keep_large_blocks, pick_device
+from faces.device import keep_large_blocks, pick_device, processor
 from faces.files import InputError, command, script_parser
 from faces.landmarks import default_list
 from faces.verification.bootstrap import bootstrap
@@ -165,15 +164,6 @@ def report(args, device, all_pairs, pairs, times, preparing, folds, rest):
           f"ratio        {np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f} per turn), of which a "
           f"factor of {2 * len(all_pairs.same) / len(all_pairs.paths):.2f} is due to embedding each image only once\n"
           f"protocol     {folds:.2f} s for the 10 folds, {rest:.2f} s for bootstrap, TAR and identification")
-
-
-def processor():
-    """Return the name of the processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _parse(argv):

@@ -34,11 +34,10 @@ import torch
 
 import cosFace.net
 import sphereFace.net
-from benchmarks.lfw_eval import processor
 from benchmarks.margin_softmax import reference_cosface, reference_sphereface
 from faces.cpu.training import for_training
 from faces.data.cache import load_casia
-from faces.device import has_bf16, keep_large_blocks, pick_device, to_input
+from faces.device import has_bf16, keep_large_blocks, pick_device, processor, to_input
 from faces.files import CACHE, InputError, command, script_parser
 from faces.training.optimizer import SGD, parameter_groups
 from faces.training.recipe import Recipe

@@ -2,6 +2,7 @@
 import contextlib
 import ctypes
 import os
+import platform
 import warnings
 from pathlib import Path
 
@@ -101,6 +102,15 @@ def _is_amd():
 def count_cpus():
     """Return the number of CPUs this process may use; a container or taskset may allow fewer than there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def processor():
+    """Return the name of the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def keep_large_blocks(device):

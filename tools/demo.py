@@ -11,7 +11,6 @@ import itertools
 import json
 import shlex
 import shutil
-import subprocess
 import sys
 import time
 from importlib import metadata
@@ -29,6 +28,7 @@ from faces.files import InputError, atomic_write, command
 from faces.images import read_image
 from faces.verification.lfw import load_lfw
 from faces.verification.metrics import verify
+from tools import commands
 
 DEMO = ROOT / "demo"
 TRAINING_PEOPLE, TEST_PEOPLE, PHOTOS_PER_PERSON, FOLDS = 30, 10, 10, 5
@@ -121,15 +121,8 @@ def make_pairs(names):
 
 
 def run(script, *args):
-    """Print a command and run it in the root of the clone; exit with its status if it fails.
-
-    Args:
-        script: path of one of the project's scripts, relative to the root.
-        args: its arguments; a Path is made relative to the root.
-    """
-    command_line = [script, *(str(arg.relative_to(ROOT) if isinstance(arg, Path) else arg) for arg in args)]
-    print(f"\n$ python {shlex.join(command_line)}", flush=True)
-    status = subprocess.run([sys.executable, *command_line], cwd=ROOT).returncode
+    """Run one of the project's scripts; exit with its status if it fails. See tools.commands.command_line()."""
+    status = commands.run(commands.command_line(script, *args))
     if status:
         print(f"demo.py: the command above failed with exit status {status}.", file=sys.stderr)
         sys.exit(status)

@@ -1,0 +1,54 @@
+"""Run the project's own commands as subprocesses, and print each as a user would type it in the current folder."""
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from faces.files import ROOT
+
+PROGRAMS = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
+
+
+def command_line(script, *args, processes=1):
+    """Return the words of a command.
+
+    Args:
+        script: path of one of the project's scripts, relative to the root of the clone.
+        args: its arguments. A Path in the clone becomes relative to the current folder.
+        processes: how many processes run it, with torchrun if there are several.
+    """
+    start = ["python"] if processes == 1 else ["torchrun", "--standalone", "--nproc-per-node", str(processes)]
+    return [*start, *map(_word, (ROOT / script, *args))]
+
+
+def run(words):
+    """Print a command, run it to its end, and return its exit status.
+
+    Ctrl-C reaches the command by itself, and SIGTERM is passed on. This process waits until the command has saved its
+    work, and then returns 128 plus the number of the signal.
+    """
+    print(f"\n$ {shlex.join(words)}", flush=True)
+    received, process = [], None
+
+    def note(number, _):
+        received.append(number)
+        if number == signal.SIGTERM and process is not None:
+            process.terminate()
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        process = subprocess.Popen([*PROGRAMS[words[0]], *words[1:]])
+        if signal.SIGTERM in received:    # before there was a process to pass it on to
+            process.terminate()
+        status = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if received:
+        return 128 + received[-1]
+    return status if status >= 0 else 128 - status    # Popen reports a process that signal 9 killed as -9
+
+
+def _word(value):
+    return os.path.relpath(value) if isinstance(value, Path) and value.is_relative_to(ROOT) else str(value)
