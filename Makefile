@@ -4,7 +4,7 @@ VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint test-matrix test-oldest torture clean
+.PHONY: help demo test lint test-matrix test-oldest torture reproduce clean
 
 help:
 	@echo 'make demo         landmarks, training and evaluation on faces that come with a package; a few minutes'
@@ -13,6 +13,7 @@ help:
 	@echo 'make test-matrix  the tests as is, without bf16, with bf16, and without a C compiler'
 	@echo 'make test-oldest  the tests with the oldest supported version of every package'
 	@echo 'make torture      kill the long jobs a hundred times each, fill their disks; half an hour'
+	@echo 'make reproduce CASIA=DIR LFW=DIR    train both methods by the default recipe and evaluate them on LFW'
 	@echo 'make clean        remove the virtual environments and demo/; cache/ and runs/ stay'
 
 demo: $(VENV)/with-demo
@@ -37,6 +38,12 @@ test-oldest:
 # For fewer kills or some jobs only: make torture TORTURE='--kills 10 --jobs embed'
 torture: $(VENV)/with-tests
 	$(VENV)/bin/python tests/torture.py $(TORTURE)
+
+# Interrupted at any moment, the same command continues. ARGS are further options of casia_train.py.
+reproduce: $(VENV)/ready
+	@test -n "$(CASIA)" && test -n "$(LFW)" || { \
+	  echo 'make: pass both sets: make reproduce CASIA=DIR LFW=DIR' >&2; exit 2; }
+	@$(VENV)/bin/python tools/reproduce.py --casia "$(CASIA)" --lfw "$(LFW)" $(NPROC:%=--processes %) $(ARGS)
 
 clean:
 	rm -rf .venv .venv-oldest demo .pytest_cache .ruff_cache

@@ -1,0 +1,139 @@
+"""tools/reproduce.py on a small RecordIO set and a .bin set; what it does with photos; and mistakes in its options."""
+import json
+import os
+import pickle
+import re
+import signal
+import struct
+import subprocess
+import sys
+import time
+
+import cv2
+import pytest
+from conftest import ROOT, draw_face, write_image
+
+from faces.align import align
+from faces.files import InputError
+from faces.landmarks import write_landmarks
+from tools import reproduce
+from tools.sessions import Journal
+
+# 9 steps, with a checkpoint of 180 MB after each, so that there is time to interrupt the run after the first.
+OPTIONS = ["--batch-size", "4", "--epochs", "3", "--checkpoint-every", "1", "--device", "cpu", "--precision", "float32"]
+
+
+def png(image):
+    return cv2.imencode(".png", image[..., ::-1])[1].tobytes()
+
+
+def write_recordio(root):
+    """Write 12 aligned faces of 3 people as train.rec, train.idx and property."""
+    root.mkdir()
+    with open(root / "train.rec", "wb") as file, open(root / "train.idx", "w") as index:
+        for key in range(12):
+            data = struct.pack("<IfQQ", 0, key // 4, key, 0) + png(align(*draw_face(key // 4, key % 4)))
+            index.write(f"{key}\t{file.tell()}\n")
+            file.write(struct.pack("<II", 0xCED7230A, len(data)) + data + b"\0" * (-len(data) % 4))
+    (root / "property").write_text("3,112,96\n")
+    return root
+
+
+def write_bin(path):
+    """Write 20 pairs of aligned faces of 20 people, of which every second pair is genuine."""
+    faces = [png(align(*draw_face(50 + (i + (i % 4 == 3)) // 2 % 20, i))) for i in range(40)]
+    path.write_bytes(pickle.dumps((faces, [i % 2 == 0 for i in range(20)]), 2))
+    return path
+
+
+def write_photos(root, people, photos=2, pairs=False):
+    """Write photos that are not aligned, as NAME/NAME_0001.png, and perhaps a pairs.txt with two folds."""
+    for person in range(people):
+        for i in range(1, photos + 1):
+            write_image(root / f"P{person}/P{person}_{i:04d}.png", draw_face(person, i)[0])
+    if pairs:
+        (root / "pairs.txt").write_text("2 1\nP0 1 2\nP0 1 P1 1\nP1 1 2\nP0 2 P1 2\n")
+    return root
+
+
+def command(folder, *options):
+    return [sys.executable, "tools/reproduce.py", "--casia", folder / "set", "--lfw", folder / "test.bin", "--output",
+            folder / "out", "--cache", folder / "cache", *OPTIONS, *options]
+
+
+def test_a_run_that_is_stopped_continues_and_ends_with_the_table(tmp_path):
+    """The first session is stopped in the training of the second method; what was finished before is not done again."""
+    write_recordio(tmp_path / "set")
+    write_bin(tmp_path / "test.bin")
+    environment, out = {**os.environ, "OMP_NUM_THREADS": "2"}, tmp_path / "out"
+    first = subprocess.Popen(command(tmp_path), cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE)
+    while not (out / "sphereFace/checkpoint.pt").exists() and first.poll() is None:
+        time.sleep(0.02)
+    first.send_signal(signal.SIGTERM)
+    output, errors = first.communicate(timeout=600)
+    assert first.returncode == 143 and "the same command" in errors, errors
+    assert re.search(r"stopped after \d+ of 9 steps", output)
+    assert "| CosFace | faceNet |" in (out / "results.md").read_text()
+    finished = [out / "cosFace/checkpoint.pt", out / "cosFace/lfw/results.json"]
+    before = [path.stat().st_mtime_ns for path in finished]
+
+    second = subprocess.run(command(tmp_path), cwd=ROOT, env=environment, text=True, capture_output=True, timeout=600)
+    assert second.returncode == 0, second.stderr
+    assert [path.stat().st_mtime_ns for path in finished] == before
+    table = (out / "results.md").read_text()
+    assert table in second.stdout
+    accuracy = json.loads((out / "sphereFace/lfw/results.json").read_text())["accuracy"]
+    assert f"| SphereFace | faceNet | {accuracy:.4f} (std " in table
+    assert table.count("| 36 (3.0 epochs, 3 people) |") == 2 and table.count("| - |") == 2    # no names, so no rank 1
+    assert "only 10 impostor pairs" in table and "20 pairs of 40 images" in table
+    sessions = dict(re.findall(r"^\| (\w+, \w+) \| [\w ]+ \| (\d+) \|$", table, re.M))
+    assert sessions == {"training, cosFace": "1", "evaluation, cosFace": "1", "training, sphereFace": "2",
+                        "evaluation, sphereFace": "1"}
+    for method in ("cosFace", "sphereFace"):
+        assert re.search(rf"^    python {method}/casia_train.py .*--batch-size 4 .*--resume auto$", table, re.M)
+
+    with pytest.raises(InputError, match="was started with"):
+        Journal(out, tmp_path / "set", ["--batch-size", "8"])
+
+
+def plan(*args):
+    """Return the commands that reproduce.py would run, without `python`, as text."""
+    return [" ".join(stage.words[1:]) for stage in reproduce.plan(*reproduce.parse_args(list(map(str, args))))]
+
+
+def test_landmarks_are_found_only_for_photos_without_a_list(tmp_path):
+    casia, lfw, out = write_photos(tmp_path / "casia", 3), write_photos(tmp_path / "lfw", 2, pairs=True), tmp_path / "o"
+    options = ["--casia", casia, "--lfw", lfw, "--output", out, "--batch-size", 2, "--processes", 1]
+    commands = plan(*options)
+    assert commands[:2] == [f"mtcnn/casia_landmark.py --casia {casia} --output {out}/casia_landmark.txt",
+                            f"mtcnn/lfw_landmark.py --lfw {lfw} --output {out}/lfw_landmark.txt"]
+    assert f"--landmarks {out}/casia_landmark.txt" in commands[2] and commands[4].startswith("sphereFace/casia_train")
+    assert f"--landmarks {out}/lfw_landmark.txt --protocol folds tar identification" in commands[5]
+
+    write_landmarks(casia / "casia_landmark.txt", [(f"P{p}/P{p}_0001.png", p, draw_face(p, 1)[1]) for p in range(3)])
+    commands = plan(*options, "--lfw-landmarks", "my_list.txt")
+    assert [line.split()[0] for line in commands] == ["cosFace/casia_train.py", "cosFace/lfw_eval.py",
+                                                      "sphereFace/casia_train.py", "sphereFace/lfw_eval.py"]
+    assert "--landmarks my_list.txt" in commands[1] and "--landmarks" not in commands[0].replace("lfw-landmarks", "")
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--casia", "nowhere"], "nowhere does not exist"),
+    (["--lfw", "nowhere"], "nowhere does not exist"),
+    (["--lfw", "README.md"], "README.md is refused"),
+    (["--batch-size", "500"], "--batch-size 500 is larger than the set"),
+    (["--batch-size", "2", "--processes", "4"], "--processes"),
+    (["--lr", "-1"], "--lr must be greater than 0")])
+def test_a_mistake_is_reported_before_anything_runs(options, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    sets = ["--casia", write_photos(tmp_path / "casia", 3), "--lfw", write_photos(tmp_path / "lfw", 2, pairs=True)]
+    with pytest.raises(InputError, match=message):
+        plan(*sets, "--output", tmp_path / "out", "--device", "cpu", "--batch-size", 2, *options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_option_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        plan("--casia", tmp_path, "--lfw", tmp_path, "--bach-size", 3)
+    assert "--bach-size" in capsys.readouterr().err
