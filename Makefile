@@ -4,7 +4,7 @@ VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint test-matrix test-oldest torture reproduce clean
+.PHONY: help demo test lint test-matrix test-oldest torture reproduce benchmarks clean
 
 help:
 	@echo 'make demo         landmarks, training and evaluation on faces that come with a package; a few minutes'
@@ -14,6 +14,7 @@ help:
 	@echo 'make test-oldest  the tests with the oldest supported version of every package'
 	@echo 'make torture      kill the long jobs a hundred times each, fill their disks; half an hour'
 	@echo 'make reproduce CASIA=DIR LFW=DIR    train both methods by the default recipe and evaluate them on LFW'
+	@echo 'make benchmarks [CASIA=DIR LFW=DIR] run the benchmarks that need no data, or all of them'
 	@echo 'make clean        remove the virtual environments and demo/; cache/ and runs/ stay'
 
 demo: $(VENV)/with-demo
@@ -45,6 +46,9 @@ reproduce: $(VENV)/ready
 	  echo 'make: pass both sets: make reproduce CASIA=DIR LFW=DIR' >&2; exit 2; }
 	@$(VENV)/bin/python tools/reproduce.py --casia "$(CASIA)" --lfw "$(LFW)" $(NPROC:%=--processes %) $(ARGS)
 
+benchmarks: $(VENV)/with-benchmarks
+	@$(VENV)/bin/python benchmarks/run.py $(if $(CASIA),--casia "$(CASIA)") $(if $(LFW),--lfw "$(LFW)")
+
 clean:
 	rm -rf .venv .venv-oldest demo .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -74,6 +78,11 @@ $(VENV)/with-tests: $(VENV)/ready requirements-dev.txt
 
 $(VENV)/with-demo: $(VENV)/ready requirements-demo.txt
 	@$(PIP) --no-deps -r requirements-demo.txt || { $(NO_PIP); }
+	@touch $@
+
+$(VENV)/with-benchmarks: $(VENV)/ready requirements-benchmarks.txt
+	@grep -v == requirements-benchmarks.txt > $(VENV)/requirements-benchmarks.txt
+	@{ $(PIP) -r $(VENV)/requirements-benchmarks.txt && $(PIP) --no-deps -r requirements-benchmarks.txt; } || { $(NO_PIP); }
 	@touch $@
 
 NO_PIP = echo 'make: pip could not install the requirements (see above); check the network and that 8 GB of disk' \

@@ -1,4 +1,5 @@
 """The programs in benchmarks/ on small inputs: what they compare agrees, and what they measure is right."""
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,8 +8,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
-from benchmarks import load, margin_softmax, mtcnn_equivariance, training_step
+from benchmarks import load, margin_softmax, mtcnn_equivariance, run, training_step
 
 
 def test_a_margin_needs_little_more_memory_than_a_linear_layer():
@@ -67,3 +69,18 @@ def test_load_counts_what_a_process_and_its_children_hold():
 def test_load_passes_on_the_exit_status(tmp_path):
     (tmp_path / "script.py").write_text("import sys; sys.exit(int(sys.argv[1]))")
     assert load.main([str(tmp_path / "script.py"), "3"]) == 3
+def test_make_benchmarks_runs_every_program_and_says_which(monkeypatch, capsys):
+    statuses = iter([0, 2, 0])
+    monkeypatch.setattr(run.commands, "run", lambda words: next(statuses))
+    assert run.main([]) == 1
+    lines = capsys.readouterr().out.split("\n")
+    outcomes = {re.search(r"/(\w+)\.py", line)[1]: line.split(": ")[1] for line in lines if ".py" in line}
+    assert outcomes.keys() == {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - {"run", "load", "__init__"}
+    assert outcomes["margin_softmax"].startswith("ran in") and outcomes["loader"] == "failed with exit status 2"
+    assert outcomes["aligned_cache"] == "skipped, because it needs CASIA=DIR"
+    assert outcomes["mtcnn"] == "skipped, because it needs LFW=DIR"
+
+
+def test_an_interrupted_benchmark_is_the_last(monkeypatch, capsys):
+    monkeypatch.setattr(run.commands, "run", lambda words: 130)
+    assert run.main([]) == 1 and capsys.readouterr().out.count(".py") == 1
