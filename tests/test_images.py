@@ -1,6 +1,7 @@
 """read_image() returns every image as uint8 RGB, or raises UnreadableImage with the reason."""
 import io
 import os
+import re
 import struct
 import sys
 import zlib
@@ -8,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from PIL import Image
+from conftest import ROOT
+from PIL import Image, features
 
 from faces import images, jpeg
 from faces.images import MAX_PIXELS, UnreadableImage, list_images, read_image, scan_images
@@ -32,6 +34,19 @@ def test_formats_and_modes(format, mode):
     assert image.dtype == np.uint8 and image.shape == (40, 30, 3)
     # The channels are in RGB order. The limits are loose, because CMYK and JPEG change colors a little.
     assert image[5, 15, 0] > 180 and image[5, 15, 2] < 90 and image[35, 15, 2] > 150 and image[35, 15, 0] < 90
+
+
+def test_every_extension_that_the_docs_name_is_found_and_read(tmp_path):
+    text = (ROOT / "docs/data.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(\.\w+)`", re.search(r"Images are read by.*?Convert", text, re.S)[0])
+    assert set(named) == images.EXTENSIONS
+    readable = [extension for extension in named if extension != ".avif" or features.check("avif")]
+    for extension in readable:
+        mode = {".pbm": "1", ".pgm": "L"}.get(extension, "RGB")
+        format = {".jpe": "JPEG", ".jfif": "JPEG", ".pbm": "PPM", ".pgm": "PPM", ".ppm": "PPM", ".pnm": "PPM"}
+        Image.fromarray(RGB).convert(mode).save(tmp_path / f"a{extension}", format.get(extension))
+    assert list_images(tmp_path) == sorted(f"a{extension}" for extension in readable)
+    assert all(read_image(tmp_path / name).shape == (40, 30, 3) for name in list_images(tmp_path))
 
 
 def test_gray_and_sixteen_bits():

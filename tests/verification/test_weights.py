@@ -13,6 +13,7 @@ from torch import nn
 from cosFace.net import NETS, STAGES, faceNet, sphere20a
 from faces.files import InputError
 from faces.training import checkpoint
+from faces.verification.layouts import KEYS, find_weights
 from faces.verification.weights import announce, fingerprint, load_net, load_weights
 
 
@@ -67,6 +68,15 @@ def test_released_weights_embed_rgb_as_they_embedded_bgr(released, images, tmp_p
     net, loaded = load_net(tmp_path / "net.pth", NETS)
     assert (loaded["net"], loaded["channels"], loaded["source"]) == ("sphere20a", "bgr", source)
     assert_embeds(net, images, embed(released, images.flip(1)))
+
+
+def test_weights_are_found_under_every_key_and_below_any_prefix():
+    state = {"conv1_1.weight": torch.zeros(64, 3, 3, 3)}
+    for key in KEYS:
+        assert find_weights({"epoch": 3, key: state}).source == key
+        assert find_weights({"model": {key: {"module": state}}}).source == f"model.{key}.module"
+        assert find_weights({f"{key}.conv1_1.weight": state["conv1_1.weight"]}).tensors.keys() == state.keys()
+    assert find_weights({"weight": state}) is None
 
 
 def in_mugglewangs_layout(state):
