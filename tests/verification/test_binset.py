@@ -164,7 +164,7 @@ def test_decompression_bombs_are_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("value, message", [
-    ([1, 2, 3], "two lists"), ((b"ab", [True]), "two lists"), (([b""], [True, False]), "1 images for 2 pairs"),
+    ([1, 2, 3], "two lists"), ((b"ab", [True]), "two lists"), (([b""], [True, False]), "1 image for 2 pairs"),
     (([b"x"] * 18, SAME[:9]), "9 pairs, 5 of them genuine"), (([b"x"] * 48, [True] * 24), "24 of them genuine"),
     (([b"x"] * 48, [2] * 24), "neither true nor false"), (([None] * 48, SAME), "image 0 is not the bytes"),
     (([np.zeros((112, 112, 3), np.uint8)] * 48, SAME), "image 0 is not the bytes"),
