@@ -19,8 +19,8 @@ from faces.landmarks import write_landmarks
 from tools import reproduce
 from tools.sessions import Journal
 
-# 9 steps, with a checkpoint of 180 MB after each, so that there is time to interrupt the run after the first.
-OPTIONS = ["--batch-size", "4", "--epochs", "3", "--checkpoint-every", "1", "--device", "cpu", "--precision", "float32"]
+# 6 steps, with a checkpoint of 180 MB after each, so that there is time to interrupt the run after the first.
+OPTIONS = ["--batch-size", "2", "--epochs", "1", "--checkpoint-every", "1", "--device", "cpu", "--precision", "float32"]
 
 
 def png(image):
@@ -40,9 +40,10 @@ def write_recordio(root):
 
 
 def write_bin(path):
-    """Write 20 pairs of aligned faces of 20 people, of which every second pair is genuine."""
-    faces = [png(align(*draw_face(50 + (i + (i % 4 == 3)) // 2 % 20, i))) for i in range(40)]
-    path.write_bytes(pickle.dumps((faces, [i % 2 == 0 for i in range(20)]), 2))
+    """Write 20 pairs of 20 aligned faces: for each of 10 people a genuine pair, and an impostor pair with the next."""
+    faces = [[png(align(*draw_face(50 + person, i))) for i in (0, 1)] for person in range(10)]
+    images = [image for p in range(10) for image in (*faces[p], faces[p][0], faces[(p + 1) % 10][1])]
+    path.write_bytes(pickle.dumps((images, [True, False] * 10), 2))
     return path
 
 
@@ -73,7 +74,7 @@ def test_a_run_that_is_stopped_continues_and_ends_with_the_table(tmp_path):
     first.send_signal(signal.SIGTERM)
     output, errors = first.communicate(timeout=600)
     assert first.returncode == 143 and "the same command" in errors, errors
-    assert re.search(r"stopped after \d+ of 9 steps", output)
+    assert re.search(r"stopped after \d+ of 6 steps", output)
     assert "| CosFace | faceNet |" in (out / "results.md").read_text()
     finished = [out / "cosFace/checkpoint.pt", out / "cosFace/lfw/results.json"]
     before = [path.stat().st_mtime_ns for path in finished]
@@ -85,13 +86,13 @@ def test_a_run_that_is_stopped_continues_and_ends_with_the_table(tmp_path):
     assert table in second.stdout
     accuracy = json.loads((out / "sphereFace/lfw/results.json").read_text())["accuracy"]
     assert f"| SphereFace | faceNet | {accuracy:.4f} (std " in table
-    assert table.count("| 36 (3.0 epochs, 3 people) |") == 2 and table.count("| - |") == 2    # no names, so no rank 1
-    assert "only 10 impostor pairs" in table and "20 pairs of 40 images" in table
+    assert table.count("| 12 (1.0 epochs, 3 people) |") == 2 and table.count("| - |") == 2    # no names, so no rank 1
+    assert "only 10 impostor pairs" in table and "20 pairs of 20 images" in table
     sessions = dict(re.findall(r"^\| (\w+, \w+) \| [\w ]+ \| (\d+) \|$", table, re.M))
     assert sessions == {"training, cosFace": "1", "evaluation, cosFace": "1", "training, sphereFace": "2",
                         "evaluation, sphereFace": "1"}
     for method in ("cosFace", "sphereFace"):
-        assert re.search(rf"^    python {method}/casia_train.py .*--batch-size 4 .*--resume auto$", table, re.M)
+        assert re.search(rf"^    python {method}/casia_train.py .*--batch-size 2 .*--resume auto$", table, re.M)
 
     with pytest.raises(InputError, match="was started with"):
         Journal(out, tmp_path / "set", ["--batch-size", "8"])
