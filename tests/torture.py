@@ -64,7 +64,9 @@ class Job(NamedTuple):
 def _content(path):
     if path.suffix == ".pt":    # equal objects are pickled differently if some of them are the same object
         state = torch.load(path, weights_only=True)
-        others = {name: state[name] for name in ("step", "epoch", "settings", "faces")}
+        others = {name: state[name] for name in ("step", "settings", "faces")}
+        # An interruption changes over which steps the log takes its means, and so their rounding.
+        others |= {name: round(total, 4) for name, total in state["epoch"].items()}
         return {name: tensor.numpy().tobytes() for name, tensor in tensors(state).items()} | others
     if path.name != "epochs.jsonl":
         return path.read_bytes()
