@@ -4,7 +4,7 @@ VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint test-matrix test-oldest torture reproduce benchmarks clean
+.PHONY: help demo test lint test-matrix test-oldest fuzz torture reproduce benchmarks clean
 
 help:
 	@echo 'make demo         landmarks, training and evaluation on faces that come with a package; a few minutes'
@@ -15,6 +15,7 @@ help:
 	@echo 'make torture      kill the long jobs a hundred times each, fill their disks; half an hour'
 	@echo 'make reproduce CASIA=DIR LFW=DIR    train both methods by the default recipe and evaluate them on LFW'
 	@echo 'make benchmarks [CASIA=DIR LFW=DIR] run the benchmarks that need no data, or all of them'
+	@echo 'make fuzz         damaged files for every reader, for SECONDS=3600; findings go to runs/fuzz'
 	@echo 'make clean        remove the virtual environments and demo/; cache/ and runs/ stay'
 
 demo: $(VENV)/with-demo
@@ -39,6 +40,10 @@ test-oldest:
 # For fewer kills or some jobs only: make torture TORTURE='--kills 10 --jobs embed'
 torture: $(VENV)/with-tests
 	$(VENV)/bin/python tests/torture.py $(TORTURE)
+
+SECONDS ?= 3600
+fuzz: $(VENV)/with-tests
+	$(VENV)/bin/python tests/fuzz/run.py --seconds $(SECONDS)
 
 # Interrupted at any moment, the same command continues. ARGS are further options of casia_train.py.
 reproduce: $(VENV)/ready

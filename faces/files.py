@@ -3,6 +3,7 @@ import argparse
 import contextlib
 import errno
 import functools
+import io
 import json
 import os
 import re
@@ -21,6 +22,7 @@ CACHE = ROOT / "cache"                        # landmark lists, aligned faces, c
 RUNS = ROOT / "runs"                          # training runs
 # Errors of a disk that can happen wherever something is written or printed.
 DISK = {errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EIO, getattr(errno, "EDQUOT", errno.ENOSPC)}
+MAX_READS = 4 * 10**6                         # instructions of a pickle; a checkpoint has 50 or so per tensor
 MAX_JSON = 16 * 10**6                         # bytes of a JSON file, which can take 30 times that in memory
 
 
@@ -176,6 +178,18 @@ def read_bytes(path, limit):
         if status.st_size > limit:
             raise OSError(0, f"over {limit // 10**6} MB")
         return file.read(status.st_size)
+
+
+class CountedReader(io.BufferedReader):
+    """A file that may be read MAX_READS times: an instruction of one byte of a pickle can take 70 bytes of memory."""
+
+    reads = 0
+
+    def read(self, size=-1):
+        self.reads += 1
+        if self.reads > MAX_READS:
+            raise ValueError("too many instructions")
+        return super().read(size)
 
 
 def read_json(path, advice):

@@ -15,7 +15,7 @@ from faces.images import EXTENSIONS, MAX_BYTES, Scan, UnreadableImage, is_system
 from faces.landmarks import normal_form
 
 PIECE = 1 << 20
-MAX_READ = 128 << 20    # bytes that are read from a zip at once; the list of files of a zip of CASIA has 60 million
+MAX_READ = 64 << 20    # bytes that are read from a zip at once; the list of files of a zip of CASIA has 50 million
 
 
 class _Limited(io.BufferedReader):

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from faces.files import InputError, atomic_write, printable
+from faces.files import MAX_READS, CountedReader, InputError, atomic_write, printable
 from faces.images import count_of
 from faces.training.content import CONTENT, OPTIONAL
 from faces.training.folder import check_resume
@@ -283,7 +283,8 @@ def load_tensors(path):
                              "checkpoint of casia_train.py or a smaller file.")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about unusual pickle protocols
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
+            with CountedReader(open(path, "rb", buffering=0)) as file:
+                return torch.load(path if mappable else file, map_location="cpu", weights_only=True, mmap=mappable)
     except InputError:
         raise
     except OSError as error:
@@ -300,5 +301,7 @@ def _unpacked_bytes(path):
         return size, False
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
+    if any(entry.filename.endswith("data.pkl") and entry.file_size > 2 * MAX_READS for entry in entries):
+        raise ValueError("too many instructions")
     unpacked = sum(entry.file_size for entry in entries)
     return max(size, unpacked), unpacked <= size and all(e.compress_type == zipfile.ZIP_STORED for e in entries)

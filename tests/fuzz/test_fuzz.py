@@ -153,7 +153,7 @@ def test_a_zip_whose_list_of_files_would_fill_the_memory_is_refused(tmp_path):
         file.truncate(size)
         file.seek(size)
         file.write(struct.pack("<IHHHHIIH", 0x06054b50, 0, 0, 1, 1, size, 0, 0))    # end of the central directory
-    with pytest.raises(InputError, match="has a list of files over 128 MiB"):
+    with pytest.raises(InputError, match="has a list of files over 64 MiB"):
         Zip(tmp_path / "faces.zip")
 
 
@@ -170,6 +170,17 @@ def test_a_set_that_is_too_large_is_refused_before_it_is_read(tmp_path):
         file.truncate(2**31)
     with pytest.raises(InputError, match="over 300 MB"):
         read_bin(tmp_path / "set.bin")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_checkpoint_with_very_many_instructions_is_refused(zipped, tmp_path, monkeypatch):
+    monkeypatch.setattr("faces.files.MAX_READS", 1000)
+    monkeypatch.setattr("faces.training.checkpoint.MAX_READS", 1000)
+    torch.save([[]] * 10, tmp_path / "small.pt", _use_new_zipfile_serialization=zipped)
+    assert checkpoint.load_tensors(tmp_path / "small.pt") == [[]] * 10
+    torch.save([[] for _ in range(3000)], tmp_path / "large.pt", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(InputError, match="can be loaded safely"):
+        checkpoint.load_tensors(tmp_path / "large.pt")
 
 
 def test_escape_codes_in_files_do_not_reach_the_terminal(tmp_path, capsys):
