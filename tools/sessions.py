@@ -1,12 +1,11 @@
 """The journal of tools/reproduce.py: which commands have run, for how long, and which of them still have to."""
-import json
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 from cosFace.net import NETS
 from faces.device import count_cpus, processor
-from faces.files import InputError, version, write_json
+from faces.files import InputError, read_json, version, write_json
 from faces.verification.weights import load_net
 from tools import commands
 
@@ -41,17 +40,15 @@ class Journal:
 
     def __init__(self, folder, casia, options):
         self.path, key = folder / "sessions.json", {"casia": str(casia.resolve()), "options": options}
+        advice = "delete it, which only forgets how long stages took"
+        self.content = read_json(self.path, advice) or {**key, "sessions": []}
         try:
-            self.content = json.loads(self.path.read_text(encoding="utf-8"))
             started_with = {name: self.content[name] for name in key}
             self.all_sessions = self.content["sessions"]
             for session in self.all_sessions:
                 session["stage"], session["command"], session["seconds"], session["status"], session["cpu"]
-        except FileNotFoundError:
-            self.content, self.all_sessions = {**key, "sessions": []}, []
-            self.content["sessions"], started_with = self.all_sessions, key
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f"{self.path} is damaged; delete it, which only forgets how long stages took.") from None
+        except (KeyError, TypeError):
+            raise InputError(f"{self.path} is damaged; {advice}.") from None
         if started_with != key:
             raise InputError(f"{folder} was started with --casia {started_with['casia']} and the training options "
                              f"{started_with['options']}; repeat these to continue it, or choose another --output.")
@@ -69,9 +66,9 @@ class Journal:
             return stage.product.exists()
         weights = load_net(stage.product.parents[1], NETS)[1]
         try:
-            results = json.loads(stage.product.read_text(encoding="utf-8"))
+            results = read_json(stage.product, "it is made again")
             return results["settings"]["weights"]["fingerprint"] == weights["fingerprint"]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (InputError, KeyError, TypeError):
             return False
 
     def run(self, stage):
@@ -86,9 +83,9 @@ class Journal:
         start, before = time.monotonic(), version(stage.product)
         session["status"] = commands.run(stage.words)
         session["seconds"] = round(time.monotonic() - start, 1)
-        settings = stage.product.with_name("settings.json")
-        if stage.kind == "training" and settings.exists():
-            session["run"] = json.loads(settings.read_text(encoding="utf-8"))
+        settings = read_json(stage.product.with_name("settings.json"), "delete it, and run the command again")
+        if stage.kind == "training" and settings:
+            session["run"] = settings
         if stage.kind == "training" and session["status"] == 0 and version(stage.product) == before:
             self.all_sessions.remove(session)
         write_json(self.path, self.content)
