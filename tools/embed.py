@@ -47,7 +47,7 @@ from faces.files import (
     write_json,
 )
 from faces.images import count_of, list_images
-from faces.verification.embed import MIRROR
+from faces.verification.embed import MIRROR, optimized_copy
 from faces.verification.weights import MODEL_HELP, announce
 from faces.verification.weights import add_options as add_model_options
 from mtcnn.detector import add_options, make_detector
@@ -258,6 +258,7 @@ def main(argv=None):
     embedder = Embedder(args.model, args.device, args.select, args.mirror, channels=args.channels, net=args.net,
                         detector=make_detector(args))
     announce(args.model, embedder.loaded)
+    embedder.net = optimized_copy(embedder.net, embedder.device, images=len(photos))    # not anew for each part
     model = embedder.loaded["fingerprint"]
     with resumable(), locked(args.output.with_name(f".{args.output.name}.lock"), f"writing {args.output}",
                              advice="choose another --output, on a writable local disk"):
