@@ -6,8 +6,10 @@
 Every few seconds, a line gives the memory of the first process, the largest of the others and all of them, in MB, and
 the numbers of processes, threads and open files. Memory is what a process has for itself (RssAnon); the pages of a
 cache that is read through a memory map are not counted, because the system takes them back when it needs them. The last
-line compares the second and the last quarter of the run. The rate is in the command's own progress bar. Linux only.
+line compares the second and the last quarter of the run, also after Ctrl-C. The rate is in the command's own progress
+bar. Linux only.
 """
+import contextlib
 import os
 import statistics
 import subprocess
@@ -73,15 +75,14 @@ def watch(arguments, seconds):
     start, samples = time.monotonic(), []
     with subprocess.Popen([sys.executable, *arguments]) as process:
         print(COLUMNS.format("seconds", "first MB", "other MB", "all MB", "procs", "threads", "files"), flush=True)
-        while process.poll() is None:
-            sample = measure(process.pid, start)
-            if sample.total:        # not in the instant when it ends
-                samples.append(sample)
-                print(COLUMNS.format(round(sample.seconds), *sample[1:]), flush=True)
-            try:
-                process.wait(seconds)
-            except subprocess.TimeoutExpired:
-                pass
+        with contextlib.suppress(KeyboardInterrupt):    # the command gets it too, and ends
+            while process.poll() is None:
+                sample = measure(process.pid, start)
+                if sample.total:    # not in the instant when it ends
+                    samples.append(sample)
+                    print(COLUMNS.format(round(sample.seconds), *sample[1:]), flush=True)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(seconds)
     if samples:
         print(summary(samples))
     return process.returncode
