@@ -2,6 +2,7 @@
 import contextlib
 import importlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +16,14 @@ from faces.align import TEMPLATE
 from faces.landmarks import write_landmarks
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def signals_are_not_ignored():
+    """As under nohup, or in the background of a shell script; the scripts that tests run would ignore them as well."""
+    for number in (getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 def script(name, *args, from_root=False):
