@@ -10,6 +10,7 @@ counts pixels from 1, adds or subtracts 1 in places, truncates fractions, and us
 image although sizes are rounded to whole pixels. That shifts its boxes by a fraction of a pixel of the resized image,
 which is up to a twelfth of the face at the far border.
 """
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -253,6 +254,9 @@ def make_detector(args, device=None):
     if not 4 <= args.min_face_size < 10000:
         raise InputError(f"--min-face-size {args.min_face_size:g} is out of range; it must be at least 4 and below "
                          "10000.")
+    # oneDNN compiles a convolution for each size of image and keeps 1,024 of them, which is no faster than 64 and leaves
+    # ever more gaps in memory. It reads this variable when it is used for the first time.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     return Detector(args.min_face_size, device=pick_device(device or args.device))
 
 
