@@ -254,8 +254,8 @@ def make_detector(args, device=None):
     if not 4 <= args.min_face_size < 10000:
         raise InputError(f"--min-face-size {args.min_face_size:g} is out of range; it must be at least 4 and below "
                          "10000.")
-    # oneDNN compiles a convolution for each size of image and keeps 1,024 of them, which is no faster than 64 and leaves
-    # ever more gaps in memory. It reads this variable when it is used for the first time.
+    # oneDNN compiles a convolution for each size of image and keeps 1,024 of them, which is no faster than 64 and makes
+    # gaps in memory grow for long. It reads this variable when it is used for the first time.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     return Detector(args.min_face_size, device=pick_device(device or args.device))
 

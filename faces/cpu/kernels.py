@@ -12,6 +12,7 @@ import platform
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -113,19 +114,22 @@ def _pointer(tensor):
 
 @functools.cache
 def _library():
-    """Return the compiled library, or None if it can't be compiled or loaded."""
+    """Return the compiled library; or None, after saying why, if it can't be compiled or loaded."""
     try:
         compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
     except ValueError:    # quotes that do not match
-        return None
-    if shutil.which(compiler[0]) is None:
-        return None
-    key = (SOURCE.read_bytes(), *map(str.encode, (*compiler, *FLAGS)), _instruction_sets())
-    name = hashlib.sha256(b"\0".join(key)).hexdigest()[:16] + ".so"
-    # If the clone is read-only, the library goes to a temporary folder, which is not needed once it is loaded.
-    for open_folder in (lambda: contextlib.nullcontext(LIBRARY_FOLDER), tempfile.TemporaryDirectory):
-        with contextlib.suppress(OSError, subprocess.SubprocessError, AttributeError), open_folder() as folder:
-            return _declare(ctypes.CDLL(str(_compile(compiler, Path(folder) / name))))
+        compiler = [os.environ["CC"]]
+    problem = f"there is no C compiler {compiler[0]!r}"
+    if shutil.which(compiler[0]) is not None:
+        key = (SOURCE.read_bytes(), *map(str.encode, (*compiler, *FLAGS)), _instruction_sets())
+        name = hashlib.sha256(b"\0".join(key)).hexdigest()[:16] + ".so"
+        # If the clone is read-only, the library goes to a temporary folder, which is not needed once it is loaded.
+        for open_folder in (lambda: contextlib.nullcontext(LIBRARY_FOLDER), tempfile.TemporaryDirectory):
+            with contextlib.suppress(OSError, subprocess.SubprocessError, AttributeError), open_folder() as folder:
+                return _declare(ctypes.CDLL(str(_compile(compiler, Path(folder) / name))))
+        problem = f"the C compiler {compiler[0]!r} can't compile {SOURCE.name}"
+    print(f"{problem}, so PyTorch's slower convolutions are used on this CPU; install gcc or clang, or set CC.",
+          file=sys.stderr)
     return None
 
 
