@@ -212,7 +212,7 @@ DAMAGE = {
     "NaN as label": (replace(3, pack((float("nan"), 0.0), b"image")), "record 3 has a label that is not"),
     "infinite label": (replace(3, pack(float("inf"), b"image")), "record 3 has a label that is not a whole number"),
     "label too large to be exact": (replace(3, pack(2.0**24, b"image")), "record 3 has a label that is not"),
-    "more people than in property": (replace(3, pack(3.0, b"image")), "has 4 people, but .*property gives 3 classes"),
+    "more people than in property": (replace(3, pack(3.0, b"image")), "has 4 people, but .*property gives 3 as"),
     "truncated file": (lambda root, _: (root / "train.rec").write_bytes((root / "train.rec").read_bytes()[:-200]),
                        "extends past the end|leaves room for a record"),
     "empty file": (lambda root, _: (root / "train.rec").write_bytes(b""), "larger than train.rec"),

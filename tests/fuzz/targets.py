@@ -37,6 +37,7 @@ from tools.embed import Parts
 from tools.tsne import read_points
 
 ALLOWED = InputError, UnreadableImage
+LOADED = {"fingerprint": "f", "threshold": None}    # of load_net()
 TOKENS = [b"nan", b"-inf", b"1e999", b"-1", b"9" * 5000, b"0x1", b"\0", b"\x1b[2J", b"../", b"\t", b"\n", b" ", b"",
           b"\xff\xfe", b"\xef\xbb\xbf", b"\xe2\x80\xae", b"\xff", b"[", b"{", b"]", b'"', b"null", b"true", b"[]",
           b"{}", b"\\ud800", b"[" * 100_000, "²".encode(), "٣".encode(), b"\xc2\x85", b"1_0", b"\\", b"/", b"."]
@@ -256,7 +257,7 @@ def state_files(rng):
 
 def check_state(folder):
     for read in (lambda: _read_failed(folder, 4), lambda: _read_journal(folder), lambda: read_scores(folder),
-                 lambda: load_threshold(folder / "m", "f"), lambda: read_points(folder / "tsne.tsv"),
+                 lambda: load_threshold(folder / "m", LOADED), lambda: read_points(folder / "tsne.tsv"),
                  lambda: check_journal(folder), lambda: _read_epochs(folder / "epochs.jsonl"),
                  lambda: Parts(folder / "faces.npz", {"photos": "x"}, 4)):
         try:

@@ -8,7 +8,7 @@ import zipfile
 import pytest
 import torch
 from conftest import ROOT, draw_face, write_image
-from targets import ALLOWED, TARGETS, TOKENS, attempt, landmark_list, record_set, state_files
+from targets import ALLOWED, LOADED, TARGETS, TOKENS, attempt, landmark_list, record_set, state_files
 
 from faces.data.cache import _read_failed, _read_journal, build
 from faces.data.casia import read_casia
@@ -30,7 +30,7 @@ from tools.tsne import read_points
 EXAMPLES = 12
 STATE = {    # file: how it is read
     "cache.json": lambda folder: _read_failed(folder, 4), "journal.jsonl": _read_journal,
-    "m.threshold.json": lambda folder: load_threshold(folder / "m", "f"), "results.json": read_scores,
+    "m.threshold.json": lambda folder: load_threshold(folder / "m", LOADED), "results.json": read_scores,
     "scores.tsv": read_scores, "tsne.tsv": lambda folder: read_points(folder / "tsne.tsv"),
     "epochs.jsonl": lambda folder: _read_epochs(folder / "epochs.jsonl"),
     ".faces.npz.parts/settings.json": lambda folder: Parts(folder / "faces.npz", {"photos": "x"}, 4),
