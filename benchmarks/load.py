@@ -19,6 +19,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from faces.signals import end_quietly
+
+end_quietly(__name__)
 from faces.files import ROOT, InputError, command, script_parser
 
 COLUMNS = "{:>8} {:>8} {:>8} {:>8} {:>6} {:>8} {:>6}"

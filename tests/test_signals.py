@@ -35,7 +35,7 @@ def start(program=PROGRAM + "main()", **options):
 
 
 def test_ctrl_c_during_the_imports_of_any_script_is_silent(tmp_path):
-    for name in ("cv2", "numpy", "torch", "tqdm"):    # whichever is imported first presses Ctrl-C
+    for name in ("cv2", "filelock", "numpy", "torch", "tqdm"):    # whichever is imported first presses Ctrl-C
         (tmp_path / f"{name}.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\n")
     processes = [subprocess.Popen([sys.executable, path], stderr=subprocess.PIPE, text=True,
                                   env={**os.environ, "PYTHONPATH": str(tmp_path)}) for path in SCRIPTS]
