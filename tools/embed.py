@@ -112,7 +112,10 @@ class Parts:
             data.seek(0)
             with np.load(data, allow_pickle=False) as part:
                 arrays = dict(part)
-            return arrays if {"index", "skipped", "reasons"} <= arrays.keys() else None
+            lengths = {name: array.shape[0] for name, array in arrays.items()}
+            skipped = lengths.pop("skipped"), lengths.pop("reasons")
+            whole = set(lengths.values()) == {lengths["index"]} and skipped[0] == skipped[1]
+            return arrays if whole else None
         except Exception:    # numpy and zipfile raise many kinds on damaged files; the part is made again
             return None
 
