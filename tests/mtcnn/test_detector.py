@@ -129,14 +129,14 @@ def test_strips_give_the_same_as_the_whole_image(detector, photo):
         assert cells == list(range(0, rows - 10, 2))
 
 
-def test_memory_for_a_photo_of_36_megapixels_is_bounded():
+def test_memory_for_a_photo_of_16_megapixels_is_bounded():
     """Besides the image, memory holds its pyramid (0.8 of its size) and the activations of one strip, not of all."""
     program = """
 import resource, numpy as np
 from mtcnn.detector import Detector
 detector, peak = Detector(device="cpu"), lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 detector.detect(np.zeros((200, 200, 3), np.uint8))
-photo = np.full((6000, 6000, 3), 90, np.uint8)
+photo = np.full((4000, 4000, 3), 90, np.uint8)
 before = peak()
 detector.detect(photo)
 print((peak() - before) / photo.nbytes)"""
