@@ -1,6 +1,5 @@
 """The landmarks found so far, on disk, so that an interrupted or killed run continues."""
 import json
-import math
 import os
 
 import numpy as np
@@ -9,6 +8,7 @@ from faces.files import InputError, open_regular, printable
 from mtcnn.search import ATTEMPTS, Find
 
 MAX_LINE = 10**6    # bytes of a line; about 200 are usual
+LARGEST = 10**7     # of a coordinate in pixels
 
 
 class Journal:
@@ -121,9 +121,11 @@ def parse(line, count):
         index, (width, height), attempt, points = json.loads(line)
         whole = all(type(number) is int for number in (index, width, height, attempt))
         in_range = 0 <= index < count and min(width, height) > 0 and -1 <= attempt < len(ATTEMPTS)
-        finite = points is None or (len(points) == 10 and all(map(math.isfinite, points)))
+        # Landmarks may be outside the image, but not far.
+        near = points is None or (len(points) == 10 and all(type(value) in (int, float) and abs(value) < LARGEST
+                                                            for value in points))
     except (ValueError, TypeError, OverflowError, RecursionError):
         return None
-    if not (whole and in_range and finite) or (points is None) != (attempt < 0):
+    if not (whole and in_range and near) or (points is None) != (attempt < 0):
         return None
     return Find(index, (width, height), attempt, points)

@@ -29,7 +29,7 @@ from faces.verification.threshold import choose_threshold, load_threshold
 from faces.verification.weights import MODEL_HELP, announce
 from faces.verification.weights import add_options as add_model_options
 from mtcnn.detector import add_options, make_detector
-from tools.embedder import Embedder, add_select_option, find_faces
+from tools.embedder import NO_FACE, Embedder, add_select_option, find_faces
 
 MAX_SCORES = 20 * 10**6    # bytes of a scores.tsv, which can take 20 times that in memory; LFW's has half a million
 
@@ -78,8 +78,8 @@ def compare(embedder, a, b):
     for photo, face in zip((a, b), faces):
         if isinstance(face, str):
             name = photo if isinstance(photo, (str, Path)) else "a photo"
-            raise InputError(f"can't compare {name}: {face}; pass a photo in which both eyes are visible, or lower "
-                             "--min-face-size.")
+            advice = "in which both eyes are visible, or lower --min-face-size" if face == NO_FACE else "that opens"
+            raise InputError(f"can't compare {name}: {face}; pass a photo {advice}.")
     crops = np.stack([face.crop for face in faces])
     embeddings = embedder.embed(crops)
     try:

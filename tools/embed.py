@@ -58,6 +58,7 @@ from tools.embedder import Embedder, add_select_option, crop_faces, find_faces
 PART = 64      # photos per part; an interrupted run loses at most two per process
 MAX_PART = 10**8    # bytes of a part; it has 64 rows of about 4 KB
 FIELDS = {"box": "boxes", "score": "scores", "landmarks": "landmarks", "chosen": "chosen", "count": "faces"}
+ROWS = {"boxes": (4,), "scores": (), "landmarks": (5, 2), "chosen": (), "faces": ()}    # shape of a row
 
 
 def list_photos(paths):
@@ -84,13 +85,14 @@ class Parts:
         output: path of the file that is being made.
         settings: everything that results depend on, as JSON.
         count: number of photos.
+        width: number of values of an embedding.
     """
 
-    def __init__(self, output, settings, count):
+    def __init__(self, output, settings, count, width):
         self.folder = output.with_name(f".{output.name}.parts")
-        self.starts = range(0, count, PART)
-        if self.folder.is_symlink():
-            raise InputError(f"{self.folder} is a link; remove it.")
+        self.starts, self.count, self.width = range(0, count, PART), count, width
+        if self.folder.is_symlink() or self.folder.is_file():
+            raise InputError(f"{self.folder} is a link or a file; remove it.")
         try:
             known = read_json(self.folder / "settings.json", "the interrupted run is started anew")
         except InputError as error:
@@ -112,12 +114,18 @@ class Parts:
             data.seek(0)
             with np.load(data, allow_pickle=False) as part:
                 arrays = dict(part)
-            lengths = {name: array.shape[0] for name, array in arrays.items()}
-            skipped = lengths.pop("skipped"), lengths.pop("reasons")
-            whole = set(lengths.values()) == {lengths["index"]} and skipped[0] == skipped[1]
-            return arrays if whole else None
+            return arrays if self._is_whole(start, **arrays) else None
         except Exception:    # numpy and zipfile raise many kinds on damaged files; the part is made again
             return None
+
+    def _is_whole(self, start, index, skipped, reasons, **columns):
+        """Return whether each photo of a part is either skipped or has a row in all columns, of the right shape."""
+        photos = np.concatenate([index, skipped])
+        shapes = {name: (len(index), *shape) for name, shape in {"embeddings": (self.width,), **ROWS}.items()}
+        return (photos.dtype == np.int64 and reasons.dtype.kind == "U" and reasons.shape == skipped.shape
+                and sorted(photos.tolist()) == list(range(start, min(start + PART, self.count)))
+                and (len(index) == 0 or "embeddings" in columns)
+                and all(np.isfinite(column).all() and column.shape == shapes[name] for name, column in columns.items()))
 
     def write(self, start, arrays):
         with atomic_write(self._path(start)) as file:
@@ -254,7 +262,8 @@ def _settings(args, photos, model):
 def main(argv=None):
     args = _parser().parse_args(argv)
     if args.output.suffix != ".npz" or args.output.is_dir():
-        raise InputError(f"--output {args.output} is not the name of an .npz file; choose one, such as faces.npz.")
+        problem = "is a folder" if args.output.is_dir() else "does not end in .npz"
+        raise InputError(f"--output {args.output} {problem}; choose the name of a file, such as faces.npz.")
     if args.workers is not None and args.workers < 0:
         raise InputError(f"--workers {args.workers} is out of range; it must be 0 or more.")
     photos = list_photos(args.photos)
@@ -263,16 +272,17 @@ def main(argv=None):
     announce(args.model, embedder.loaded)
     embedder.net = optimized_copy(embedder.net, embedder.device, images=len(photos))    # not anew for each part
     model = embedder.loaded["fingerprint"]
+    width = embedder.net.fc5.out_features * (2 if args.mirror == "concatenate" else 1)
     with resumable(), locked(args.output.with_name(f".{args.output.name}.lock"), f"writing {args.output}",
                              advice="choose another --output, on a writable local disk"):
         remove_partial(args.output)
-        parts = Parts(args.output, _settings(args, photos, model), len(photos))
+        parts = Parts(args.output, _settings(args, photos, model), len(photos), width)
         reasons = embed_parts(embedder, photos, parts, args.aligned, args.workers)
         rows, values = assemble(args.output, photos, parts, model)
         shutil.rmtree(parts.folder, ignore_errors=True)
-    details = f" ({', '.join(f'{reason}: {n:,}' for reason, n in reasons.most_common(5))})" if reasons else ""
+    details = ", ".join(f"{printable(reason)}: {n:,}" for reason, n in reasons.most_common(5))
     print(f"{args.output}: {count_of(rows, 'embedding~')} of {values} values; {reasons.total():,} of "
-          f"{count_of(len(photos), 'photo~')} skipped{details}")
+          f"{count_of(len(photos), 'photo~')} skipped{f' ({details})' if details else ''}")
 
 
 def _parser():

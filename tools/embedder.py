@@ -21,6 +21,8 @@ from mtcnn.detector import Detector, groups
 from mtcnn.inputs import IMAGE_TYPES, as_rgb
 from mtcnn.search import ATTEMPTS, RULES, choose, frame, normalize_rule, prefetch
 
+NO_FACE = "no face was found"
+
 
 class Face(NamedTuple):
     """The chosen face of a photo.
@@ -154,7 +156,7 @@ def _find_in_images(images, detector, select):
                 points = faces.landmarks[row] - corner
                 results[i] = Face(align(images[i], points), faces.boxes[row] - np.tile(corner, 2), faces.scores[row],
                                   points, row, len(faces.boxes))
-    return ["no face was found" if result is None else result for result in results]
+    return [NO_FACE if result is None else result for result in results]
 
 
 def add_select_option(parser):

@@ -1,6 +1,4 @@
 """What a training checkpoint holds: a check for each entry, because files may come from strangers."""
-import math
-
 import torch
 
 
@@ -53,7 +51,7 @@ def is_threshold(value):
 
 
 # The threshold of the last evaluation during training: what faces.verification.threshold.Threshold holds, and the step.
-THRESHOLD = {"value": lambda value: type(value) is float and math.isfinite(value), "accepted": is_count,
+THRESHOLD = {"value": lambda value: type(value) is float and abs(value) < 1.01, "accepted": is_count,
              "impostor": is_count, "rejected": is_count, "genuine": is_count, "source": _is_text, "step": is_count}
 # What a checkpoint holds. Files may come from strangers, so all of it is checked before any of it is used.
 CONTENT = {"method": _is_text, "net": _is_text, "step": is_count, "weights": _are_tensors, "head": _is_head,

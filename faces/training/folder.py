@@ -27,6 +27,8 @@ def reserved(run, output, resume):
 def _reserve(lock, output, resume):
     check_resume(output / "checkpoint.pt", resume)
     check_writable(output)
+    if (output / "epochs.jsonl").is_symlink():
+        raise InputError(f"{output / 'epochs.jsonl'} is a link; remove it.")
     lock.enter_context(locked(output / ".lock", f"training into {output}", wait=False,
                               advice="choose another --output, on a writable local disk"))
     for name in ("checkpoint*.pt", "settings.json", "epochs.jsonl", "training.png"):

@@ -32,7 +32,7 @@ def training_parser(description, output):
 def _add_data_options(group):
     group.add_argument("--casia", type=Path, required=True, metavar="DIR",
                        help="CASIA-WebFace: person folders such as 0000045/001.jpg, a zip of them, InsightFace's "
-                            "RecordIO (train.rec, train.idx, property), or faces already aligned to 96x112 or 112x112 "
+                            "RecordIO (train.rec, train.idx, property), or faces already aligned to 112x96 or 112x112 "
                             "pixels")
     group.add_argument("--landmarks", type=Path, metavar="FILE",
                        help="landmark list, `path label x1 y1 ... x5 y5` (default: casia_landmark.txt in --casia, or "
@@ -178,8 +178,11 @@ def parse_options(parser, argv, net_in):
     path, unset = args.output / "checkpoint.pt", object()
     given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
     if args.resume != "never" and path.is_file():
-        actions = {action.dest: action for action in parser._actions}
-        for name, value in settings_in(load(path)).items():
+        actions, state = {action.dest: action for action in parser._actions}, load(path)
+        if not vars(args).keys() >= settings_in(state).keys():    # such as --margin-warmup in a run of SphereFace
+            raise InputError(f"{path} is a run of {state['method']}, which another casia_train.py trains; use that, or "
+                             "choose another --output.")
+        for name, value in settings_in(state).items():
             if getattr(given, name, None) is unset and name not in MAY_DIFFER:
                 if not _fits(actions[name], value):
                     raise InputError(f"{path} is damaged (its setting {name} is {value!r}); restore it from a copy, or "

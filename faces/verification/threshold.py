@@ -4,13 +4,13 @@ lfw_eval.py writes it into a small file beside the model, MODEL.threshold.json. 
 so that it is never used for another. Without that file, a checkpoint has the threshold of the last evaluation during
 its training, if it was trained with --lfw.
 """
-import math
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from faces.files import InputError, printable, read_json, write_json
+from faces.training.content import is_threshold
 from faces.verification.metrics import best_threshold
 from faces.verification.weights import model_file
 
@@ -46,7 +46,7 @@ def choose_threshold(similarity, same, source, value=None):
     value = float(best_threshold(similarity, same) if value is None else value)
     accepted = np.asarray(similarity) > value
     return Threshold(value, int((accepted & ~same).sum()), int((~same).sum()), int((~accepted & same).sum()),
-                     int(same.sum()), source)
+                     int(same.sum()), printable(source))
 
 
 def threshold_path(model):
@@ -71,21 +71,15 @@ def load_threshold(model, loaded):
         InputError: the file can't be read, is malformed, or belongs to other weights.
     """
     path = Path(threshold_path(model))
-    try:
-        content = read_json(path, AGAIN)
-        if content is None:
-            return _threshold_in(loaded)
-        threshold = Threshold(*(kind(content[name]) for name, kind in
-                                zip(Threshold._fields, (float, int, int, int, int, printable))))
-        valid = (content["format"] == FORMAT and math.isfinite(threshold.value)
-                 and 0 <= threshold.accepted <= threshold.impostor > 0 <= threshold.rejected <= threshold.genuine > 0)
-    except (ValueError, KeyError, TypeError, OverflowError):
-        valid = False
-    if not valid:
+    content = read_json(path, AGAIN)
+    if content is None:
+        return _threshold_in(loaded)
+    stated = {name: content.get(name) for name in Threshold._fields}
+    if content.get("format") != FORMAT or not is_threshold({**stated, "step": 0}):
         raise InputError(f"{path} is not a threshold that lfw_eval.py saved; {AGAIN}.")
     if content.get("fingerprint") != loaded["fingerprint"]:
         raise InputError(f"{path} belongs to other weights than those that {model} has now; {AGAIN}.")
-    return threshold
+    return Threshold(**stated)
 
 
 def _threshold_in(loaded):
@@ -95,5 +89,5 @@ def _threshold_in(loaded):
     threshold = Threshold(*(loaded["threshold"][name] for name in Threshold._fields))
     step = loaded["threshold"]["step"]
     later = "" if loaded["step"] == step else f" (the weights are those of step {loaded['step']:,})"
-    source = f"{printable(threshold.source)}, evaluated during training at step {step:,}{later}"
+    source = f"{threshold.source}, evaluated during training at step {step:,}{later}"
     return threshold._replace(source=source)

@@ -259,7 +259,7 @@ def check_state(folder):
     for read in (lambda: _read_failed(folder, 4), lambda: _read_journal(folder), lambda: read_scores(folder),
                  lambda: load_threshold(folder / "m", LOADED), lambda: read_points(folder / "tsne.tsv"),
                  lambda: check_journal(folder), lambda: _read_epochs(folder / "epochs.jsonl"),
-                 lambda: Parts(folder / "faces.npz", {"photos": "x"}, 4)):
+                 lambda: Parts(folder / "faces.npz", {"photos": "x"}, 4, 4)):
         try:
             read()
         except InputError:
@@ -275,13 +275,13 @@ def check_journal(folder):
 
 def part_file(rng):
     file = io.BytesIO()
-    np.savez(file, index=np.arange(2), skipped=np.array([2]), reasons=np.array(["no face"]),
+    np.savez(file, index=np.arange(2), skipped=np.array([2, 3]), reasons=np.array(["no face"] * 2),
              embeddings=np.ones((2, 4), "f4"))
     return {".faces.npz.parts/000000000.npz": file.getvalue(), ".faces.npz.parts/settings.json": b'{"photos": "x"}'}
 
 
 def check_part(folder):
-    part = Parts(folder / "faces.npz", {"photos": "x"}, 4).read(0)
+    part = Parts(folder / "faces.npz", {"photos": "x"}, 4, 4).read(0)
     if part is None:
         raise InputError("made again")
     assert len(part["index"]) == len(part["embeddings"]) == 2

@@ -33,7 +33,7 @@ STATE = {    # file: how it is read
     "m.threshold.json": lambda folder: load_threshold(folder / "m", LOADED), "results.json": read_scores,
     "scores.tsv": read_scores, "tsne.tsv": lambda folder: read_points(folder / "tsne.tsv"),
     "epochs.jsonl": lambda folder: _read_epochs(folder / "epochs.jsonl"),
-    ".faces.npz.parts/settings.json": lambda folder: Parts(folder / "faces.npz", {"photos": "x"}, 4),
+    ".faces.npz.parts/settings.json": lambda folder: Parts(folder / "faces.npz", {"photos": "x"}, 4, 4),
     ".list.txt.partial": lambda folder: Journal(folder / "list.txt", {"images": 1}, 3)}
 NUMBERS = [f'{{"faces": 4, "failed": [[{number}, "x"]]}}' for number in ("4", "-1", "1.0", "NaN", "1e999", "true")]
 

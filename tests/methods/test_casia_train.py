@@ -170,6 +170,7 @@ def test_a_run_is_never_overwritten_or_resumed_by_mistake(main, casia, tmp_path)
     assert main("cosFace", *args)[0] == 0
     assert "already holds a run" in error_of(main, *args)
     assert "was trained with --seed 0" in error_of(main, *args, "--resume", "--seed", "1")
+    assert "is a run of CosFace" in error_of(main, *args, "--resume", method="sphereFace")
     checkpoint = tmp_path / "run/checkpoint.pt"
     torch.save({"weights": {}}, checkpoint)
     assert "not a training checkpoint" in error_of(main, *args, "--resume")

@@ -51,6 +51,7 @@ def test_a_journal_of_an_earlier_version_is_continued_on_a_cpu_only(tmp_path):
 
 @pytest.mark.parametrize("line", [b"\0" * 30, b"[1, [9, 9], 0, [1.0", b"{}", b"7", b"[5, [9, 9], -1, null]", b"\xff",
                                   b"[1, [9, 9], 0, null]", b"[1, [9, 9], 0, [NaN, 1, 1, 1, 1, 1, 1, 1, 1, 1]]",
+                                  b"[1, [9, 9], 0, [1e308, 1, 1, 1, 1, 1, 1, 1, 1, 1]]",
                                   b"[1, [0, 9], -1, null]", b"[1, [9, 9], 0, [1, 2]]", b"[1, 9, -1, null]",
                                   b"[" * 100_000], ids=lambda line: line[:12].hex())
 def test_damaged_lines_are_counted_and_ignored(list_path, capsys, line):
