@@ -1,6 +1,8 @@
 # Everything happens in .venv, .venv-oldest and demo/. For another Python: make clean, then make test PYTHON=python3.12
 PYTHON ?= python3
 VENV := .venv
+# Two processes, unless there is only one core. More would take much memory: each has up to 3 GB.
+TWO := -n auto --maxprocesses 2
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
@@ -22,7 +24,7 @@ demo: $(VENV)/with-demo
 	$(VENV)/bin/python tools/demo.py
 
 test: $(VENV)/with-tests
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest $(TWO)
 
 lint: $(VENV)/with-tests
 	$(VENV)/bin/python -m ruff check .
@@ -30,7 +32,7 @@ lint: $(VENV)/with-tests
 # All four run even if one fails; the exit status says whether all passed.
 test-matrix: $(VENV)/with-tests
 	@status=0; for setting in FACES_BF16= FACES_BF16=0 FACES_BF16=1 CC=false; do \
-	  echo "== $$setting"; env $$setting $(VENV)/bin/python -m pytest || status=1; \
+	  echo "== $$setting"; env $$setting $(VENV)/bin/python -m pytest $(TWO) || status=1; \
 	done; exit $$status
 
 # The lower bounds in the requirements files, installed exactly.

@@ -8,6 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+# Two processes that both use all cores mostly wait for each other. This has to be set before torch is imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // 2)))
+
 import cv2
 import numpy as np
 import pytest
@@ -31,7 +35,7 @@ def script(name, *args, from_root=False):
     path = ROOT / name
     command, folder = (name, ROOT) if from_root else (path.name, path.parent)
     return subprocess.run([sys.executable, command, *map(str, args)], cwd=folder, text=True, capture_output=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "2"}, timeout=900)
+                          env={"OMP_NUM_THREADS": "2", **os.environ}, timeout=900)
 
 
 TINY = ["--batch-size", "8", "--epochs", "2", "--checkpoint-every", "2", "--device", "cpu", "--precision", "float32"]

@@ -35,7 +35,7 @@ def interrupt(method, args, signal_number, checkpoint, step):
         (exit status, stdout and stderr together).
     """
     process = subprocess.Popen([sys.executable, "casia_train.py", *map(str, args)], cwd=ROOT / method,
-                               env={**os.environ, "OMP_NUM_THREADS": "2"},
+                               env={"OMP_NUM_THREADS": "2", **os.environ},
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     deadline = time.monotonic() + 900
     while process.poll() is None and time.monotonic() < deadline:

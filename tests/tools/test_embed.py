@@ -180,7 +180,7 @@ def test_aligned_faces_and_names_that_are_not_utf8(run, embedder, tmp_path):
 @pytest.mark.parametrize("photo, output, message", [
     ("missing", "faces.npz", "missing does not exist"), (".", "faces.npz", "contains no images"),
     ("coffee.png", "faces.npz", "no face that can be used in 1 photo;"),
-    ("face.png", "faces.csv", "not the name of an .npz"),
+    ("face.png", "faces.csv", "does not end in .npz"),
 ])
 def test_mistakes_are_one_sentence_errors(run, photos, tmp_path, photo, output, message):
     status, _, err = run((tmp_path if photo == "." else photos) / photo, "--output", tmp_path / output)
