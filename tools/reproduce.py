@@ -170,20 +170,22 @@ def are_aligned(source, names):
 @command
 def main(argv=None):
     args, options = parse_args(argv)
-    stages = plan(args, options)
+    stages, finished = plan(args, options), []
     table = args.output / "results.md"
     with locked(args.output / ".lock", f"reproducing into {args.output}", wait=False):
         journal = Journal(args.output, args.casia, options)
         for stage in stages:
             status = 0 if journal.is_done(stage) else journal.run(stage)
-            if status:
-                print(f"reproduce.py: the command above ended with exit status {status}; the same command as before "
-                      "continues here.", file=sys.stderr)
+            if status:    # the command may just have said "continue with --resume" about itself
+                print(f"reproduce.py: the command above ended with exit status {status}; to continue, repeat the "
+                      "command that you typed.", file=sys.stderr)
                 return status
+            finished.append(stage)
             if stage.kind == "evaluation":
+                text = render(stages, finished, journal)
                 with atomic_write(table, "w", encoding="utf-8") as file:
-                    file.write(render(stages, journal))
-    print(f"\n{table.read_text(encoding='utf-8')}\nThis table is {table}")
+                    file.write(text)
+    print(f"\n{text}\nThis table is {table}")
     return 0
 
 

@@ -1,24 +1,30 @@
 """The results table of tools/reproduce.py, in Markdown."""
-import json
 import shlex
 
+from faces.files import InputError, printable, read_json
 from faces.training import checkpoint
+from faces.training.content import is_count
+from tools.sessions import is_number, read_settings
 
 METHODS = {"cosFace": "CosFace", "sphereFace": "SphereFace"}
 FAR = 1e-3
 
 
-def render(stages, journal):
+def render(stages, finished, journal):
     """Return the text of results.md, with the methods that have been evaluated so far.
 
     Args:
         stages: list of tools.sessions.Stage.
+        finished: those whose evaluation is known to be done; the journal may know of others.
         journal: tools.sessions.Journal.
+
+    Raises:
+        InputError: a file of a method that has been evaluated is missing or damaged.
     """
-    done = [stage for stage in stages if stage.kind == "evaluation" and journal.is_done(stage)]
-    results = [json.loads(stage.product.read_text(encoding="utf-8")) for stage in done]
+    done = [stage for stage in stages if stage.kind == "evaluation" and (stage in finished or journal.is_done(stage))]
+    results = [_read_results(stage.product) for stage in done]
     counts, settings = results[0]["counts"], results[0]["settings"]
-    return "\n".join([
+    lines = [
         "# Results", "", "| method | network | accuracy | 95 % interval | TAR@FAR=1e-3 | rank 1 | training images |",
         "| --- | --- | --- | --- | --- | --- | --- |", *map(_row, done, results), "",
         "The accuracy is the mean over the folds, with its standard deviation (ddof = 0) and a bootstrap interval over",
@@ -30,11 +36,13 @@ def render(stages, journal):
         *[_time_row(stage, journal.sessions(stage)) for stage in stages if journal.sessions(stage)], "",
         "Times are wall-clock times of the commands, summed over their sessions. They include start-up and, in the",
         "first training, the alignment of the faces.", "",
-        "## Commands", "", *[f"    {shlex.join(stage.words)}" for stage in stages], ""])
+        "## Commands", "", *[f"    {shlex.join(stage.words)}" for stage in stages]]
+    return "".join(f"{printable(line)}\n" for line in lines)    # much of it comes from files
 
 
 def _row(stage, result):
-    recipe, state = _settings(stage)["recipe"], checkpoint.load(stage.product.parents[1] / "checkpoint.pt")
+    run = stage.product.parents[1]
+    recipe, state = read_settings(run)["recipe"], checkpoint.load(run / "checkpoint.pt")
     low, high = result["interval_95"]
     tar = next(point for point in result["tar"] if point["far"] == FAR)
     cells = (METHODS[stage.of], result["settings"]["net"], f"{result['accuracy']:.4f} (std {result['std']:.4f})",
@@ -43,13 +51,19 @@ def _row(stage, result):
              f"{result['identification']['rank_1']:.4f}" if result["identification"] else "-",
              f"{state['step'] * recipe['batch_size']:,} ({state['step'] / recipe['steps_per_epoch']:.1f} epochs, "
              f"{state['classes']:,} people)")
-    return f"| {' | '.join(cells)} |"
+    return _table_row(*cells)
+
+
+def _table_row(*cells):
+    escaped = [cell.replace("|", r"\|") for cell in cells]
+    return f"| {' | '.join(escaped)} |"
 
 
 def _machines(stages, done, journal):
     """Return lines on the devices, processors and versions of the trainings; all of them, if they changed."""
     sessions = [session for stage in stages if stage.kind == "training" for session in journal.sessions(stage)]
-    runs = [session["run"] for session in sessions if "run" in session] or [_settings(stage) for stage in done]
+    runs = [session["run"] for session in sessions if "run" in session] or [
+        read_settings(stage.product.parents[1]) for stage in done]
     versions = [f"Python {run['versions']['python']}, torch {run['versions']['torch']}, OpenCV "
                 f"{run['versions']['opencv']}" for run in runs]
     return [f"- trained on: {_distinct([run['device'] + ', ' + run['precision'] for run in runs])}",
@@ -58,8 +72,30 @@ def _machines(stages, done, journal):
             f"- git revision: {_distinct([run['git'] or 'unknown' for run in runs])}"]
 
 
-def _settings(stage):
-    return json.loads((stage.product.parents[1] / "settings.json").read_text(encoding="utf-8"))
+def _read_results(path):
+    advice = "delete it, and the evaluation is repeated"
+    results = read_json(path, advice)
+    if results is None or not _are_results(results):
+        raise InputError(f"{path} is missing or damaged; {advice}.")
+    return results
+
+
+def _are_results(value):
+    """Return whether results.json holds what the table takes from it."""
+    def has(names, is_right, holder=value):
+        return isinstance(holder, dict) and all(is_right(holder.get(name)) for name in names)
+
+    def is_text(text):
+        return isinstance(text, str)
+    points, interval, identification = value.get("tar"), value.get("interval_95"), value.get("identification")
+    return (has(("accuracy", "std"), is_number) and isinstance(interval, list) and len(interval) == 2
+            and all(map(is_number, interval)) and isinstance(points, list)
+            and all(has(("far", "tar"), is_number, point) and has(["impostors"], is_count, point)
+                    and type(point.get("resolved")) is bool for point in points)
+            and any(point["far"] == FAR for point in points)
+            and (identification is None or has(["rank_1"], is_number, identification))
+            and has(("pairs", "images"), is_count, value.get("counts"))
+            and has(("lfw", "net", "landmarks"), is_text, value.get("settings")))
 
 
 def _distinct(texts):
@@ -70,7 +106,7 @@ def _time_row(stage, sessions):
     seconds = [session["seconds"] for session in sessions if session["seconds"] is not None]
     killed = len(sessions) - len(seconds)
     note = f" ({killed} killed, whose time is unknown and not included)" if killed else ""
-    return f"| {stage.name} | {duration(sum(seconds))} | {len(sessions)}{note} |"
+    return _table_row(stage.name, duration(sum(seconds)), f"{len(sessions)}{note}")
 
 
 def duration(seconds):
