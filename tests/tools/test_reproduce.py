@@ -1,7 +1,11 @@
 """tools/reproduce.py on a small RecordIO set and a .bin set; what it does with photos; and mistakes in its options."""
+import functools
+import itertools
 import json
+import operator
 import pickle
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -15,7 +19,7 @@ from conftest import ROOT, draw_face, write_image
 from faces.align import align
 from faces.files import InputError
 from faces.landmarks import write_landmarks
-from tools import reproduce
+from tools import commands, reproduce, reproduce_table, sessions
 from tools.sessions import Journal
 
 # 6 steps, with a checkpoint of 180 MB after each, so that there is time to interrupt the run after the first.
@@ -71,7 +75,7 @@ def test_a_run_that_is_stopped_continues_and_ends_with_the_table(tmp_path, monke
         time.sleep(0.02)
     first.send_signal(signal.SIGTERM)
     output, errors = first.communicate(timeout=600)
-    assert first.returncode == 143 and "the same command" in errors, errors
+    assert first.returncode == 143 and "repeat the command that you typed" in errors, errors
     assert re.search(r"stopped after \d+ of 6 steps", output)
     assert "| CosFace | faceNet |" in (out / "results.md").read_text()
     finished = [out / "cosFace/checkpoint.pt", out / "cosFace/lfw/results.json"]
@@ -93,6 +97,83 @@ def test_a_run_that_is_stopped_continues_and_ends_with_the_table(tmp_path, monke
 
     with pytest.raises(InputError, match="was started with"):
         Journal(out, tmp_path / "set", ["--batch-size", "8"])
+
+
+SETTINGS = {"recipe": {"batch_size": 2, "steps_per_epoch": 6}, "device": "CPU", "precision": "float32", "git": None,
+            "versions": {"python": "3", "torch": "2", "opencv": "4\n\x1b[2J"}}
+RESULTS = {"accuracy": 0.9, "std": 0.1, "interval_95": [0.8, 1.0], "identification": None,
+           "tar": [{"far": 1e-3, "tar": 0.5, "impostors": 10, "resolved": False}],
+           "counts": {"pairs": 20, "images": 20},
+           "settings": {"lfw": "a\nb", "net": "face|Net", "landmarks": "none", "weights": {"fingerprint": "1"}}}
+
+
+@pytest.fixture
+def quick(tmp_path, monkeypatch):
+    """Replace the commands by ones that only write their JSON files; return the arguments of reproduce.main()."""
+    def run(words):
+        folder = tmp_path / "out" / words[1].split("/")[0]
+        training = words[1].endswith("casia_train.py")
+        sessions.write_json(folder / ("settings.json" if training else "lfw/results.json"),
+                            SETTINGS if training else RESULTS)
+        return 0
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(commands, "run", run)
+    versions = itertools.count()    # of the checkpoint, as if each command had made steps
+    monkeypatch.setattr(sessions, "version", lambda _: next(versions))
+    monkeypatch.setattr(sessions, "load_net", lambda *_: (None, {"fingerprint": "1"}))
+    monkeypatch.setattr(reproduce_table.checkpoint, "load", lambda _: {"step": 6, "classes": 3})
+    return list(map(str, ["--casia", write_recordio(tmp_path / "set"), "--lfw", write_bin(tmp_path / "test.bin"),
+                          "--output", tmp_path / "out", *OPTIONS]))
+
+
+def test_texts_from_files_can_not_change_the_table_or_the_terminal(quick, tmp_path, capsys):
+    assert reproduce.main(quick) == 0
+    table = (tmp_path / "out/results.md").read_text()
+    assert table in capsys.readouterr().out and "\x1b" not in table
+    for text in (r"| CosFace | face\|Net | 0.9000", r"OpenCV 4\n\x1b[2J", r"- test set: a\nb, 20 pairs"):
+        assert text in table
+
+
+@pytest.mark.parametrize("file, keys, value, advice", [
+    *[("sessions.json", keys, value, "delete it, which only forgets how long stages took") for keys, value in (
+        (["sessions"], {}), (["sessions"], ""), (["casia"], 5), (["options"], "x"), (["sessions", 0, "seconds"], "x"),
+        (["sessions", 0, "seconds"], float("inf")), (["sessions", 0, "cpu"], [5]), (["sessions", 0, "run"], {}),
+        (["sessions", 0, "run"], "x"), (["sessions", 0, "run", "git"], 5), (["sessions", 0, "command"], None))],
+    *[("sphereFace/settings.json", keys, value, "delete the folder") for keys, value in (
+        (["recipe"], {}), (["recipe", "steps_per_epoch"], 0), (["versions"], None), ([], {}), ([], []), ([], None))],
+    *[("sphereFace/lfw/results.json", keys, value, "delete it, and the evaluation is repeated") for keys, value in (
+        (["counts"], None), (["accuracy"], "x"), (["tar"], []), (["tar", 0, "tar"], float("inf")),
+        (["interval_95"], [0.5]), (["identification"], {}), (["settings", "lfw"], 5), (["tar", 0], []))]])
+def test_a_damaged_file_is_named_and_the_table_stays(file, keys, value, advice, quick, tmp_path, capsys, monkeypatch):
+    """The file is damaged after a complete reproduction, which is then repeated; None at the top deletes it."""
+    reproduce.main(quick)
+    path, table = tmp_path / "out" / file, (tmp_path / "out/results.md").read_text()
+    content = [json.loads(path.read_text())]
+    *outer, last = [0, *keys]
+    functools.reduce(operator.getitem, outer, content)[last] = value
+    path.unlink()
+    if content != [None]:
+        path.write_text(json.dumps(*content))
+
+    monkeypatch.setattr(commands, "run", lambda words: 0)    # nothing is left to do
+    with pytest.raises(SystemExit) as stop:
+        reproduce.main(quick)
+    errors = capsys.readouterr().err
+    assert stop.value.code == 2 and str(path) in errors and "damaged" in errors and advice in errors
+    assert (tmp_path / "out/results.md").read_text() == table
+
+
+def test_a_deleted_run_is_trained_again(quick, tmp_path, monkeypatch):
+    """As the message about a damaged settings.json advises."""
+    reproduce.main(quick)
+    shutil.rmtree(tmp_path / "out/sphereFace")
+
+    def load_net(path, _):
+        if not path.exists():
+            raise InputError("no checkpoint")
+        return None, {"fingerprint": "1"}
+    monkeypatch.setattr(sessions, "load_net", load_net)
+    assert reproduce.main(quick) == 0 and (tmp_path / "out/sphereFace/lfw/results.json").exists()
 
 
 def plan(*args):
