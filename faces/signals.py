@@ -41,9 +41,10 @@ def stopped_by_signals():
         yield
         return
     before = {number: signal.getsignal(number) for number in stop_signals()}
-    hook = sys.unraisablehook
+    hook, received = sys.unraisablehook, []
 
     def stop(number, _):
+        received.append(number)
         set_handlers(before)
         leave_lost_terminal()
         raise Stopped(number)
@@ -59,6 +60,10 @@ def stopped_by_signals():
         set_handlers(dict.fromkeys(before, stop))
         sys.unraisablehook = again
         yield
+    except Exception as error:
+        if received:    # a function in C may turn Stopped into another exception
+            raise Stopped(received[-1]) from error
+        raise
     finally:
         set_handlers(before)
         sys.unraisablehook = hook

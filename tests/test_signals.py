@@ -61,6 +61,15 @@ def test_a_signal_in_a_callback_whose_exceptions_python_ignores_ends_main_too():
     assert process.returncode == 128 + signal.SIGTERM
 
 
+def test_a_signal_that_c_code_turns_into_another_exception_ends_main_too():
+    process = start("import time\nfrom faces.files import command\n@command\ndef main():\n"
+                    "    print('started', flush=True)\n    try:\n        time.sleep(60)\n"
+                    "    except BaseException:\n        raise ValueError from None\nmain()")
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate() == ("", "-c: interrupted; run the same command again.\n")
+    assert process.returncode == 128 + signal.SIGTERM
+
+
 def test_ctrl_c_after_main_is_silent():
     process = start(PROGRAM + "import atexit; atexit.register(time.sleep, 60); time.sleep = lambda _: None; main()\n"
                     "print('main has ended', flush=True)")
