@@ -69,6 +69,17 @@ def stopped_by_signals():
         sys.unraisablehook = hook
 
 
+@contextlib.contextmanager
+def handled_by(handler):
+    """In this block, stop_signals() call handler(number, frame)."""
+    before = {number: signal.getsignal(number) for number in stop_signals()}
+    try:
+        set_handlers(dict.fromkeys(before, handler))
+        yield
+    finally:
+        set_handlers(before)
+
+
 def set_handlers(handlers):
     """Install a dict of signal handlers by number."""
     for number, handler in handlers.items():

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from faces.files import ROOT
+from faces.signals import handled_by, leave_lost_terminal
 
 PROGRAMS = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
 
@@ -26,25 +27,23 @@ def command_line(script, *args, processes=1):
 def run(words):
     """Print a command, run it to its end, and return its exit status.
 
-    Ctrl-C reaches the command by itself, and SIGTERM is passed on. This process waits until the command has saved its
-    work, and then returns 128 plus the number of the signal.
+    Ctrl-C reaches the command by itself, and SIGTERM and SIGHUP are passed on. This process waits until the command has
+    saved its work, and then returns 128 plus the number of the signal.
     """
     print(f"\n$ {shlex.join(words)}", flush=True)
     received, process = [], None
 
     def note(number, _):
         received.append(number)
-        if number == signal.SIGTERM and process is not None:
-            process.terminate()
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+        leave_lost_terminal()
+        if number != signal.SIGINT and process is not None:
+            process.send_signal(number)
+
+    with handled_by(note):
         process = subprocess.Popen([*PROGRAMS[words[0]], *words[1:]])
-        if signal.SIGTERM in received:    # before there was a process to pass it on to
-            process.terminate()
+        for number in set(received) - {signal.SIGINT}:    # before there was a process to pass them on to
+            process.send_signal(number)
         status = process.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     if received:
         return 128 + received[-1]
     return status if status >= 0 else 128 - status    # Popen reports a process that signal 9 killed as -9

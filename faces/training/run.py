@@ -4,7 +4,6 @@ import copy
 import datetime
 import os
 import re
-import signal
 import time
 
 import torch
@@ -16,7 +15,7 @@ from faces.cpu.training import for_training
 from faces.device import autocast, can_autocast, fast_dtype, keep_large_blocks, memory_format, pick_device
 from faces.files import InputError, TemporaryError
 from faces.images import count_of
-from faces.signals import leave_lost_terminal, stop_signals
+from faces.signals import handled_by, leave_lost_terminal
 
 PRECISION = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DAY = datetime.timedelta(days=1)    # the longest that one process may keep the others waiting outside of a step
@@ -218,9 +217,9 @@ class Run:
         def note(number, _):
             self._own_signal = number
             leave_lost_terminal()
-        before = {number: signal.signal(number, note) for number in stop_signals()}
         try:
-            yield
+            with handled_by(note):
+                yield
         except (RuntimeError, MemoryError) as error:
             if _is_out_of_memory(error):
                 raise InputError(f"{self.device} is out of memory; {memory_advice}.") from None
@@ -228,9 +227,6 @@ class Run:
                 raise TemporaryError(f"process {self.rank} lost the connection to another process, whose own message "
                                      "says why it ended; continue with --resume.") from None
             raise
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def should_stop(self):
         """Return whether any process was asked to stop; all processes get the same answer at the same step.
