@@ -16,7 +16,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from faces.signals import end_quietly
 
 end_quietly(__name__)
-import numpy as np
 import torch
 
 import cosFace.casia_train
@@ -145,8 +144,8 @@ def check_lfw(root, listed):
 
 def has_names(lfw):
     """Return whether a verification set can be used for identification, as lfw_eval.py requires it."""
-    pairs = read_bin(lfw)[0] if _is_bin(lfw) else read_pairs(lfw)
-    return bool(pairs.named and (np.bincount(pairs.identities) >= 2).sum() >= 2)
+    pairs = read_bin(lfw)[0] if _is_bin(lfw) else read_pairs(lfw, identification=True)
+    return pairs.named and pairs.people_with_several() >= 2
 
 
 def _is_bin(path):

@@ -179,10 +179,11 @@ def parse_options(parser, argv, net_in):
     given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
     if args.resume != "never" and path.is_file():
         actions, state = {action.dest: action for action in parser._actions}, load(path)
-        if not vars(args).keys() >= settings_in(state).keys():    # such as --margin-warmup in a run of SphereFace
+        settings = settings_in(state)
+        if not vars(args).keys() >= settings.keys():    # such as --margin-warmup in a run of SphereFace
             raise InputError(f"{path} is a run of {state['method']}, which another casia_train.py trains; use that, or "
                              "choose another --output.")
-        for name, value in settings_in(state).items():
+        for name, value in settings.items():
             if getattr(given, name, None) is unset and name not in MAY_DIFFER:
                 if not _fits(actions[name], value):
                     raise InputError(f"{path} is damaged (its setting {name} is {value!r}); restore it from a copy, or "

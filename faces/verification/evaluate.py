@@ -4,7 +4,6 @@ import os
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from faces.device import keep_large_blocks, pick_device
@@ -118,7 +117,7 @@ def _check_names(args, pairs):
     if not pairs.named:
         raise InputError(f"{args.lfw} does not name the people on its images, which --protocol identification needs; "
                          "leave that out or pass a folder of people.")
-    if (np.bincount(pairs.identities) >= 2).sum() < 2:
+    if pairs.people_with_several() < 2:
         raise InputError(f"{args.lfw} has fewer than two people with two images or more, so --protocol identification "
                          "can't be run; leave it out.")
 

@@ -43,6 +43,10 @@ class Pairs(NamedTuple):
     identities: np.ndarray
     named: bool = True
 
+    def people_with_several(self):
+        """Return how many people have two images or more; identification needs at least two of them."""
+        return int((np.bincount(self.identities) >= 2).sum())
+
     def judged(self):
         """Return the Pairs on which accuracy is measured; paths and identities are unchanged."""
         keep = self.folds != TRAINING_ONLY
