@@ -14,6 +14,8 @@ from faces.files import InputError
 def pick_device(name="auto"):
     """Return the torch.device called `name`; "auto" picks CUDA if available, then Apple MPS, then the CPU.
 
+    "cuda" becomes the current GPU with its index, as torch.cuda.set_device() needs it.
+
     Raises:
         InputError: this machine has no such device.
     """
@@ -24,11 +26,10 @@ def pick_device(name="auto"):
     except RuntimeError:
         raise InputError(f"--device {name} is not a device; choose auto, cpu, cuda, cuda:1 or mps.") from None
     try:
-        torch.empty(1, device=device)
+        return torch.empty(1, device=device).device
     except Exception as error:  # each backend reports its absence by an exception of its own
         reason = str(error).splitlines()[0]
         raise InputError(f"--device {name} is not available here ({reason}); try auto or cpu.") from None
-    return device
 
 
 def has_bf16(device):
@@ -61,6 +62,11 @@ def autocast(device, dtype):
     """Return the context in which a network computes in `dtype`; with float32, it changes nothing."""
     device = torch.device(device)
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def exact_float32():
+    """Return a context in which convolutions on NVIDIA GPUs compute in float32; PyTorch's default, TF32, has 10 bits."""
+    return torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False)
 
 
 def can_autocast(device, dtype):

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from faces.device import pick_device, to_input
+from faces.device import exact_float32, pick_device, to_input
 from faces.files import InputError, atomic_write, check_writable, command, printable, script_parser, write_json
 from faces.images import UnreadableImage, count_of
 from mtcnn.boxes import nms, nms_of_smaller, regress, squares
@@ -125,9 +125,10 @@ class Detector:
     def cascade(self, images, thresholds):
         """Return the Faces in each of several images, uint8 (H, W, 3)."""
         pyramids = [Pyramid(image, self.min_face_size, self.factor) for image in images]
-        boxes, image_index = self.propose(pyramids, thresholds[0])
-        boxes, image_index = self.refine(pyramids, boxes, image_index, thresholds[1])
-        boxes, image_index, scores, points = self.locate(pyramids, boxes, image_index, thresholds[2])
+        with exact_float32():
+            boxes, image_index = self.propose(pyramids, thresholds[0])
+            boxes, image_index = self.refine(pyramids, boxes, image_index, thresholds[1])
+            boxes, image_index, scores, points = self.locate(pyramids, boxes, image_index, thresholds[2])
         rows_of_image = [image_index == i for i in range(len(pyramids))]
         return [Faces(boxes[rows], scores[rows], points[rows] - np.float32(0.5)) for rows in rows_of_image]
 

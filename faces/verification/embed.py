@@ -8,7 +8,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from tqdm import tqdm
 
 from faces.cpu.inference import for_inference
-from faces.device import autocast, memory_format, to_input
+from faces.device import autocast, exact_float32, memory_format, to_input
 
 MIRROR = ("concatenate", "sum", "none")
 
@@ -33,7 +33,7 @@ def embed(net, faces, device, batch_size=None, mirror="concatenate", dtype=torch
         raise ValueError(f"mirror must be one of {', '.join(MIRROR)}, not {mirror!r}")
     batch_size = batch_size or default_batch_size(device)
     net, parts = optimized_copy(net, device, dtype, len(faces)), []
-    with torch.inference_mode(), autocast(device, dtype), \
+    with torch.inference_mode(), autocast(device, dtype), exact_float32(), \
             tqdm(total=len(faces), desc="embedding", unit=" faces", disable=not progress, leave=False) as bar:
         for start in range(0, len(faces), batch_size):
             pixels = torch.from_numpy(np.array(faces[start:start + batch_size]))

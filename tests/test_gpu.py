@@ -1,0 +1,85 @@
+"""Tests on an NVIDIA GPU: it computes what the CPU computes, and training, resuming and detection run on it."""
+import numpy as np
+import pytest
+import torch
+from conftest import options, write_image
+from skimage import data as skimage_data
+
+from cosFace.net import CosFace, faceNet
+from faces.device import pick_device
+from faces.verification.embed import embed
+from faces.verification.weights import load_weights
+from mtcnn.detector import Detector
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU")
+
+
+def test_a_device_is_one_that_set_device_accepts(monkeypatch):
+    """torch.cuda.set_device() refuses "cuda" without an index, so pick_device() has to add it."""
+    class Probe:
+        device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: Probe)
+    assert pick_device("cuda") == torch.device("cuda", 0)
+
+
+@gpu
+@pytest.mark.parametrize("method", ["cosFace", "sphereFace"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "float32"])
+def test_training_runs_resumes_and_can_be_evaluated(main, casia, tmp_path, method, precision):
+    args = [*options(casia, tmp_path), "--device", "cuda", "--precision", precision]
+    status, output = main(method, *args)
+    assert status == 0 and f"{precision}) on {torch.cuda.get_device_name()}" in output.out
+    status, output = main(method, *args, "--resume", "--epochs", "3")
+    assert status == 0 and "training is complete after 18 steps" in output.out
+    net = load_weights(tmp_path / "run" / "checkpoint.pt").net
+    assert all(weights.isfinite().all() for weights in net.state_dict().values())
+
+
+@gpu
+def test_three_float32_steps_equal_those_of_the_cpu(main, casia, tmp_path):
+    """With batch normalization on eight faces, rounding grows from step to step, so this compares the paper's net."""
+    def weights(device):
+        folder = tmp_path / device
+        status, _ = main("cosFace", *options(casia, tmp_path, device), "--device", device, "--net", "sphere20a",
+                         "--epochs", "0.5")
+        assert status == 0
+        return torch.load(folder / "checkpoint.pt", weights_only=True)["weights"]
+    cpu, cuda = weights("cpu"), weights("cuda")
+    for name in cpu:
+        assert torch.allclose(cpu[name], cuda[name], atol=2e-3 * cpu[name].abs().max().item()), name    # TF32
+
+
+@gpu
+def test_embeddings_equal_those_of_the_cpu():
+    faces = np.random.default_rng(0).integers(0, 256, (40, 112, 96, 3), np.uint8)
+    net = faceNet()
+    cpu, cuda = (torch.from_numpy(embed(net, faces, torch.device(name), progress=False)) for name in ("cpu", "cuda"))
+    assert torch.cosine_similarity(cpu, cuda).min() > 1 - 1e-6
+    assert (cpu - cuda).abs().max() < 1e-4 * cpu.abs().max()
+
+
+@gpu
+def test_the_head_equals_that_of_the_cpu():
+    x, label = torch.randn(64, 512), torch.randint(0, 1000, (64,))
+    head, losses, gradients = CosFace(1000), [], []
+    for device in ("cpu", "cuda"):
+        head = head.to(device)
+        embedding = x.detach().to(device).requires_grad_()
+        loss, _ = head(embedding, label.to(device))
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append(embedding.grad.cpu())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert torch.allclose(*gradients, atol=1e-5)
+
+
+@gpu
+def test_mtcnn_finds_what_it_finds_on_the_cpu(tmp_path):
+    photo = skimage_data.astronaut()
+    write_image(tmp_path / "photo.png", photo)
+    images = [photo, photo[::-1], photo[:, ::-1]]
+    for one, two in zip(Detector(device="cpu").detect(images), Detector(device="cuda").detect(images)):
+        assert len(one.boxes) == len(two.boxes)
+        assert np.abs(one.landmarks - two.landmarks).max(initial=0) < 0.05    # pixels
+    two = Detector(device="cuda").detect([tmp_path / "photo.png"] * 8, workers=2)
+    assert all(len(faces.boxes) == len(two[0].boxes) > 0 for faces in two)
