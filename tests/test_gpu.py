@@ -37,16 +37,17 @@ def test_training_runs_resumes_and_can_be_evaluated(main, casia, tmp_path, metho
 
 @gpu
 def test_three_float32_steps_equal_those_of_the_cpu(main, casia, tmp_path):
-    """With batch normalization on eight faces, rounding grows from step to step, so this compares the paper's net."""
-    def weights(device):
-        folder = tmp_path / device
+    """Biases start at zero, so what they are after three steps is the sum of the updates."""
+    def biases(device):
         status, _ = main("cosFace", *options(casia, tmp_path, device), "--device", device, "--net", "sphere20a",
                          "--epochs", "0.5")
         assert status == 0
-        return torch.load(folder / "checkpoint.pt", weights_only=True)["weights"]
-    cpu, cuda = weights("cpu"), weights("cuda")
-    for name in cpu:
-        assert torch.allclose(cpu[name], cuda[name], atol=2e-3 * cpu[name].abs().max().item()), name    # TF32
+        weights = torch.load(tmp_path / device / "checkpoint.pt", weights_only=True)["weights"]
+        return {name: tensor for name, tensor in weights.items() if name.endswith(".bias")}
+    cpu, cuda = biases("cpu"), biases("cuda")
+    assert len(cpu) == len(cuda) == 5
+    for name, update in cpu.items():
+        assert (update - cuda[name]).norm() < 0.05 * update.norm(), name    # convolutions use TF32
 
 
 @gpu

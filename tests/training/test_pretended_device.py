@@ -16,7 +16,8 @@ from faces.training.run import Run
 from faces.verification.embed import embed
 from mtcnn.detector import Detector
 
-pytestmark = pytest.mark.skipif(not pretended_device.available(), reason="this PyTorch can't pretend a device")
+pytestmark = pytest.mark.skipif(not pretended_device.available(),
+                                reason="there is a GPU, or this PyTorch can't pretend one")
 RUNS = {"CosFace": ("cosFace", []), "SphereFace": ("sphereFace", []),
         "SphereFace-R": ("sphereFace", ["--scale", "30", "--margin", "1.5"]),
         "sharded": ("cosFace", ["--shard-head"]), "sampled": ("cosFace", ["--sample-centers", "0.5"])}
