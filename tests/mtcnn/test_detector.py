@@ -16,7 +16,7 @@ from faces.device import pick_device
 from faces.images import UnreadableImage, read_image
 from mtcnn.boxes import nms, nms_of_smaller
 from mtcnn.detector import Detector, groups, strips
-from mtcnn.nets import PooledConvolution
+from mtcnn.nets import PooledConvolution, SeparableMaxPool
 from mtcnn.pyramid import level_sizes
 
 LFW = ROOT.parent / "shared" / "data" / "lfw"
@@ -169,6 +169,12 @@ def test_pooled_convolution_equals_convolution_and_pooling():
     x = torch.randn(2, 3, 30, 44)
     expected = torch.nn.functional.max_pool2d(prelu(convolution(x)), 2)
     torch.testing.assert_close(PooledConvolution(convolution, prelu)(x), expected)
+
+
+@pytest.mark.parametrize("size", [(22, 22), (46, 46), (2, 8)])
+def test_separable_max_pooling_equals_max_pooling(size):
+    x = torch.randn(3, 5, *size)
+    assert torch.equal(SeparableMaxPool()(x), torch.nn.functional.max_pool2d(x, 3, 2, ceil_mode=True))
 
 
 def test_sizes_of_pyramid_levels():
