@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from benchmarks import load, margin_softmax, mtcnn_equivariance, run, training_step
+from benchmarks import load, margin_softmax, mtcnn_equivariance, run, throughput, training_step
 
 
 def test_a_margin_needs_little_more_memory_than_a_linear_layer():
@@ -34,6 +34,15 @@ def test_training_step_agrees_with_the_reference(method, casia, tmp_path, capsys
     args = ["--casia", str(casia), "--cache", str(tmp_path), "--device", "cpu", "--method", method, "--batch-size", "4",
             "--steps", "3", "--precision", "float32"]
     assert not training_step.main(args) and "ratio" in capsys.readouterr().out
+
+
+def test_throughput_runs_every_kind_of_step(monkeypatch, capsys):
+    monkeypatch.setattr(throughput, "WARM_UP", 1)
+    for method, net in (("cosFace", "faceNet"), ("sphereFace", "sphere20a")):
+        assert not throughput.main(["--method", method, "--net", net, "--batch-size", "2", "--steps", "1",
+                                    "--device", "cpu"])
+        out = capsys.readouterr().out
+        assert f"{method}, {net}, 10,572 identities, batches of 2" in out and "with the loader" in out
 
 
 def test_equivariance_error_is_zero_if_the_landmarks_move_with_the_face():
@@ -69,8 +78,10 @@ def test_load_counts_what_a_process_and_its_children_hold():
 def test_load_passes_on_the_exit_status(tmp_path):
     (tmp_path / "script.py").write_text("import sys; sys.exit(int(sys.argv[1]))")
     assert load.main([str(tmp_path / "script.py"), "3"]) == 3
+
+
 def test_make_benchmarks_runs_every_program_and_says_which(monkeypatch, capsys):
-    statuses = iter([0, 2, 0])
+    statuses = iter([0, 2, 0, 0])
     monkeypatch.setattr(run.commands, "run", lambda words: next(statuses))
     assert run.main([]) == 1
     lines = capsys.readouterr().out.split("\n")
