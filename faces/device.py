@@ -65,7 +65,7 @@ def autocast(device, dtype):
 
 
 def exact_float32():
-    """Return a context in which convolutions on NVIDIA GPUs compute in float32; PyTorch's default, TF32, has 10 bits."""
+    """Return a context in which convolutions on NVIDIA GPUs compute in float32; by default, they round to TF32."""
     return torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False)
 
 

@@ -131,7 +131,7 @@ def find_all(root, paths, output, detector, args):
                 "photos": digest(version(root / path) for path in paths),
                 "select": "centre" if args.select == "center" else args.select,    # earlier journals spell it this way
                 "min_face_size": detector.min_face_size, "factor": detector.factor, "attempts": ATTEMPTS,
-                "device": detector.device.type}    # on a GPU, convolutions are less precise (TF32)
+                "device": detector.device.type}    # a GPU adds in another order
     journal, unreadable = Journal(output, settings, len(paths)), {}
     indices = journal.missing()
     if 0 < len(indices) < len(paths):
