@@ -1,0 +1,168 @@
+"""Hold out some people of a training set: a list to train on without them, and a set of their pairs to evaluate on.
+
+    python tools/holdout.py --casia DIR --output holdout
+    python cosFace/casia_train.py --casia DIR --landmarks holdout/train.txt --lfw holdout/heldout.bin
+
+Use the pairs to choose options such as the margin or the learning rate. If they are chosen on LFW, the accuracy on LFW
+is no longer that on unknown people. In the end, train once more on all people, and evaluate on LFW.
+
+The pairs form ten folds with different people in each, like those of LFW, and half of them are genuine. People take
+turns in contributing genuine pairs, so that a few people with many photos do not dominate. heldout.bin has the format
+of InsightFace's lfw.bin, but its faces have 112x96 pixels. If the set has no landmarks, because its faces are aligned,
+pass train.txt as --list instead.
+"""
+import pickle
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from faces.signals import end_quietly
+
+end_quietly(__name__)
+import cv2
+import numpy as np
+
+from faces.data.cache import build, find_landmark_list
+from faces.data.casia import read_casia
+from faces.data.recordio import Records
+from faces.files import CACHE, InputError, atomic_write, check_writable, command, script_parser
+from faces.images import count_of
+from faces.landmarks import write_landmarks
+from faces.verification.binset import FOLDS, MAX_BYTES, MAX_IMAGES
+
+MAX_OF_PERSON, MAX_OF_FOLD = 50, 2000    # photos that pairs are drawn from, so that all pairs can be listed
+
+
+def choose_people(labels, count, rng):
+    """Choose the people to hold out, among those with at least two images.
+
+    Args:
+        labels: int (N,), the person in each usable image.
+        count: number of people, at least 2 per fold.
+        rng: numpy random generator.
+
+    Returns:
+        int (count,), labels.
+
+    Raises:
+        InputError: too few people have two images, or none would be left to train on.
+    """
+    people, images = np.unique(labels, return_counts=True)
+    candidates = people[images > 1]
+    if count > min(len(candidates), len(people) - 2):
+        raise InputError(f"--people {count} is too many; {len(candidates):,} of {len(people):,} people have two images "
+                         "or more, and at least two people must be left to train on.")
+    return rng.choice(candidates, count, replace=False)
+
+
+def draw_pairs(labels, rows, people, count, rng):
+    """Draw the pairs of one fold.
+
+    Args:
+        labels: int (N,), the person in each image of the set.
+        rows: int (K,), the usable images.
+        people: labels of the people in the fold, at least two.
+        count: number of pairs, even.
+        rng: numpy random generator.
+
+    Returns:
+        (int (count, 2) rows, genuine pairs first; bool (count,), whether a pair is genuine).
+
+    Raises:
+        InputError: these people have too few photos.
+    """
+    photos = [rng.permutation(rows[labels[rows] == person])[:MAX_OF_PERSON] for person in people]
+    genuine = []
+    for own in photos:
+        left, right = np.triu_indices(len(own), 1)
+        order = rng.permutation(len(left))
+        genuine += zip(range(len(order)), own[left[order]], own[right[order]])
+    some = rng.permutation(np.concatenate(photos))[:MAX_OF_FOLD]
+    left, right = np.triu_indices(len(some), 1)
+    impostor = np.flatnonzero(labels[some[left]] != labels[some[right]])
+    half = count // 2
+    if min(len(genuine), len(impostor)) < half:
+        raise InputError(f"a fold of {len(people)} people has {len(genuine):,} genuine and {len(impostor):,} impostor "
+                         f"pairs, fewer than {half:,}; lower --pairs, or raise --people.")
+    genuine = [pair for _, *pair in sorted(genuine, key=lambda item: item[0])[:half]]    # everyone's first comes first
+    impostor = rng.choice(impostor, half, replace=False)
+    impostor = np.stack((some[left[impostor]], some[right[impostor]]), 1)
+    return np.concatenate((genuine, impostor)), np.arange(count) < half
+
+
+def write_bin(path, images, pairs, same):
+    """Write a .bin set, atomically.
+
+    Args:
+        path: the file.
+        images: uint8 (N, 112, 96, 3), RGB.
+        pairs: int (P, 2), rows of `images`.
+        same: bool (P,).
+
+    Raises:
+        InputError: it would be too large to be read.
+    """
+    encoded = {row: cv2.imencode(".png", images[row][..., ::-1])[1].tobytes() for row in np.unique(pairs)}
+    if sum(map(len, encoded.values())) > 0.99 * MAX_BYTES:
+        raise InputError(f"{path} would be larger than the {MAX_BYTES / 1e6:.0f} MB that can be read; lower --pairs.")
+    with atomic_write(path) as file:    # an image of several pairs is one object, which is written once
+        pickle.dump(([encoded[row] for row in pairs.ravel()], same.tolist()), file, protocol=4)
+
+
+def write_list(path, listing, rows):
+    """Write the list of the images to train on, atomically, with labels from 0; see faces.data.casia.read_casia()."""
+    labels, paths = np.unique(listing.labels[rows], return_inverse=True)[1], [listing.paths[row] for row in rows]
+    if listing.points is not None:
+        write_landmarks(path, zip(paths, labels, listing.points[rows]))
+        return
+    with atomic_write(path, "w", encoding="utf-8") as file:
+        file.writelines(f"{name}\t{label}\n" for name, label in zip(paths, labels))
+
+
+def parse_args(argv):
+    parser = script_parser(__doc__)
+    parser.add_argument("--casia", type=Path, required=True, metavar="DIR", help="training set, as for casia_train.py")
+    parser.add_argument("--landmarks", type=Path, metavar="FILE", help="landmark list (default: as for casia_train.py)")
+    parser.add_argument("--list", type=Path, metavar="FILE", help="list of aligned faces, `path label`")
+    parser.add_argument("--cache", type=Path, default=CACHE, metavar="DIR",
+                        help="folder for aligned faces (default: cache/ of this clone)")
+    parser.add_argument("--people", type=int, default=300, metavar="N",
+                        help=f"people to hold out, at least {2 * FOLDS} (default: 300)")
+    parser.add_argument("--pairs", type=int, default=6000, metavar="N",
+                        help=f"pairs, a multiple of {2 * FOLDS}, at most {MAX_IMAGES // 2} (default: 6000, as LFW)")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of people and pairs (default: 0)")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR",
+                        help="folder for train.txt and heldout.bin")
+    args = parser.parse_args(argv)
+    if args.people < 2 * FOLDS or args.seed < 0:
+        parser.error(f"--people must be at least {2 * FOLDS}, and --seed at least 0")
+    if args.pairs % (2 * FOLDS) or not 0 < args.pairs <= MAX_IMAGES // 2:
+        parser.error(f"--pairs must be a multiple of {2 * FOLDS}, at most {MAX_IMAGES // 2}")
+    return args
+
+
+@command
+def main(argv=None):
+    args = parse_args(argv)
+    check_writable(args.output)
+    landmarks = args.landmarks or (None if args.list else find_landmark_list(args.casia))
+    listing = read_casia(args.casia, landmarks, args.list)
+    if isinstance(listing.source, Records):
+        raise InputError(f"no people of {listing.source.path} can be held out, because a RecordIO set takes no list; "
+                         "extract its images into person folders first.")
+    images, failed = build(listing, args.cache)
+    rows = np.setdiff1d(np.arange(len(listing.paths)), [row for row, _ in failed])
+    rng = np.random.default_rng(args.seed)
+    people = choose_people(listing.labels[rows], args.people, rng)
+    folds = [draw_pairs(listing.labels, rows, some, args.pairs // FOLDS, rng) for some in np.array_split(people, FOLDS)]
+    pairs, same = map(np.concatenate, zip(*folds))
+    train = np.flatnonzero(~np.isin(listing.labels, people))
+    write_bin(args.output / "heldout.bin", images, pairs, same)
+    write_list(args.output / "train.txt", listing, train)
+    print(f"{args.output / 'heldout.bin'}: {len(pairs):,} pairs of {len(people):,} people\n"
+          f"{args.output / 'train.txt'}: {count_of(len(train), 'image~')} of the other "
+          f"{len(np.unique(listing.labels[train])):,}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
