@@ -16,9 +16,9 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVID
 
 def test_a_device_is_one_that_set_device_accepts(monkeypatch):
     """torch.cuda.set_device() refuses "cuda" without an index, so pick_device() has to add it."""
-    class Probe:
+    class OnFirstGpu:
         device = torch.device("cuda", 0)
-    monkeypatch.setattr(torch, "empty", lambda *_, **__: Probe)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: OnFirstGpu)
     assert pick_device("cuda") == torch.device("cuda", 0)
 
 
@@ -31,7 +31,8 @@ def test_training_runs_resumes_and_can_be_evaluated(main, casia, tmp_path, metho
     assert status == 0 and f"{precision}) on {torch.cuda.get_device_name()}" in output.out
     status, output = main(method, *args, "--resume", "--epochs", "3")
     assert status == 0 and "training is complete after 18 steps" in output.out
-    net = load_weights(tmp_path / "run" / "checkpoint.pt").net
+    net = faceNet()
+    load_weights(net, tmp_path / "run" / "checkpoint.pt")
     assert all(weights.isfinite().all() for weights in net.state_dict().values())
 
 
