@@ -22,7 +22,7 @@ CASIA, LFW = ("--casia",), ("--lfw",)
 # Program, the sets that it needs, and further options. The slowest come last.
 BENCHMARKS = (("margin_softmax", (), ()),
               ("loader", (), ()),
-              ("throughput", (), ("--batch-size", "64", "--steps", "8")),
+              ("throughput", (), ("--batch-size", "64", "--steps", "8", "--device", "cpu")),
               ("million_identities", (), ("--sample-centers", "0.1")),
               ("training_step", CASIA, ("--steps", "8")),
               ("training_step", CASIA, ("--steps", "8", "--method", "sphereFace")),

@@ -6,7 +6,7 @@
 
 The program runs the training step of casia_train.py, without its log, on random faces that come from a file through
 the threads of faces.data.batches. It then runs the same number of steps on one batch that stays on the device, which
-shows whether the loader is the limit. The steps before the clock starts choose the kernels and compile them.
+shows whether the loader is the limit. Warm-up steps, in which kernels are chosen and compiled, are not timed.
 
 There is no peer here; benchmarks/training_step.py compares the step with plain PyTorch.
 """
@@ -44,7 +44,7 @@ def parse_args(argv=None):
     parser.add_argument("--batch-size", type=int, default=512, metavar="N", help="faces per step (default: 512)")
     parser.add_argument("--steps", type=int, default=60, help="steps to time, at least 1 (default: 60)")
     parser.add_argument("--precision", choices=("auto", *PRECISION), default="auto",
-                        help="precision of the network; auto picks the fastest (default: auto)")
+                        help="precision of the network; auto picks it as in training (default: auto)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
                         help="compile the network with torch.compile")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
@@ -55,7 +55,7 @@ def parse_args(argv=None):
 
 
 def make_step(run, args):
-    """Return the training step of casia_train.py as a function of images and labels."""
+    """Return the training step of casia_train.py as a function of images and labels, and whether it is compiled."""
     head, margin = HEADS[args.method]
     net = run.prepare(cosFace.net.NETS[args.net](), args.batch_size, args.compile)
     head = make_head(head, args.identities, run)
@@ -68,11 +68,11 @@ def make_step(run, args):
         loss, _ = head(embedding, labels % args.identities, step=0, **margin)
         run.scaler.scale(loss).backward()
         run.step(optimizer)
-    return step
+    return step, net._compiled_call_impl is not None
 
 
 def timed(step, batches, device):
-    """Return the seconds that a step takes on the batches of an iterable, in all."""
+    """Return the total seconds for running a step on every batch."""
     wait(device)
     start = time.perf_counter()
     for images, labels in batches:
@@ -93,7 +93,7 @@ def wait(device):
 def main(argv=None):
     args = parse_args(argv)
     run = Run(args.device, args.precision)
-    step = make_step(run, args)
+    step, compiled = make_step(run, args)
     with tempfile.TemporaryDirectory() as folder:
         faces = make_faces(Path(folder) / "faces.u8", FACES)
         batches = iter(Batches(faces, args.batch_size, WARM_UP + args.steps + 1, run.device))
@@ -104,7 +104,7 @@ def main(argv=None):
         batches.close()
     name = processor() if run.device.type == "cpu" else run.devices
     print(f"{args.method}, {args.net}, {args.identities:,} identities, batches of {args.batch_size}, {run.precision}"
-          f"{', compiled' if args.compile else ''}, on {name}, torch {torch.__version__}\n"
+          f"{', compiled' if compiled else ''}, on {name}, torch {torch.__version__}\n"
           f"with the loader      {args.batch_size * args.steps / loaded:10,.1f} faces/s\n"
           f"without the loader   {args.batch_size * args.steps / resident:10,.1f} faces/s")
     if run.device.type == "cuda":

@@ -48,7 +48,7 @@ def has_bf16(device):
 
 
 def fast_dtype(device):
-    """Return the fastest type for a network on this device that training is stable in: bfloat16, float16 or float32.
+    """Return the type that suits a network on this device: bfloat16, or else float16, or else float32.
 
     float16 is for NVIDIA GPUs with tensor cores but without bfloat16: V100, T4, RTX 20. It needs loss scaling.
     """
@@ -64,9 +64,21 @@ def autocast(device, dtype):
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
-def exact_float32():
-    """Return a context in which convolutions on NVIDIA GPUs compute in float32; by default, they round to TF32."""
-    return torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False)
+@contextlib.contextmanager
+def exact_float32(device):
+    """Context in which convolutions compute in float32; by default, PyTorch lets those on NVIDIA GPUs round to TF32."""
+    cudnn = torch.backends.cudnn
+    if torch.device(device).type != "cuda":
+        yield
+    elif hasattr(cudnn, "conv"):    # since PyTorch 2.9; cudnn.flags() raises an error where this setting is used
+        before, cudnn.conv.fp32_precision = cudnn.conv.fp32_precision, "ieee"
+        try:
+            yield
+        finally:
+            cudnn.conv.fp32_precision = before
+    else:
+        with cudnn.flags(enabled=cudnn.enabled, deterministic=cudnn.deterministic, allow_tf32=False):
+            yield
 
 
 def can_autocast(device, dtype):

@@ -125,7 +125,7 @@ class Detector:
     def cascade(self, images, thresholds):
         """Return the Faces in each of several images, uint8 (H, W, 3)."""
         pyramids = [Pyramid(image, self.min_face_size, self.factor) for image in images]
-        with exact_float32():
+        with exact_float32(self.device):
             boxes, image_index = self.propose(pyramids, thresholds[0])
             boxes, image_index = self.refine(pyramids, boxes, image_index, thresholds[1])
             boxes, image_index, scores, points = self.locate(pyramids, boxes, image_index, thresholds[2])

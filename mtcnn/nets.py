@@ -96,19 +96,19 @@ class PooledConvolution(nn.Module):
 
 
 class SeparableMaxPool(nn.Module):
-    """Max pooling of 3x3 windows by 2, of an even height and width; the last window of a row or column has two values.
+    """3x3 max pooling with stride 2 for even heights and widths; the last window of a row or column has two values.
 
-    The maximum over rows comes first, then the one over columns. On a CPU, this takes 0.35 of the time of
-    nn.MaxPool2d(3, 2, ceil_mode=True), which visits each value of a window on its own.
+    The maximum over rows comes first, then the one over columns. On a CPU, this takes a third of the time of
+    nn.MaxPool2d(3, 2, ceil_mode=True), whose result is the same.
     """
 
     def forward(self, x):
         for dim in (2, 3):
             first, second = x.unflatten(dim, (-1, 2)).unbind(dim + 1)
             x = torch.maximum(first, second)
-            windows = x.shape[dim] - 1                               # that have a third value: the first of the next
-            some = x.narrow(dim, 0, windows)
-            torch.maximum(some, first.narrow(dim, 1, windows), out=some)
+            # The third value of a window is the first of the next window. The last window has none.
+            windows = x.narrow(dim, 0, x.shape[dim] - 1)
+            torch.maximum(windows, first.narrow(dim, 1, x.shape[dim] - 1), out=windows)
         return x
 
 

@@ -22,10 +22,10 @@ from mtcnn.processes import in_processes, start_method
 ATTEMPTS = (((0.6, 0.7, 0.7), 0), ((0.6, 0.7, 0.7), 0.25), ((0.5, 0.5, 0.5), 0.25), ((0.3, 0.3, 0.3), 0.25))
 RULES = ("center", "largest", "score")
 END = object()
-# A process with the networks on a GPU spends about 1.23 ms per image of LFW in Python and as much on reading it, so it
-# finds the faces in at most 400 images/s. On a CPU, a core does 65 to 120. Several processes therefore share the GPU,
-# up to the number whose CUDA contexts (about 0.5 GB each) leave room on a small GPU; from about 32 cores on, the CPU
-# alone is as fast as these. This is arithmetic from times on a CPU; on a GPU, only the first seconds were measured.
+# A process with the networks on a GPU spends 1 to 2 ms of the CPU per image of LFW, so it finds the faces in at most
+# 400 to 800 images/s. On a CPU, a core does 65 to 125. Several processes therefore share the GPU, up to the number
+# whose CUDA contexts (about 0.5 GB each) leave room on a small GPU; from about 32 cores on, the CPU alone is as fast
+# as these. This is arithmetic from times on a CPU; on a GPU, only the first seconds were measured.
 GPU_PROCESSES = 8
 MANY_CORES = 32
 

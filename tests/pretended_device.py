@@ -70,7 +70,7 @@ class DeviceTensor(torch.Tensor):
 
 
 def available():
-    """Return whether this version of PyTorch can pretend a device; beside a real GPU, it would take its place."""
+    """Return whether a device can be pretended: this depends on the version of PyTorch, and a real GPU prevents it."""
     if torch.cuda.is_available():
         return False
     try:

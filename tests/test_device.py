@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from faces.device import has_bf16, pick_device
+from faces.device import exact_float32, has_bf16, pick_device
 from faces.files import InputError
 
 
@@ -17,3 +17,20 @@ def test_missing_devices_are_one_sentence():
 def test_bf16_detection_can_be_overridden(value, expected, monkeypatch):
     monkeypatch.setenv("FACES_BF16", value)
     assert has_bf16(torch.device("cpu")) is expected
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="this PyTorch has the older settings")
+@pytest.mark.parametrize("setting", ["tf32", "ieee"])
+def test_float32_is_exact_inside_the_context_alone(setting):
+    """The settings of a program that uses the detector or the embedder stay as they were, whichever of the two APIs
+    of PyTorch it uses."""
+    convolutions = torch.backends.cudnn.conv
+    before, convolutions.fp32_precision = convolutions.fp32_precision, setting
+    try:
+        with exact_float32("cuda:0"):
+            assert convolutions.fp32_precision == "ieee"
+        assert convolutions.fp32_precision == setting
+        with exact_float32("cpu"):
+            assert convolutions.fp32_precision == setting
+    finally:
+        convolutions.fp32_precision = before

@@ -1,4 +1,4 @@
-"""Hold out some people of a training set: a list to train on without them, and a set of their pairs to evaluate on.
+"""Hold out some people of a training set: write a training list without them, and a verification set of their pairs.
 
     python tools/holdout.py --casia DIR --output holdout
     python cosFace/casia_train.py --casia DIR --landmarks holdout/train.txt --lfw holdout/heldout.bin
@@ -7,9 +7,9 @@ Use the pairs to choose options such as the margin or the learning rate. If they
 is no longer that on unknown people. In the end, train once more on all people, and evaluate on LFW.
 
 The pairs form ten folds with different people in each, like those of LFW, and half of them are genuine. People take
-turns in contributing genuine pairs, so that a few people with many photos do not dominate. heldout.bin has the format
-of InsightFace's lfw.bin, but its faces have 112x96 pixels. If the set has no landmarks, because its faces are aligned,
-pass train.txt as --list instead.
+turns in contributing genuine pairs, so that a few people with many photos do not dominate; impostor pairs are drawn at
+random from at most 50 photos per person. heldout.bin has the format of InsightFace's lfw.bin, but its faces have 112x96
+pixels. If the set has no landmarks, because its faces are aligned, pass train.txt as --list instead.
 """
 import pickle
 import sys
@@ -129,8 +129,8 @@ def parse_args(argv):
     parser.add_argument("--people", type=int, default=300, metavar="N",
                         help=f"people to hold out, at least {2 * FOLDS} (default: 300)")
     parser.add_argument("--pairs", type=int, default=6000, metavar="N",
-                        help=f"pairs, a multiple of {2 * FOLDS}, at most {MAX_IMAGES // 2} (default: 6000, as LFW)")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of people and pairs (default: 0)")
+                        help=f"number of pairs, a multiple of {2 * FOLDS}, at most {MAX_IMAGES // 2} (default: 6000)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed for people and pairs (default: 0)")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR",
                         help="folder for train.txt and heldout.bin")
     args = parser.parse_args(argv)
@@ -157,6 +157,7 @@ def main(argv=None):
     folds = [draw_pairs(listing.labels, rows, some, args.pairs // FOLDS, rng) for some in np.array_split(people, FOLDS)]
     pairs, same = map(np.concatenate, zip(*folds))
     train = np.flatnonzero(~np.isin(listing.labels, people))
+    (args.output / "train.txt").unlink(missing_ok=True)    # never an old list beside new pairs, if this is interrupted
     write_bin(args.output / "heldout.bin", images, pairs, same)
     write_list(args.output / "train.txt", listing, train)
     print(f"{args.output / 'heldout.bin'}: {len(pairs):,} pairs of {len(people):,} people\n"

@@ -107,8 +107,8 @@ def _add_run_options(group, output):
                             "AMD CPUs from Zen 4 on), and fp16 with loss scaling on older GPUs with tensor cores "
                             "(V100, T4, RTX 20)")
     group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
-                       help="compile the network with torch.compile, which takes minutes and needs Triton or a C++ "
-                            "compiler; on a CPU, training is faster without it")
+                       help="compile the network with torch.compile, which takes 20 seconds to minutes and needs "
+                            "Triton or a C++ compiler; on a CPU, training is faster without it")
     group.add_argument("--sync-bn", action=argparse.BooleanOptionalAction, default=False,
                        help="share the statistics of batch normalization among the GPUs of torchrun, which takes time; "
                             "for fewer than about 32 faces per GPU")

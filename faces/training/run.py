@@ -27,7 +27,7 @@ class Run:
     Args:
         device: a name as faces.device.pick_device takes it; under torchrun, "auto" and "cuda" are the GPU of this
             process.
-        precision: "bf16", "fp16", "float32", or "auto" for whichever is fastest on the device.
+        precision: "bf16", "fp16", "float32", or "auto" for the one that suits the device.
         seed: of the initial weights. Order, mirroring and sampling have random generators of their own.
 
     Attributes:

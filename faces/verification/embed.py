@@ -33,7 +33,7 @@ def embed(net, faces, device, batch_size=None, mirror="concatenate", dtype=torch
         raise ValueError(f"mirror must be one of {', '.join(MIRROR)}, not {mirror!r}")
     batch_size = batch_size or default_batch_size(device)
     net, parts = optimized_copy(net, device, dtype, len(faces)), []
-    with torch.inference_mode(), autocast(device, dtype), exact_float32(), \
+    with torch.inference_mode(), autocast(device, dtype), exact_float32(device), \
             tqdm(total=len(faces), desc="embedding", unit=" faces", disable=not progress, leave=False) as bar:
         for start in range(0, len(faces), batch_size):
             pixels = torch.from_numpy(np.array(faces[start:start + batch_size]))
