@@ -93,7 +93,8 @@ def test_gray_arrays_tensors_pil_images_and_paths(detector, photo, tmp_path):
     cv2.imwrite(str(tmp_path / "a.png"), photo[..., ::-1])
     same = [tmp_path / "a.png", str(tmp_path / "a.png"), torch.from_numpy(photo), Image.fromarray(photo),
             Image.fromarray(photo).convert("RGBA"), Image.open(tmp_path / "a.png")]
-    assert all((faces.landmarks == expected).all() for faces in detector.detect(same))
+    for faces in detector.detect(same):
+        np.testing.assert_allclose(faces.landmarks, expected, atol=0.02)    # pixels; rounding depends on the batch
     assert all((detector.detect(image).landmarks == expected).all() for image in same)
 
 
