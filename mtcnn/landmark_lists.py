@@ -99,8 +99,10 @@ def reserve(output):
     """Keep other processes from making the list `output` in a `with` block.
 
     Raises:
-        InputError: another process is making it.
+        InputError: another process is making it, or it is a folder.
     """
+    if output.is_dir():
+        raise InputError(f"{output} is a folder; pass a file as --output, such as {output / 'landmarks.txt'}.")
     with resumable(), locked(output.with_name(f".{output.name}.lock"), f"making {output}", wait=False,
                              advice="choose another --output, on a writable local disk"):
         remove_partial(output, _failed_list(output))

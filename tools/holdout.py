@@ -25,9 +25,20 @@ import numpy as np
 from faces.data.cache import build, find_landmark_list
 from faces.data.casia import read_casia
 from faces.data.recordio import Records
-from faces.files import CACHE, InputError, atomic_write, check_writable, command, script_parser
+from faces.files import (
+    CACHE,
+    InputError,
+    atomic_write,
+    check_writable,
+    command,
+    locked,
+    printable,
+    remove_partial,
+    script_parser,
+)
 from faces.images import count_of
 from faces.landmarks import write_landmarks
+from faces.signals import resumable
 from faces.verification.binset import FOLDS, MAX_BYTES, MAX_IMAGES
 
 MAX_OF_PERSON, MAX_OF_FOLD = 50, 2000    # photos that pairs are drawn from, so that all pairs can be listed
@@ -110,8 +121,16 @@ def write_bin(path, images, pairs, same):
 
 
 def write_list(path, listing, rows):
-    """Write the list of the images to train on, atomically, with labels from 0; see faces.data.casia.read_casia()."""
+    """Write the list of the images to train on, atomically, with labels from 0; see faces.data.casia.read_casia().
+
+    Raises:
+        InputError: a list can't hold the name of an image.
+    """
     labels, paths = np.unique(listing.labels[rows], return_inverse=True)[1], [listing.paths[row] for row in rows]
+    for name in paths:
+        if name != name.strip() or len(name.splitlines()) > 1:
+            raise InputError(f"the photo '{printable(name)}' of {listing.source} has a name that a list can't hold; "
+                             "remove line breaks, and spaces at its ends.")
     if listing.points is not None:
         write_landmarks(path, zip(paths, labels, listing.points[rows]))
         return
@@ -144,7 +163,17 @@ def parse_args(argv):
 @command
 def main(argv=None):
     args = parse_args(argv)
+    pairs, train = args.output / "heldout.bin", args.output / "train.txt"
     check_writable(args.output)
+    with resumable(), locked(args.output / ".lock", f"writing into {args.output}", wait=False):
+        if train.exists():    # it is written last, and models may have been trained on it
+            raise InputError(f"{train} exists already; choose another --output, or remove it.")
+        remove_partial(pairs, train)
+        hold_out(args, pairs, train)
+
+
+def hold_out(args, pairs_path, list_path):
+    """Choose people and pairs, write both files, and print what is in them."""
     landmarks = args.landmarks or (None if args.list else find_landmark_list(args.casia))
     listing = read_casia(args.casia, landmarks, args.list)
     if isinstance(listing.source, Records):
@@ -156,13 +185,13 @@ def main(argv=None):
     people = choose_people(listing.labels[rows], args.people, rng)
     folds = [draw_pairs(listing.labels, rows, some, args.pairs // FOLDS, rng) for some in np.array_split(people, FOLDS)]
     pairs, same = map(np.concatenate, zip(*folds))
-    train = np.flatnonzero(~np.isin(listing.labels, people))
-    (args.output / "train.txt").unlink(missing_ok=True)    # never an old list beside new pairs, if this is interrupted
-    write_bin(args.output / "heldout.bin", images, pairs, same)
-    write_list(args.output / "train.txt", listing, train)
-    print(f"{args.output / 'heldout.bin'}: {len(pairs):,} pairs of {len(people):,} people\n"
-          f"{args.output / 'train.txt'}: {count_of(len(train), 'image~')} of the other "
-          f"{len(np.unique(listing.labels[train])):,}")
+    train = rows[~np.isin(listing.labels[rows], people)]
+    write_bin(pairs_path, images, pairs, same)
+    write_list(list_path, listing, train)
+    print(f"{pairs_path}: {len(pairs):,} pairs of {len(people):,} people\n"
+          f"{list_path}: {count_of(len(train), 'image~')} of the other {len(np.unique(listing.labels[train])):,}")
+    notes = [f"left out: {count_of(len(failed), 'unusable image~')}, see failed.txt in the cache"] if failed else []
+    print("\n".join((*listing.notes, *notes)), end="\n" if listing.notes or notes else "")
 
 
 if __name__ == "__main__":

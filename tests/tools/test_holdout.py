@@ -1,4 +1,6 @@
 """holdout.py: the people of the pairs are not in the list to train on, and both files work with training."""
+import shutil
+
 import cv2
 import numpy as np
 import pytest
@@ -6,6 +8,7 @@ from conftest import draw_face, write_image
 from helpers import call
 
 from faces.align import align
+from faces.files import locked
 from faces.landmarks import read_landmarks, write_landmarks
 from faces.verification.binset import read_bin
 from tools import holdout
@@ -75,4 +78,43 @@ def test_aligned_faces_get_a_list_without_landmarks(photos, tmp_path):
     (("--pairs", 30), "--pairs must be a multiple of 20"), (("--people", 19), "--people must be at least 20")])
 def test_bad_input_is_one_sentence_and_writes_nothing(photos, tmp_path, capsys, options, sentence):
     assert call(holdout, *hold_out(photos, tmp_path, *options)) == 2
-    assert sentence in capsys.readouterr().err and not list(tmp_path.glob("out/*"))
+    assert sentence in capsys.readouterr().err and not list(tmp_path.glob("out/[!.]*"))
+
+
+def test_unusable_photos_are_counted_and_not_in_the_list(photos, tmp_path, capsys, monkeypatch):
+    shutil.copytree(photos[0], tmp_path / "photos")
+    lines = (photos[0] / "casia_landmark.txt").read_text().splitlines()
+    kept = [line for line in lines if not line.startswith("0000003/001.png")]
+    (tmp_path / "photos" / "casia_landmark.txt").write_text("\n".join(kept) + "\n")
+    (tmp_path / "photos" / "0000007" / "002.png").write_bytes(b"not an image")
+    monkeypatch.setattr("faces.data.cache.MAX_FAILED", 0.1)
+    assert call(holdout, *hold_out((tmp_path / "photos",), tmp_path)) == 0
+    out = capsys.readouterr().out
+    assert "1 photo not in the list" in out and "1 unusable image, see failed.txt" in out
+    assert "0000007/002.png" not in (tmp_path / "out" / "train.txt").read_text()
+
+
+def test_a_split_is_never_overwritten(photos, tmp_path, capsys):
+    assert call(holdout, *hold_out(photos, tmp_path)) == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("[!.]*")}
+    assert call(holdout, *hold_out(photos, tmp_path, "--seed", 1)) == 2
+    assert "train.txt exists already" in capsys.readouterr().err
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").glob("[!.]*")}
+    (tmp_path / "out" / "train.txt").unlink()    # as if the first run had been killed between its two files
+    with locked(tmp_path / "out" / ".lock", "a test"):
+        assert call(holdout, *hold_out(photos, tmp_path)) == 2
+    assert "another process is writing into" in capsys.readouterr().err
+    assert call(holdout, *hold_out(photos, tmp_path, "--seed", 1)) == 0
+    assert before["heldout.bin"] != (tmp_path / "out" / "heldout.bin").read_bytes()
+
+
+@pytest.mark.parametrize("name", [" lead/001.png", "new\nline/001.png"])
+def test_names_that_a_list_cannot_hold_are_refused(photos, tmp_path, capsys, monkeypatch, name):
+    for original, face in photos[1].items():
+        write_image(tmp_path / "aligned" / original, face)
+    for photo in range(2):
+        write_image(tmp_path / "aligned" / name.replace("001", f"00{photo}"), np.full((112, 96, 3), 90, np.uint8))
+    monkeypatch.setattr(holdout, "choose_people", lambda labels, count, rng: np.unique(labels)[2:22])
+    assert call(holdout, *hold_out((tmp_path / "aligned",), tmp_path)) == 2
+    assert "has a name that a list can't hold" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "train.txt").exists()
