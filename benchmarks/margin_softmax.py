@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from cosFace.net import CosFace
-from faces.device import pick_device
+from faces.device import pick_device, wait_for
 from faces.files import command, script_parser
 from sphereFace.net import SphereFace
 
@@ -123,12 +123,10 @@ def check_same(steps, x):
 
 def seconds(step, x):
     """Return the time of a step."""
-    if x.device.type == "cuda":
-        torch.cuda.synchronize()
+    wait_for(x.device)
     start = time.perf_counter()
-    step(x).item()  # waits for the device
-    if x.device.type == "cuda":
-        torch.cuda.synchronize()
+    step(x).item()
+    wait_for(x.device)
     return time.perf_counter() - start
 
 

@@ -26,7 +26,7 @@ import cosFace.net
 import sphereFace.net
 from benchmarks.loader import make_faces
 from faces.data.batches import Batches
-from faces.device import processor
+from faces.device import processor, wait_for
 from faces.files import command, script_parser
 from faces.training.optimizer import SGD, parameter_groups
 from faces.training.run import PRECISION, Run
@@ -73,20 +73,12 @@ def make_step(run, args):
 
 def timed(step, batches, device):
     """Return the total seconds for running a step on every batch."""
-    wait(device)
+    wait_for(device)
     start = time.perf_counter()
     for images, labels in batches:
         step(images, labels)
-    wait(device)
+    wait_for(device)
     return time.perf_counter() - start
-
-
-def wait(device):
-    """Wait until a device has finished its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
 
 
 @command

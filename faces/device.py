@@ -110,6 +110,14 @@ def to_device(tensor, device):
     return tensor.to(device, non_blocking=device.type != "mps")
 
 
+def wait_for(device):
+    """Wait until a device has finished its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
 def _is_amd():
     try:
         return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()

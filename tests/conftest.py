@@ -20,6 +20,7 @@ from faces.align import TEMPLATE
 from faces.landmarks import write_landmarks
 
 ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("benchmarks", "cosFace", "faces", "images", "mtcnn", "sphereFace", "tools")    # of the project's code
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -65,6 +66,16 @@ def torchrun(method, *args):
                "casia_train.py", *map(str, args)]
     return subprocess.run(command, cwd=ROOT / method, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
                           capture_output=True, timeout=900)
+
+
+def perturb(net):
+    """Add noise to the vectors of a new network: batch normalization, biases and PReLU. Otherwise, its residual units
+    are the identity."""
+    import torch
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
 
 
 def assert_same_model(one, two):

@@ -3,13 +3,12 @@ import ast
 import subprocess
 import sys
 
-from conftest import ROOT
+from conftest import FOLDERS, ROOT
 
 # Each layer may import from itself and from those before it.
 LAYERS = ("faces.cpu", "faces", "faces.data", "mtcnn", "faces.training", "faces.verification", "methods", "tools")
 LAYER_OF = {"mtcnn": "mtcnn", "cosFace": "methods", "sphereFace": "methods", "tools": "tools", "benchmarks": "tools",
             "images": "tools"}
-FOLDERS = ("benchmarks", "cosFace", "faces", "images", "mtcnn", "sphereFace", "tools")
 # What one folder may never import from another, although the order of the layers would allow it.
 FORBIDDEN = {"faces": ("mtcnn",), "mtcnn": ("faces.training", "faces.verification"), "cosFace": ("sphereFace",),
              "sphereFace": ("cosFace",)}

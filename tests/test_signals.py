@@ -5,11 +5,10 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import FOLDERS, ROOT
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has other signals")
-FOLDERS = ("sphereFace", "cosFace", "mtcnn", "images", "tools", "benchmarks")
-SCRIPTS = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.py")
+SCRIPTS = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")
                  if "sys.path.insert" in path.read_text(encoding="utf-8"))
 PROGRAM = """
 import sys, time

@@ -22,8 +22,8 @@ end_quietly(__name__)
 import cv2
 import numpy as np
 
-from faces.data.cache import build, find_landmark_list
-from faces.data.casia import read_casia
+from faces.data.cache import build
+from faces.data.casia import list_casia
 from faces.data.recordio import Records
 from faces.files import (
     CACHE,
@@ -131,11 +131,8 @@ def write_list(path, listing, rows):
         if name != name.strip() or len(name.splitlines()) > 1:
             raise InputError(f"the photo '{printable(name)}' of {listing.source} has a name that a list can't hold; "
                              "remove line breaks, and spaces at its ends.")
-    if listing.points is not None:
-        write_landmarks(path, zip(paths, labels, listing.points[rows]))
-        return
-    with atomic_write(path, "w", encoding="utf-8") as file:
-        file.writelines(f"{name}\t{label}\n" for name, label in zip(paths, labels))
+    points = np.empty((len(rows), 0)) if listing.points is None else listing.points[rows]    # none, or five each
+    write_landmarks(path, zip(paths, labels, points))
 
 
 def parse_args(argv):
@@ -174,8 +171,7 @@ def main(argv=None):
 
 def hold_out(args, pairs_path, list_path):
     """Choose people and pairs, write both files, and print what is in them."""
-    landmarks = args.landmarks or (None if args.list else find_landmark_list(args.casia))
-    listing = read_casia(args.casia, landmarks, args.list)
+    listing = list_casia(args.casia, args.landmarks, args.list)
     if isinstance(listing.source, Records):
         raise InputError(f"no people of {listing.source.path} can be held out, because a RecordIO set takes no list; "
                          "extract its images into person folders first.")
@@ -188,10 +184,11 @@ def hold_out(args, pairs_path, list_path):
     train = rows[~np.isin(listing.labels[rows], people)]
     write_bin(pairs_path, images, pairs, same)
     write_list(list_path, listing, train)
-    print(f"{pairs_path}: {len(pairs):,} pairs of {len(people):,} people\n"
-          f"{list_path}: {count_of(len(train), 'image~')} of the other {len(np.unique(listing.labels[train])):,}")
-    notes = [f"left out: {count_of(len(failed), 'unusable image~')}, see failed.txt in the cache"] if failed else []
-    print("\n".join((*listing.notes, *notes)), end="\n" if listing.notes or notes else "")
+    print(f"{pairs_path}: {len(pairs):,} pairs of {len(people):,} people",
+          f"{list_path}: {count_of(len(train), 'image~')} of the other {len(np.unique(listing.labels[train])):,}",
+          *listing.notes, sep="\n")
+    if failed:
+        print(f"left out: {count_of(len(failed), 'unusable image~')}, see failed.txt in the cache")
 
 
 if __name__ == "__main__":

@@ -21,8 +21,7 @@ import torch
 import cosFace.casia_train
 import sphereFace.casia_train
 from faces.align import crop_aligned
-from faces.data.cache import find_landmark_list
-from faces.data.casia import read_casia
+from faces.data.casia import list_casia
 from faces.data.sources import is_zip
 from faces.files import RUNS, InputError, atomic_write, command, locked, script_parser
 from faces.images import UnreadableImage, read_image
@@ -113,8 +112,7 @@ def count_processes(processes, training):
 
 def check_casia(root, training):
     """Check the training set with the parsed options of both methods; return whether landmarks must be found."""
-    listed = training[0].landmarks or (None if training[0].list else find_landmark_list(root))
-    listing = read_casia(root, listed, training[0].list)
+    listing = list_casia(root, training[0].landmarks, training[0].list)
     for options in training:
         make_recipe(options, len(listing.paths))
     if listing.points is not None or training[0].list or are_aligned(listing.source, listing.paths):

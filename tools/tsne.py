@@ -21,8 +21,7 @@ import numpy as np
 
 from cosFace.net import NETS
 from faces.align import load_face
-from faces.data.cache import find_landmark_list
-from faces.data.casia import Folder, TrainingList, people_count, read_casia
+from faces.data.casia import Folder, TrainingList, list_casia, people_count
 from faces.device import pick_device
 from faces.figures import tsne_panels
 from faces.files import RUNS, InputError, atomic_write, check_writable, command, folder, read_bytes, script_parser
@@ -35,17 +34,6 @@ from faces.verification.weights import add_options as add_model_options
 PICTURES = (".png", ".svg", ".pdf")
 COLUMNS = ("panel", "identity", "x", "y")
 MAX_POINTS = 20 * 10**6    # bytes of a table of points, which can take 20 times that in memory
-
-
-def list_faces(root, landmarks=None):
-    """List a training set the way casia_train.py does; see faces.data.casia.read_casia().
-
-    Args:
-        root: folder of person folders, or a zip of them.
-        landmarks: landmark list with labels; None uses casia_landmark.txt in the folder, or else the list that
-            mtcnn/casia_landmark.py wrote for it. If neither exists, the faces must already be aligned.
-    """
-    return read_casia(root, landmarks or find_landmark_list(root))
 
 
 def list_lfw(root, landmarks=None):
@@ -197,7 +185,7 @@ def main(argv=None):
     args = _parser().parse_args(argv)
     _check_options(args)
     device = pick_device(args.device)
-    listing = list_lfw(args.lfw, args.landmarks) if args.lfw else list_faces(args.faces, args.landmarks)
+    listing = list_lfw(args.lfw, args.landmarks) if args.lfw else list_casia(args.faces, args.landmarks)
     rows = choose_images(listing.labels, args.identities, args.per_identity, args.seed)
     faces = read_faces(listing, rows.ravel())
     labels = np.repeat(np.arange(args.identities), args.per_identity)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from faces import align
 from faces.align import HEIGHT, TEMPLATE, WIDTH, crop_aligned
-from faces.data.casia import Folder, people_count, read_casia, without_lfw_overlap
+from faces.data.casia import Folder, list_casia, people_count, without_lfw_overlap
 from faces.device import count_cpus
 from faces.files import (
     CACHE,
@@ -38,11 +38,9 @@ from faces.files import (
 )
 from faces.images import UnreadableImage, count_of, one_opencv_thread, read_image, summarize
 from faces.jpeg import watched_stderr
-from faces.landmarks import default_list
 from faces.signals import resumable
 
 FACE_SHAPE, FACE_BYTES = (HEIGHT, WIDTH, 3), HEIGHT * WIDTH * 3
-LANDMARK_LIST = "casia_landmark.txt"
 CHUNK = 1024                # faces per line of the journal; a build that was killed repeats its unfinished chunks
 BLOCK = 32                  # faces per task of a thread
 MAX_FAILED = 0.01           # fraction of the list; more failures suggest a wrong folder or list
@@ -94,16 +92,14 @@ def load_casia(root, landmarks=None, cache=CACHE, drop_lfw_overlap=False, labels
     get no class. str() of the result summarizes the set.
 
     Args:
-        root, labels: see faces.data.casia.read_casia().
-        landmarks: landmark list with labels; None uses casia_landmark.txt in `root`, or else the list that
-            mtcnn/casia_landmark.py wrote for it, or else expects faces that are already aligned.
+        root, landmarks, labels: see faces.data.casia.list_casia().
         cache: the folder of all caches.
         drop_lfw_overlap: whether to leave out the people who are also in LFW.
 
     Raises:
         InputError: the data set is malformed, more than 1 % of it is unusable, or the cache does not fit on the disk.
     """
-    listing = read_casia(root, landmarks or (None if labels else find_landmark_list(root)), labels)
+    listing = list_casia(root, landmarks, labels)
     images, failed = build(listing, cache)
     keep = np.ones(len(listing.paths), bool)
     keep[[row for row, _ in failed]] = False
@@ -181,12 +177,6 @@ def _outdated(folder):
     list_name = folder.name.rpartition("-")[0]
     return [other for other in sorted(folder.parent.iterdir()) if other != folder and (other / "cache.json").is_file()
             and other.name.rpartition("-")[0] == list_name]
-
-
-def find_landmark_list(root):
-    """Return the landmark list in the folder, or else the one that casia_landmark.py wrote for it, or else None."""
-    root = Path(root).expanduser()
-    return next((path for path in (root / LANDMARK_LIST, default_list(root, LANDMARK_LIST)) if path.is_file()), None)
 
 
 def _hash_list(names, labels, points):

@@ -11,8 +11,9 @@ from faces.data.recordio import Records
 from faces.data.sources import Folder, Zip, is_zip, open_source
 from faces.files import InputError, folder, printable
 from faces.images import count_of
-from faces.landmarks import normal_form, read_labels, read_landmarks
+from faces.landmarks import default_list, normal_form, read_labels, read_landmarks
 
+LANDMARK_LIST = "casia_landmark.txt"
 MAX_LOST = 0.01     # fraction of the files that may be photos but can't be read; more of them suggest a wrong folder
 MAX_STRAYS = 10     # photos outside the person folders, beyond which the layout is not what it seems
 # These identities are in both CASIA-WebFace and LFW. The set is the union of the lists in the FaceDatasets and
@@ -43,6 +44,23 @@ class TrainingList(NamedTuple):
         """Return the arguments of faces.align.load_face() for a row: the image, and its landmarks or None."""
         points = None if self.points is None else self.points[row]
         return self.source.open(self.paths[row]), points
+
+
+def list_casia(root, landmarks=None, labels=None):
+    """Return the TrainingList of a data set, with the landmark list that belongs to it unless a list is passed.
+
+    Args:
+        root, labels: see read_casia().
+        landmarks: landmark list with labels; None uses casia_landmark.txt in `root`, or else the list that
+            mtcnn/casia_landmark.py wrote for it, or else expects faces that are already aligned.
+
+    Raises:
+        InputError: see read_casia().
+    """
+    if landmarks is None and labels is None:
+        own = Path(root).expanduser() / LANDMARK_LIST
+        landmarks = next((path for path in (own, default_list(root, LANDMARK_LIST)) if path.is_file()), None)
+    return read_casia(root, landmarks, labels)
 
 
 def read_casia(root, landmarks=None, labels=None):

@@ -3,7 +3,7 @@ import cv2
 import numpy as np
 import skimage.data
 import torch
-from conftest import write_image
+from conftest import perturb, write_image
 
 from cosFace.net import NETS
 from faces.training import checkpoint
@@ -13,10 +13,8 @@ def write_model(path, seed=0):
     """Write a checkpoint of an untrained network with perturbed batch normalization, biases and PReLU slopes."""
     torch.manual_seed(seed)
     net = NETS["faceNet"]()
+    perturb(net)
     with torch.no_grad():
-        for parameter in net.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.1 * torch.randn_like(parameter))
         net.train()(torch.randn(4, 3, 112, 96))
     checkpoint.save(path, {"method": "CosFace", "net": "faceNet", "weights": net.state_dict()})
     return path

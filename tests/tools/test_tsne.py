@@ -5,6 +5,7 @@ from conftest import write_image
 from helpers import call, write_model
 from sklearn.metrics.pairwise import cosine_distances
 
+from faces.data.casia import list_casia
 from faces.files import RUNS, InputError
 from faces.images import read_image
 from faces.landmarks import read_landmarks, write_landmarks
@@ -72,13 +73,13 @@ def test_tsne_points_survive_writing_and_reading(tmp_path):
 def test_tsne_reads_lfw_casia_and_aligned_faces(casia, tmp_path):
     listed = read_landmarks(casia / "casia_landmark.txt", labeled=True)
     write_landmarks(tmp_path / "lfw.txt", zip(listed.paths, listed.points))
-    lfw, train = tsne.list_lfw(casia, tmp_path / "lfw.txt"), tsne.list_faces(casia)
+    lfw, train = tsne.list_lfw(casia, tmp_path / "lfw.txt"), list_casia(casia)
     assert np.array_equal(lfw.labels, train.labels)
     faces = tsne.read_faces(lfw, [0, 9])
     assert np.array_equal(faces, tsne.read_faces(train, [0, 9]))
     for i, face in enumerate(faces):
         write_image(tmp_path / "aligned" / f"person{i}" / "1.png", face)
-    aligned = tsne.list_faces(tmp_path / "aligned")
+    aligned = list_casia(tmp_path / "aligned")
     assert aligned.points is None and np.array_equal(tsne.read_faces(aligned, [0, 1]), faces)
 
 
