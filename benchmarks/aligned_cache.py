@@ -1,6 +1,6 @@
 """Measure the speed of building the aligned-face cache, compared with bare OpenCV, and of reading it at random.
 
-    python benchmarks/aligned_cache.py --casia DIR              the first 18,000 images of a set with casia_landmark.txt
+    python benchmarks/aligned_cache.py --casia DIR              the first 18,000 images of a set
     python benchmarks/aligned_cache.py --casia DIR --side 250   the same, enlarged to the size of CASIA-WebFace
 
 The reference does only what can't be left out: cv2.imread, and cv2.warpAffine with precomputed matrices, on the same
@@ -26,7 +26,7 @@ import numpy as np
 
 from faces.align import HEIGHT, WIDTH, similarity_transform
 from faces.data.cache import AlignedFaces, build
-from faces.data.casia import Folder, TrainingList, read_casia
+from faces.data.casia import Folder, TrainingList, list_casia
 from faces.device import count_cpus
 from faces.files import InputError, command, script_parser
 
@@ -37,7 +37,7 @@ def parse_args(argv=None):
     parser = script_parser(__doc__)
     parser.add_argument("--casia", type=Path, required=True, metavar="DIR", help="folder of person folders")
     parser.add_argument("--landmarks", type=Path, metavar="FILE",
-                        help="landmark list, `path label x1 y1 ... x5 y5` (default: casia_landmark.txt in --casia)")
+                        help="landmark list, `path label x1 y1 ... x5 y5` (default: as for casia_train.py)")
     parser.add_argument("--images", type=int, default=18_000, metavar="N",
                         help="number of images, from the start of the list (default: 18,000)")
     parser.add_argument("--side", type=int, metavar="PIXELS",
@@ -123,7 +123,10 @@ def random_reads(faces, count):
 @command
 def main(argv=None):
     args = parse_args(argv)
-    listing = read_casia(args.casia, args.landmarks or args.casia / "casia_landmark.txt")
+    listing = list_casia(args.casia, args.landmarks)
+    if listing.points is None:
+        raise InputError(f"there is no landmark list for {args.casia}; run mtcnn/casia_landmark.py first, or pass "
+                         "--landmarks.")
     listing = TrainingList(listing.source, listing.paths[:args.images], listing.labels[:args.images],
                            listing.points[:args.images])
     with tempfile.TemporaryDirectory(dir=args.cache) as folder:

@@ -3,9 +3,9 @@
     make benchmarks                        those that need no data
     make benchmarks CASIA=DIR LFW=DIR      all of them: about an hour on two CPU cores
 
-DIR are folders of photos: CASIA-WebFace, or a set like it, with casia_landmark.txt; and LFW, whose landmark list
-mtcnn/lfw_landmark.py has written. Peers that are not installed are left out; make installs them. load.py is not among
-them, because it watches other commands.
+DIR are folders of photos: CASIA-WebFace or a set like it, and LFW. Their landmark lists are those that
+mtcnn/casia_landmark.py and mtcnn/lfw_landmark.py have written. Peers that are not installed are left out; make installs
+them. load.py is not among the programs, because it watches other commands.
 """
 import sys
 import time

@@ -1,8 +1,8 @@
 """Train CosFace (arXiv:1801.09414) on CASIA-WebFace.
 
-    python cosFace/casia_train.py --casia DIR                          the authors' recipe, on the best device available
+    python cosFace/casia_train.py --casia DIR                          the default recipe, on the best device available
     python cosFace/casia_train.py --casia DIR --resume                 continue where it stopped
-    torchrun --nproc-per-node 8 cosFace/casia_train.py --casia DIR     one process per GPU
+    torchrun --nproc-per-node 2 cosFace/casia_train.py --casia DIR     one process per GPU
     python cosFace/casia_train.py --casia DIR --batch-size 64 --lr 0.1 --warmup 100 --schedule cosine --epochs 6 \\
         --scale 30 --margin-warmup 1000 --jitter 2                     a small set on a laptop
 

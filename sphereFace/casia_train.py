@@ -1,8 +1,8 @@
 """Train SphereFace (arXiv:1704.08063) on CASIA-WebFace.
 
-    python sphereFace/casia_train.py --casia DIR                       the authors' recipe, on the best device available
+    python sphereFace/casia_train.py --casia DIR                       the default recipe, on the best device available
     python sphereFace/casia_train.py --casia DIR --resume              continue where it stopped
-    torchrun --nproc-per-node 8 sphereFace/casia_train.py --casia DIR  one process per GPU
+    torchrun --nproc-per-node 2 sphereFace/casia_train.py --casia DIR  one process per GPU
     python sphereFace/casia_train.py --casia DIR --batch-size 64 --lr 0.1 --warmup 100 --schedule cosine --epochs 6 \\
         --scale 30 --margin 1.5 --jitter 2                             a small set on a laptop
 

@@ -2,7 +2,7 @@
 
     make reproduce CASIA=DIR LFW=DIR                                        LFW may also be an InsightFace .bin set
     make reproduce CASIA=DIR LFW=DIR ARGS="--epochs 1 --batch-size 16"      a small trial
-    python tools/reproduce.py --casia DIR --lfw DIR --net sphere20a         the same without make
+    python tools/reproduce.py --casia DIR --lfw DIR                         the same without make
 
 Options that are not listed here are passed to both casia_train.py; --device, --net, --landmarks and --lfw-landmarks
 also affect the other commands. Landmarks are detected only if the faces are not aligned and there is no list yet. Each

@@ -10,8 +10,8 @@ from faces.files import CACHE, InputError
 from faces.images import count_of
 from faces.training.checkpoint import MAY_DIFFER, load, settings_in
 
-# The authors' recipe (SphereFace's Caffe release; CosFace, section 4.1): 28k iterations of 512 images, with a learning
-# rate of 0.1 that is divided by 10 after 16k and after 24k iterations.
+# The recipe of SphereFace's Caffe release: 28k iterations of 512 images, with a learning rate of 0.1 that is divided by
+# 10 after 16k and after 24k iterations. CosFace's (section 4.1) has a third drop, after 28k of 30k.
 IMAGES, BATCH_SIZE, LEARNING_RATE, DROPS = 28_000 * 512, 512, 0.1, (16 / 28, 24 / 28)
 
 
@@ -53,7 +53,7 @@ def _add_data_options(group):
 
 def _add_recipe_options(group):
     group.add_argument("--net", choices=("faceNet", "sphere20a"), default="faceNet",
-                       help="faceNet has batch normalization; sphere20a is the paper's network without it (default: "
+                       help="faceNet has batch normalization; sphere20a is SphereFace's network without it (default: "
                             "the network in --init, or faceNet)")
     group.add_argument("--init", type=Path, metavar="FILE",
                        help="start from the network in this file, with new class centers: a checkpoint of a run, on "

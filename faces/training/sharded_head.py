@@ -46,8 +46,8 @@ def make_head(method, classes, run, shard=False, sample=None, seed=0):
     except RuntimeError as error:
         if "memory" not in str(error):
             raise
-        raise InputError(f"the centers of {classes:,} identities do not fit in the memory of {run.device}; spread them "
-                         "over more devices with torchrun and --shard-head.") from None
+        raise InputError(f"the centers of {classes:,} identities do not fit in the memory of {run.device}; training "
+                         "can spread them over more devices with torchrun and --shard-head.") from None
 
 
 class WholeHead(nn.Module):
