@@ -40,7 +40,7 @@ def has_bf16(device):
     if os.environ.get("FACES_BF16") in ("0", "1"):
         return os.environ["FACES_BF16"] == "1"
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)    # from Ampere on
     if device.type == "cpu":
         # bf16 is slower than float32 on Intel CPUs without AMX: a training step took 1.5 times as long on a Xeon.
         return torch.cpu._is_amx_tile_supported() or (torch.cpu._is_avx512_bf16_supported() and _is_amd())

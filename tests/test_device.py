@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from faces.device import exact_float32, has_bf16, pick_device
+from faces.device import exact_float32, fast_dtype, has_bf16, pick_device
 from faces.files import InputError
 
 
@@ -17,6 +17,15 @@ def test_missing_devices_are_one_sentence():
 def test_bf16_detection_can_be_overridden(value, expected, monkeypatch):
     monkeypatch.setenv("FACES_BF16", value)
     assert has_bf16(torch.device("cpu")) is expected
+
+
+def test_the_precision_is_that_of_the_chosen_gpu(monkeypatch):
+    """PyTorch's own is_bf16_supported() looks at the current GPU, by default the first one."""
+    capability = {torch.device("cuda:0"): (8, 0), torch.device("cuda:1"): (7, 0), torch.device("cuda:2"): (6, 1)}
+    monkeypatch.delenv("FACES_BF16", raising=False)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capability.get)
+    assert [fast_dtype(device) for device in capability] == [torch.bfloat16, torch.float16, torch.float32]
 
 
 @pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="this PyTorch has the older settings")

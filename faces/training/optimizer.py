@@ -26,6 +26,8 @@ class SGD(torch.optim.SGD):
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
     def step(self, closure=None):
+        if getattr(self, "found_inf", None) is not None:       # by GradScaler.step(); added up over the processes
+            self.found_inf = self.found_inf.clamp(max=1)       # the kernel skips a step only if this is exactly 1
         with self.sampled_centers():
             return super().step(closure)
 
@@ -73,5 +75,7 @@ def map_momentum(optimizer_state, function):
 
 
 def load_momentum(optimizer, state):
-    """Load an optimizer's state dict, but for settings such as `fused`, which depend on the device."""
+    """Load copies of an optimizer's state, but not its settings, such as `fused`, which depend on the device."""
     optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
+    for p, values in optimizer.state.items():    # the kernel needs the memory format of the parameter on this device
+        values["momentum_buffer"] = torch.empty_like(p).copy_(values["momentum_buffer"])

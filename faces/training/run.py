@@ -52,7 +52,6 @@ class Run:
         self._own_signal, self._exchange = 0, None
         keep_large_blocks(self.device)
         torch.manual_seed(seed)
-        torch.backends.cudnn.benchmark = True
 
     def _device_name(self, name):
         """Return the device of this process: the one that was asked for, or under torchrun the process's own GPU."""
@@ -161,11 +160,15 @@ class Run:
             sync_bn: whether the processes share the statistics of batch normalization.
 
         Raises:
-            InputError: sync_bn on a device that does not support it.
+            InputError: sync_bn on a device that does not support it, or with compile.
         """
+        torch.backends.cudnn.benchmark = True    # from here on, batches have one size
         if sync_bn and self.world_size > 1:
             if self.device.type == "cpu":
                 raise InputError("--sync-bn is not available on the CPU; leave it out.")
+            if compile:
+                raise InputError("--sync-bn can't be compiled, because the CPU waits for the GPU in each layer; leave "
+                                 "out --sync-bn or --compile.")
             net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
         net = net.to(self.device, memory_format=memory_format(self.device))
         x = torch.zeros(batch // self.world_size if compile else 2, 3, HEIGHT, WIDTH, device=self.device)

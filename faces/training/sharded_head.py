@@ -82,7 +82,7 @@ class WholeHead(nn.Module):
     def load_state(self, head_state, optimizer_state, optimizer):
         """Restore what state() returned, copying every tensor."""
         self.module.load_state_dict(head_state)
-        load_momentum(optimizer, map_momentum(optimizer_state, lambda _, tensor: tensor.clone()))
+        load_momentum(optimizer, optimizer_state)
 
 
 class ShardedHead(nn.Module):
@@ -171,8 +171,7 @@ class ShardedHead(nn.Module):
         index = self._index(optimizer)
         self.module.load_state_dict({"weight": self._spread(head_state["weight"])})
         momentum = self._spread(optimizer_state["state"][index]["momentum_buffer"])
-        load_momentum(optimizer, map_momentum(optimizer_state, lambda i, tensor: momentum if i == index
-                                               else tensor.clone()))
+        load_momentum(optimizer, map_momentum(optimizer_state, lambda i, tensor: momentum if i == index else tensor))
 
     def _whole_batch(self, embedding, label):
         """Gather (N / K, 512) and (N / K,) of all processes into float32 (N, 512), differentiable, and int64 (N,)."""

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from cosFace.net import sphere20a
-from faces.training.optimizer import SGD, parameter_groups
+from faces.training.optimizer import SGD, load_momentum, parameter_groups
 from sphereFace.net import SphereFace
 
 BATCH, STEPS, DECAY, MOMENTUM = 3, 3, 0.5, 0.9    # the decay is so large that three steps show it
@@ -248,3 +248,29 @@ def test_initial_weights_are_those_of_the_cosface_port():
             fan_in, fan_out = module.weight[0].numel(), module.weight[:, 0].numel()
             assert module.weight.abs().max().item() == pytest.approx(math.sqrt(6 / (fan_in + fan_out)), rel=0.02), name
             assert not module.bias.any()
+
+
+def test_a_step_in_which_several_processes_overflowed_is_skipped():
+    """Scalers add up how many processes overflowed, but the fused kernel skips a step only if that is exactly 1."""
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = SGD([weight], lr=0.1, momentum=0.9, fused=True)
+    weight.grad = torch.full((3,), torch.inf)
+    optimizer.found_inf = torch.tensor([2.0])    # as GradScaler.step() sets it
+    optimizer.step()
+    assert weight.tolist() == [1, 1, 1]
+    optimizer.found_inf = torch.tensor([0.0])
+    weight.grad = torch.ones(3)
+    optimizer.step()
+    assert weight.tolist() == pytest.approx([0.9, 0.9, 0.9])
+
+
+def test_momentum_is_loaded_in_the_memory_format_of_the_parameter():
+    """Apple's MPS saves it contiguous, and fused SGD refuses a format other than the parameter's channels_last."""
+    weight = nn.Parameter(torch.ones(4, 3, 3, 3).to(memory_format=torch.channels_last))
+    optimizer, other = (SGD([p], lr=0.1, momentum=0.9) for p in (weight, nn.Parameter(torch.ones(4, 3, 3, 3))))
+    momentum = torch.arange(108.0).view(4, 3, 3, 3)
+    other.state[other.param_groups[0]["params"][0]]["momentum_buffer"] = momentum
+    load_momentum(optimizer, other.state_dict())
+    loaded = optimizer.state[weight]["momentum_buffer"]
+    assert torch.equal(loaded, momentum) and loaded.stride() == weight.stride() != momentum.stride()
+    assert loaded.data_ptr() != momentum.data_ptr()
