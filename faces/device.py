@@ -26,10 +26,10 @@ def pick_device(name="auto"):
     except RuntimeError:
         raise InputError(f"--device {name} is not a device; choose auto, cpu, cuda, cuda:1 or mps.") from None
     try:
-        return torch.empty(1, device=device).device
+        return torch.ones(1, device=device).device    # runs a kernel, which this PyTorch may lack for an old GPU
     except Exception as error:  # each backend reports its absence by an exception of its own
         reason = str(error).splitlines()[0]
-        raise InputError(f"--device {name} is not available here ({reason}); try auto or cpu.") from None
+        raise InputError(f"--device {name} is not available here ({reason}); pass --device cpu.") from None
 
 
 def has_bf16(device):

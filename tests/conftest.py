@@ -10,7 +10,8 @@ from pathlib import Path
 
 # Two processes that both use all cores mostly wait for each other. This has to be set before torch is imported.
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // 2)))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, min(4, cores // 2))))
 
 import cv2
 import numpy as np
@@ -39,6 +40,13 @@ def script(name, *args, from_root=False):
                           env={"OMP_NUM_THREADS": "2", **os.environ}, timeout=900)
 
 
+# Beginning of a program that measures its own memory; getrusage() would include that of the process that started it.
+PEAK = """
+def peak():
+    return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+"""
+needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+LAUNCHER = ("--standalone", "--local-addr", "127.0.0.1")    # of torchrun; this machine's name may have no address
 TINY = ["--batch-size", "8", "--epochs", "2", "--checkpoint-every", "2", "--device", "cpu", "--precision", "float32"]
 
 
@@ -62,8 +70,8 @@ def free_port():
 
 def torchrun(method, *args):
     """Run a method's casia_train.py in two processes that split each batch; return the CompletedProcess."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               "casia_train.py", *map(str, args)]
+    command = [sys.executable, "-m", "torch.distributed.run", *LAUNCHER, "--nproc-per-node", "2", "casia_train.py",
+               *map(str, args)]
     return subprocess.run(command, cwd=ROOT / method, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
                           capture_output=True, timeout=900)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from faces.files import ROOT
 from faces.signals import handled_by, leave_lost_terminal
 
+LOCAL = ("--standalone", "--local-addr", "127.0.0.1")    # the name of a machine may have no address
 PROGRAMS = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
 
 
@@ -20,7 +21,7 @@ def command_line(script, *args, processes=1):
         args: its arguments. A Path in the clone becomes relative to the current folder.
         processes: how many processes run it, with torchrun if there are several.
     """
-    start = ["python"] if processes == 1 else ["torchrun", "--standalone", "--nproc-per-node", str(processes)]
+    start = ["python"] if processes == 1 else ["torchrun", *LOCAL, "--nproc-per-node", str(processes)]
     return [*start, *map(_word, (ROOT / script, *args))]
 
 

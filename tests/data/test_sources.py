@@ -94,7 +94,10 @@ def test_links_to_people_are_followed(aligned, tmp_path):
 
 
 def test_names_need_not_be_utf8(aligned, tmp_path):
-    os.rename(os.fsencode(aligned / "p0"), os.fsencode(aligned) + b"/Jos\xe9")
+    try:
+        os.rename(os.fsencode(aligned / "p0"), os.fsencode(aligned) + b"/Jos\xe9")
+    except OSError:
+        pytest.skip("this file system takes only UTF-8")
     with open(os.fsencode(aligned) + b"/Jos\xe9/0.png", "wb"):
         pass                                                       # an empty file, which failed.txt names
     for name in range(2, 120):

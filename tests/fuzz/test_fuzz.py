@@ -7,7 +7,7 @@ import zipfile
 
 import pytest
 import torch
-from conftest import ROOT, draw_face, write_image
+from conftest import PEAK, ROOT, draw_face, needs_proc, write_image
 from targets import ALLOWED, LOADED, TARGETS, TOKENS, attempt, landmark_list, record_set, state_files
 
 from faces.data.cache import _read_failed, _read_journal, build
@@ -108,16 +108,17 @@ def test_failures_that_are_no_rows_of_the_list_are_refused(content, tmp_path):
     assert read_json(tmp_path / "missing.json", "") is None
 
 
+@needs_proc
 def test_lists_are_read_line_by_line(tmp_path):
     """A line without end, and zeros after a valid beginning, are refused before they fill the memory."""
     valid = landmark_list(random)["list.txt"]
-    program = ("import resource, sys; from pathlib import Path; from faces.landmarks import read_landmarks; "
+    program = (PEAK + "import sys; from pathlib import Path; from faces.landmarks import read_landmarks; "
                "from faces.files import InputError\n"
-               "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+               "before = peak()\n"
                "try: read_landmarks(Path(sys.argv[1]), True)\n"
                "except InputError as error: assert 'not a text file' in str(error)\n"
                "else: assert False\n"
-               "assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 100_000")
+               "assert peak() < before + 10**8")
     for start in (b"", valid, "\ufeff".encode("utf-16-le") + valid.decode().encode("utf-16-le")):
         with open(tmp_path / "list.txt", "wb") as file:
             file.write(start)

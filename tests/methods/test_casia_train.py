@@ -21,8 +21,13 @@ from faces.verification.weights import load_weights
 from sphereFace.net import SphereFace
 
 
+def saved_step(checkpoint):
+    """Return the step of a checkpoint, 0 if there is none."""
+    return torch.load(checkpoint, weights_only=True)["step"] if checkpoint.exists() else 0
+
+
 def interrupt(method, args, signal_number, checkpoint, step):
-    """Start training, and send it a signal once its checkpoint has reached a step.
+    """Start training, and send it a signal once it has saved a checkpoint that has reached a step.
 
     Args:
         method: folder of casia_train.py.
@@ -34,12 +39,13 @@ def interrupt(method, args, signal_number, checkpoint, step):
     Returns:
         (exit status, stdout and stderr together).
     """
+    before = saved_step(checkpoint)
     process = subprocess.Popen([sys.executable, "casia_train.py", *map(str, args)], cwd=ROOT / method,
                                env={"OMP_NUM_THREADS": "2", **os.environ},
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     deadline = time.monotonic() + 900
     while process.poll() is None and time.monotonic() < deadline:
-        if checkpoint.exists() and torch.load(checkpoint, weights_only=True)["step"] >= step:
+        if saved_step(checkpoint) >= max(step, before + 1):
             process.send_signal(signal_number)
             break
         time.sleep(0.05)
@@ -49,11 +55,12 @@ def interrupt(method, args, signal_number, checkpoint, step):
 
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(casia, tmp_path, method="sphereFace"):
     """tests/training/test_checkpoint.py kills CosFace, twenty times, with a smaller network."""
-    uninterrupted = script(f"{method}/casia_train.py", *options(casia, tmp_path, "uninterrupted"))
+    longer = ["--epochs", "3"]    # so that the run does not end before the signal
+    uninterrupted = script(f"{method}/casia_train.py", *options(casia, tmp_path, "uninterrupted"), *longer)
     assert uninterrupted.returncode == 0, uninterrupted.stderr
     expected = torch.load(tmp_path / "uninterrupted/checkpoint.pt", weights_only=True)
 
-    args, checkpoint = options(casia, tmp_path), tmp_path / "run/checkpoint.pt"
+    args, checkpoint = [*options(casia, tmp_path), *longer], tmp_path / "run/checkpoint.pt"
     status, _ = interrupt(method, args, signal.SIGKILL, checkpoint, 2)
     assert status == -signal.SIGKILL
     status, output = interrupt(method, [*args, "--resume"], signal.SIGTERM, checkpoint, 6)
@@ -62,14 +69,14 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(casia, tmp_path, m
     assert last.returncode == 0, last.stderr
     actual = torch.load(checkpoint, weights_only=True)
 
-    assert actual["step"] == expected["step"] == 12
+    assert actual["step"] == expected["step"] == 18
     actual, expected = tensors(actual), tensors(expected)
     assert actual.keys() == expected.keys() and len(expected) > 150
     different = [name for name in expected if not torch.equal(actual[name], expected[name])]
     assert not different
     epochs, undisturbed = ([json.loads(line) for line in (tmp_path / run / "epochs.jsonl").read_text().splitlines()]
                            for run in ("run", "uninterrupted"))
-    assert [line["step"] for line in epochs] == [6, 12] and epochs[1]["loss"] < epochs[0]["loss"]
+    assert [line["step"] for line in epochs] == [6, 12, 18] and epochs[2]["loss"] < epochs[0]["loss"]
     for line, expected in zip(epochs, undisturbed):    # a resumed run reports the means of whole epochs
         assert (line["loss"], line["train_accuracy"]) == pytest.approx((expected["loss"], expected["train_accuracy"]))
     assert list((tmp_path / "run").glob("events.out.tfevents.*")) and (tmp_path / "run/training.png").exists()

@@ -23,15 +23,15 @@ def squares(batch):
 
 
 def log_and_wait(batch):
-    """Append a batch to a file; the batch that contains 0 takes until nothing has been appended for half a second."""
+    """Append a batch to a file; the batch that contains 0 ends half a second after as many as are allowed were."""
     numbers = [number for number, _ in batch]
     log = Path(batch[0][1])
     with open(log, "a") as file:
         file.write(f"{numbers}\n")
-    size = -1
-    while 0 in numbers and log.stat().st_size != size:
-        size = log.stat().st_size
-        time.sleep(0.5)
+    deadline = time.monotonic() + 60
+    while 0 in numbers and log.read_text().count("\n") < 2 * AHEAD and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.5 * (0 in numbers))
     return numbers
 
 

@@ -8,7 +8,7 @@ import time
 import pytest
 import tiny_train
 import torch
-from conftest import ROOT, free_port, options, tensors
+from conftest import LAUNCHER, ROOT, free_port, options, tensors
 
 import cosFace.net
 from faces.files import InputError
@@ -18,7 +18,7 @@ SETTINGS = ["--batch-size", "4", "--epochs", "20", "--checkpoint-every", "2", "-
 FOREVER = ["--batch-size", "8", "--epochs", "2000", "--checkpoint-every", "5", "--precision", "float32"]
 
 
-def torchrun(*args, launcher=("--standalone",), folder=None, processes=2):
+def torchrun(*args, launcher=LAUNCHER, folder=None, processes=2):
     """Start tiny_train.py under torchrun; return the Popen, whose stderr holds both streams."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **({"PIDS": str(folder)} if folder else {})}
     command = [sys.executable, "-m", "torch.distributed.run", *launcher, "--nproc-per-node", str(processes),
@@ -66,7 +66,7 @@ def assert_equals_undisturbed(casia, tmp_path, head, folder):
 
 def test_a_killed_process_is_restarted_and_the_result_is_the_same(casia, tmp_path):
     """With --max-restarts and --resume auto, torchrun survives the loss of a process."""
-    run = torchrun(*options(casia, tmp_path), *SETTINGS, launcher=("--standalone", "--max-restarts", "2"),
+    run = torchrun(*options(casia, tmp_path), *SETTINGS, launcher=(*LAUNCHER, "--max-restarts", "2"),
                    folder=tmp_path)
     wait_for(lambda: saved_step(tmp_path / "run") >= 5, run)
     os.kill(int((tmp_path / "1").read_text()), signal.SIGKILL)
@@ -143,4 +143,5 @@ def test_fp16_scales_the_loss_and_skips_steps_that_overflow(main, casia, tmp_pat
     assert main("cosFace", *args, "--lr", "0.1")[0] == 0
     state = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
     assert state["scaler"]["scale"] == scales[-1] and state["settings"]["precision"] == "fp16"
+    assert scales[0] == 32768 and scales[-1] == scales[-2]
     assert all(torch.isfinite(tensor).all() for tensor in tensors(state).values())
