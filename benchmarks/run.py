@@ -53,7 +53,7 @@ def main(argv=None):
             status = commands.run(words)
             outcome = f"ran in {time.monotonic() - start:.0f} s" if not status else f"failed with exit status {status}"
             failed |= bool(status)
-        lines.append(f"{' '.join(words)}: {outcome}")
+        lines.append(f"{commands.printed(words)}: {outcome}")
         if not missing and status >= 128:    # a signal
             break
     print("\n" + "\n".join(lines))

@@ -113,9 +113,12 @@ def position_problem(centers):
         return "the lower right part of the images, as if they were found in larger copies"
 
 
-def check_inside(landmarks, image):
-    """Raise ValueError if most landmarks, float (5, 2), are outside the image; a face may extend past its border."""
-    height, width = image.shape[:2]
+def check_inside(landmarks, shape):
+    """Raise ValueError if most landmarks, float (5, 2), are outside an image of the shape (height, width, ...).
+
+    A face may extend past its border.
+    """
+    height, width = shape[:2]
     outside = sum(not (0 <= x <= width and 0 <= y <= height) for x, y in np.asarray(landmarks).tolist())
     if outside > 2:
         raise ValueError(f"{outside} of 5 landmarks are outside the image ({width} x {height} pixels)")
@@ -150,7 +153,7 @@ def align(image, landmarks):
     Raises:
         ValueError: the landmarks are invalid; see similarity_transform() and check_inside().
     """
-    check_inside(landmarks, image)
+    check_inside(landmarks, image.shape)
     return warp(image, similarity_transform(landmarks))
 
 

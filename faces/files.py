@@ -3,6 +3,7 @@ import argparse
 import contextlib
 import errno
 import functools
+import inspect
 import io
 import json
 import os
@@ -11,6 +12,7 @@ import signal
 import stat
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -24,6 +26,7 @@ RUNS = ROOT / "runs"                          # training runs
 DISK = {errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EIO, getattr(errno, "EDQUOT", errno.ENOSPC)}
 MAX_READS = 4 * 10**6                         # instructions of a pickle; a checkpoint has 50 or so per tensor
 MAX_JSON = 16 * 10**6                         # bytes of a JSON file, which can take 30 times that in memory
+MAX_ZIP_LIST = 64 << 20                       # bytes of a zip's list of files; that of a zip of CASIA has 50 million
 
 
 class InputError(Exception):
@@ -192,6 +195,24 @@ class CountedReader(io.BufferedReader):
         return super().read(size)
 
 
+class ZipReader(io.BufferedReader):
+    """A zip file whose list of files can't be so long that it would fill the memory; zipfile reads it at once."""
+
+    def __init__(self, path):
+        super().__init__(open(path, "rb", buffering=0))
+
+    def read(self, size=-1):
+        if size > MAX_ZIP_LIST:
+            raise InputError(f"{self.name} has a list of files over {MAX_ZIP_LIST >> 20} MiB; split it, or unpack it.")
+        return super().read(size)
+
+
+def entries_of_zip(path):
+    """Return the list of zipfile.ZipInfo of a zip; raises many kinds of exceptions on damaged files."""
+    with ZipReader(path) as file, zipfile.ZipFile(file) as archive:
+        return archive.infolist()
+
+
 def read_json(path, advice):
     """Return the object in a JSON file that write_json() wrote, as a dict; None if there is no such file.
 
@@ -228,7 +249,9 @@ def locked(path, activity, wait=True, advice="choose a writable folder on a loca
         InputError: the lock file can't be written or is a link, its file system has no locks, or it is held and `wait`
             is false.
     """
-    lock = FileLock(path)
+    # Without flock, filelock 4 would create a marker file instead, which waits forever for one of a killed process.
+    strict = "fallback_to_soft" in inspect.signature(FileLock.__init__).parameters
+    lock = FileLock(path, **({"fallback_to_soft": False} if strict else {}))
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         open_regular(path, "a").close()    # old versions of filelock follow links and empty what they find
@@ -307,6 +330,6 @@ def inside(root, name):
         InputError: the name is absolute or climbs out of `root`.
     """
     relative = Path(name)
-    if relative.is_absolute() or ".." in relative.parts:
+    if relative.drive or relative.root or ".." in relative.parts:    # on Windows, /a and C:a are not absolute
         raise InputError(f"the path {name!r} leaves {root}; lists may only name files below it.")
     return Path(root) / relative

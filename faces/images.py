@@ -188,12 +188,12 @@ def _read_bytes(path):
         raise UnreadableImage("not a file name") from None
 
 
-def _decode_jpeg(data, width, height, progressive, scans):
+def _decode_jpeg(data, width, height, progressive, scans, whole):
     # If a file has several scans, the decoder keeps all coefficients, of two bytes each.
     _check_size(data, width, height, JPEG_WITH_SCANS if progressive or scans > 1 else LEAN)
     if scans * width * height > MAX_SCAN_PIXELS:    # each scan of a few bytes can take a pass over the whole image
         raise UnreadableImage(f"{width} x {height} in {scans} scans takes too long to decode")
-    if jpeg.is_truncated(data):
+    if not whole:
         raise UnreadableImage("truncated JPEG")
     image, corruption = jpeg.decode(data)
     if corruption or image is None:
@@ -204,12 +204,15 @@ def _decode_jpeg(data, width, height, progressive, scans):
 def _decode_other(data):
     format, width, height = _header_from_pillow(data)
     if format in ("JPEG", "MPO"):    # with an unusual header
-        return _decode_jpeg(data, width, height, True, data.count(b"\xff\xda"))
+        whole = data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda")
+        return _decode_jpeg(data, width, height, True, data.count(b"\xff\xda"), whole)
     _check_size(data, width, height, LEAN if format in ("PNG", "BMP", "PPM", "WEBP") else GREEDY)
     if format == "PNG":
         _check_png(data)
     if format == "TIFF":             # OpenCV decodes damaged ones without a word
         _decode_with_pillow(data)
+    if format == "AVIF":             # OpenCV ignores its orientation
+        return _decode_with_pillow(data)
     image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)    # applies the EXIF orientation
     if image is not None:
         return image

@@ -17,35 +17,50 @@ import numpy as np
 
 FRAMES = {0xc0: False, 0xc1: False, 0xc2: True}      # start of frame: baseline, extended; and progressive
 TABLES = frozenset({0xc4, 0xdb, 0xdd, 0xfe, *range(0xe0, 0xf0)})     # metadata and tables
+MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")    # in compressed data, the others are no markers or have no length
+MAX_SEGMENTS = 10_000                                # after the start of frame; an ordinary file has a few dozen
 CORRUPT = re.compile(r"Corrupt JPEG data.*|Premature end of JPEG.*")
 NOISE = re.compile(r"Corrupt JPEG|Premature end of JPEG|Inconsistent progression|Invalid SOS|Warning: unknown JFIF|"
                    r"libpng |tempfile\.tif|TIFF|LZW|MissingRequired")    # decoders' messages; ours name the file
 
 
 def read_header(data):
-    """Return (width, height, progressive, scans) of a JPEG with an ordinary header, or None for any other file.
+    """Return (width, height, progressive, scans, whole) of a JPEG with an ordinary header, or None for any other file.
 
-    The scans are counted after the header, so those of a thumbnail in the metadata don't count.
+    The scans are counted after the header, so those of a thumbnail in the metadata don't count. `whole` says whether
+    the end marker is there.
     """
     position = 2 if data[:2] == b"\xff\xd8" else len(data)
     while position + 9 <= len(data) and data[position] == 0xff:
         marker, length = data[position + 1], int.from_bytes(data[position + 2:position + 4], "big")
         if marker in FRAMES:
             height, width = (int.from_bytes(data[position + i:position + i + 2], "big") for i in (5, 7))
-            return width, height, FRAMES[marker], data.count(b"\xff\xda", position)
+            return width, height, FRAMES[marker], *_scans(data, position)
         if marker not in TABLES or length < 2:
             return None
         position += 2 + length
     return None
 
 
-def is_truncated(data):
-    """Return whether the end marker is missing.
+def _scans(data, position):
+    """Return how many scans follow from the start of frame on, and whether the end marker does.
 
-    In a complete file it follows the last start of scan, and neither of these two-byte values can occur inside the
-    compressed data. Almost every file ends with the end marker, so that is checked first.
+    Almost every file ends with the end marker, and no start of scan can occur inside the compressed data, so that all
+    of them are counted. What comes after the end marker, such as the film of a motion photo, is not part of the image.
     """
-    return data[-2:] != b"\xff\xd9" and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda")
+    if data[-2:] == b"\xff\xd9":
+        return data.count(b"\xff\xda", position), True
+    scans = 0
+    for _ in range(MAX_SEGMENTS):
+        marker = MARKER.search(data, position)
+        if marker is None:
+            break
+        kind, position = data[marker.start() + 1], marker.end()
+        if kind == 0xd9:
+            return scans, True
+        scans += kind == 0xda
+        position += int.from_bytes(data[position:position + 2], "big")
+    return scans, False
 
 
 def decode(data):

@@ -42,17 +42,17 @@ def nms(boxes, scores, image_index, threshold):
 
 def nms_of_smaller(boxes, scores, image_index, threshold):
     """Apply nms() with the intersection over the smaller area, which also suppresses a box inside another."""
+    low, high = boxes[:, :2], boxes[:, 2:]
+    area = (high - low).prod(1)
+
     def keep(rows):
-        rows = rows[np.argsort(-scores[rows], kind="stable")]
-        low, high = boxes[rows, :2], boxes[rows, 2:]
-        overlap = np.minimum(high[:, None], high) - np.maximum(low[:, None], low)             # (n, n, 2)
-        area = (high - low).prod(1)
-        suppresses = overlap.clip(0).prod(2) > threshold * np.minimum(area[:, None], area)    # (n, n)
-        kept = []
-        for i in range(len(rows)):
-            if not suppresses[i, kept].any():
-                kept.append(i)
-        return rows[kept]
+        rows, kept = rows[np.argsort(-scores[rows], kind="stable")], []
+        while len(rows):
+            best, rows = rows[0], rows[1:]
+            overlap = np.minimum(high[best], high[rows]) - np.maximum(low[best], low[rows])    # (n, 2)
+            rows = rows[~(overlap.clip(0).prod(1) > threshold * np.minimum(area[best], area[rows]))]
+            kept.append(best)
+        return np.array(kept)
 
     return _for_each_image(image_index, keep)
 

@@ -284,13 +284,14 @@ def draw(image, faces):
 
 def output_names(photos):
     """Return different file names for the drawings: a photo's own, with a number appended if another photo has it."""
-    names = []
+    names, taken = [], set()    # in lower case, because some disks ignore case
     for photo in photos:
         name, number = f"{photo.stem}.png", 1
-        while name in names:
+        while name.lower() in taken:
             number += 1
             name = f"{photo.stem}-{number}.png"
         names.append(name)
+        taken.add(name.lower())
     return names
 
 

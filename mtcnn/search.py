@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import torch
 
-from faces.align import similarity_transform
+from faces.align import check_inside, similarity_transform
 from faces.device import count_cpus
 from faces.images import UnreadableImage, read_image
 from mtcnn.detector import groups
@@ -143,7 +143,7 @@ def find_faces(detector, images, select):
         missing = [i for i, (_, points) in enumerate(results) if points is None]
         framed = [frame(images[i], fraction) for i in missing]
         for i, (image, corner), faces in zip(missing, framed, detector.detect([f[0] for f in framed], thresholds)):
-            face = choose(faces, image.shape[:2], select)
+            face = choose(faces, image.shape[:2], select, corner)
             if face is not None:
                 results[i] = attempt, np.round(faces.landmarks[face] - corner, 2).ravel().tolist()
     return results
@@ -155,24 +155,28 @@ def frame(image, fraction):
     return cv2.copyMakeBorder(image, y, y, x, x, cv2.BORDER_CONSTANT, value=(0, 0, 0)), np.array((x, y), np.float32)
 
 
-def choose(faces, shape, select):
+def choose(faces, shape, select, corner=(0, 0)):
     """Return the row of the chosen face in an image's Faces, or None if none can be aligned.
 
     Args:
-        shape: (height, width) of the image.
+        faces: what was found in the image, or in the image inside a frame.
+        shape: (height, width) of that.
         select: "center" for the face whose box is nearest the center of the image, which is LFW's rule; "largest"; or
             "score" for the highest probability.
+        corner: (x, y) of the image in its frame.
     """
-    rows = [row for row, points in enumerate(faces.landmarks) if can_be_aligned(points)]
+    size = np.asarray(shape) - 2 * np.asarray(corner)[::-1]    # of the image itself
+    rows = [row for row, points in enumerate(faces.landmarks) if can_be_aligned(points - corner, size)]
     from_center = (faces.boxes[:, :2] + faces.boxes[:, 2:] - shape[::-1]) / 2
     values = {"center": -(from_center ** 2).sum(1), "largest": (faces.boxes[:, 2:] - faces.boxes[:, :2]).prod(1),
              "score": faces.scores}[select]
     return max(rows, key=lambda row: values[row], default=None)
 
 
-def can_be_aligned(points):
-    """Return whether landmarks can belong to a face that is not mirrored."""
+def can_be_aligned(points, shape):
+    """Return whether landmarks can belong to a face that is not mirrored, and are inside an image of this shape."""
     try:
+        check_inside(points, shape)
         similarity_transform(points)
     except ValueError:
         return False

@@ -1,13 +1,16 @@
 """What is written survives planted links and full disks, and killed processes leave nothing behind."""
+import errno
 import os
 import subprocess
 import sys
+from pathlib import PureWindowsPath
 
 import pytest
 from conftest import ROOT, file_size_limit
 
+from faces import files
 from faces.data.cache import load_casia
-from faces.files import InputError, atomic_write, command, locked, open_regular, remove_partial
+from faces.files import InputError, atomic_write, command, inside, locked, open_regular, remove_partial
 
 
 @pytest.fixture
@@ -42,6 +45,25 @@ def test_a_lock_that_is_a_link_is_refused(victim, tmp_path):
     (tmp_path / ".lock").symlink_to(victim)
     with pytest.raises(InputError, match="lock is a link"), locked(tmp_path / ".lock", "testing"):
         pass
+
+
+def test_a_disk_without_locks(tmp_path, monkeypatch, capsys):
+    """Such as Lustre mounted with noflock. filelock's own fallback would wait for a process that does not exist."""
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+    monkeypatch.setattr("fcntl.flock", flock)
+    with locked(tmp_path / "a.lock", "testing", wait=False):
+        assert "on a disk without file locks; make sure that no other process is testing" in capsys.readouterr().out
+    with pytest.raises(InputError, match="can't lock .*b.lock: .*; choose"), locked(tmp_path / "b.lock", "testing"):
+        pass
+
+
+@pytest.mark.parametrize("name", ["../a.jpg", "b/../../a.jpg", "/a.jpg", "C:a.jpg", "C:\\a.jpg", "..\\a.jpg"])
+def test_paths_from_files_stay_in_their_folder_on_windows_too(name, monkeypatch):
+    monkeypatch.setattr(files, "Path", PureWindowsPath)
+    with pytest.raises(InputError, match="leaves E:"):
+        inside("E:/data", name)
+    assert inside("E:/data", "b/a.jpg") == PureWindowsPath("E:/data/b/a.jpg")
 
 
 @pytest.mark.parametrize("name", ["faces.u8", "journal.jsonl"])

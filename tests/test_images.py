@@ -56,10 +56,15 @@ def test_gray_and_sixteen_bits():
     assert deep.dtype == np.uint8 and abs(deep[..., 0].astype(int) - gray).max() <= 1
 
 
-def test_exif_orientation_is_applied():
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
+def test_exif_orientation_is_applied(format):
     exif = Image.Exif()
     exif[0x0112] = 6                                          # viewers must rotate the image clockwise by 90 degrees
-    image = read_image(encoded(Image.fromarray(RGB), "JPEG", exif=exif))
+    try:
+        data = encoded(Image.fromarray(RGB), format, exif=exif)
+    except KeyError:
+        pytest.skip(f"this Pillow has no {format}")
+    image = read_image(data)
     assert image.shape == (30, 40, 3) and image[15, 35, 0] > 180 and image[15, 5, 2] > 180
 
 
@@ -97,6 +102,19 @@ def test_size_of_a_jpeg_is_read_from_its_header(options):
 def noise(format, size=120, **options):
     pixels = np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8)
     return encoded(Image.fromarray(pixels), format, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_blocks": 1}])
+def test_what_follows_the_end_marker_does_not_matter(options):
+    """Motion photos append a film, in which any marker may occur."""
+    data = noise("JPEG", **options)
+    film = np.random.default_rng(1).bytes(300_000) + b"\xff\xda" * 20_000
+    expected = read_image(data)
+    for trailer in (film, film + b"\xff\xd9\0", b"\0" * 1000, b"\xff\xda\0"):
+        assert np.array_equal(read_image(data + trailer), expected)
+    *_, scans, whole = jpeg.read_header(data + film)
+    assert whole and scans == jpeg.read_header(data)[3] == (10 if "progressive" in options else 1)
+    assert not jpeg.read_header(data[:-2] + b"\0" * 1000)[4] and not jpeg.read_header(data[:-2])[4]
 
 
 def overwrite(data, start, replacement):

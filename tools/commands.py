@@ -4,7 +4,6 @@ import shlex
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 from faces.files import ROOT
 from faces.signals import handled_by, leave_lost_terminal
@@ -18,11 +17,16 @@ def command_line(script, *args, processes=1):
 
     Args:
         script: path of one of the project's scripts, relative to the root of the clone.
-        args: its arguments. A Path in the clone becomes relative to the current folder.
+        args: its arguments.
         processes: how many processes run it, with torchrun if there are several.
     """
     start = ["python"] if processes == 1 else ["torchrun", *LOCAL, "--nproc-per-node", str(processes)]
-    return [*start, *map(_word, (ROOT / script, *args))]
+    return [*start, *map(str, (ROOT / script, *args))]
+
+
+def printed(words):
+    """Return a command as it is typed in the current folder: paths in the clone become relative to that folder."""
+    return shlex.join(os.path.relpath(word) if word.startswith(f"{ROOT}{os.sep}") else word for word in words)
 
 
 def run(words):
@@ -31,7 +35,7 @@ def run(words):
     Ctrl-C reaches the command by itself, and SIGTERM and SIGHUP are passed on. This process waits until the command has
     saved its work, and then returns 128 plus the number of the signal.
     """
-    print(f"\n$ {shlex.join(words)}", flush=True)
+    print(f"\n$ {printed(words)}", flush=True)
     received, process = [], None
 
     def note(number, _):
@@ -48,7 +52,3 @@ def run(words):
     if received:
         return 128 + received[-1]
     return status if status >= 0 else 128 - status    # Popen reports a process that signal 9 killed as -9
-
-
-def _word(value):
-    return os.path.relpath(value) if isinstance(value, Path) and value.is_relative_to(ROOT) else str(value)

@@ -151,11 +151,15 @@ def _find_in_images(images, detector, select):
         missing = [i for i, result in enumerate(results) if result is None]
         framed = [frame(images[i], part) for i in missing]
         for i, (image, corner), faces in zip(missing, framed, detector.detect([f[0] for f in framed], thresholds)):
-            row = choose(faces, image.shape[:2], select)
-            if row is not None:
-                points = faces.landmarks[row] - corner
+            row = choose(faces, image.shape[:2], select, corner)
+            if row is None:
+                continue
+            points = faces.landmarks[row] - corner
+            try:
                 results[i] = Face(align(images[i], points), faces.boxes[row] - np.tile(corner, 2), faces.scores[row],
                                   points, row, len(faces.boxes))
+            except ValueError as error:    # the image is too wide or too tall
+                results[i] = str(error)
     return [NO_FACE if result is None else result for result in results]
 
 

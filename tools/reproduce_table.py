@@ -1,9 +1,8 @@
 """The results table of tools/reproduce.py, in Markdown."""
-import shlex
-
 from faces.files import InputError, printable, read_json
 from faces.training import checkpoint
 from faces.training.content import is_count
+from tools.commands import printed
 from tools.sessions import is_number, read_settings
 
 METHODS = {"cosFace": "CosFace", "sphereFace": "SphereFace"}
@@ -36,7 +35,7 @@ def render(stages, finished, journal):
         *[_time_row(stage, journal.sessions(stage)) for stage in stages if journal.sessions(stage)], "",
         "Times are wall-clock times of the commands, summed over their sessions. They include start-up and, in the",
         "first training, the alignment of the faces.", "",
-        "## Commands", "", *[f"    {shlex.join(stage.words)}" for stage in stages]]
+        "## Commands", "", *[f"    {printed(stage.words)}" for stage in stages]]
     return "".join(f"{printable(line)}\n" for line in lines)    # much of it comes from files
 
 

@@ -291,7 +291,7 @@ def _fill(face, listing, row, transform, reason, sizes):
         if transform is None:
             face[:] = crop_aligned(image)
         else:
-            align.check_inside(listing.points[row], image)
+            align.check_inside(listing.points[row], image.shape)
             align.warp(image, transform, out=face)
             sizes[row] = image.shape[1::-1]
     except (UnreadableImage, ValueError) as error:

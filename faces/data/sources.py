@@ -1,5 +1,4 @@
 """Where images are stored: a folder or a zip. Both list their images and open them by name."""
-import io
 import os
 import stat
 import zipfile
@@ -10,21 +9,11 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from tqdm import tqdm
 
-from faces.files import InputError
+from faces.files import InputError, ZipReader
 from faces.images import EXTENSIONS, MAX_BYTES, Scan, UnreadableImage, is_system_name, scan_images, sort_in
 from faces.landmarks import normal_form
 
 PIECE = 1 << 20
-MAX_READ = 64 << 20    # bytes that are read from a zip at once; the list of files of a zip of CASIA has 50 million
-
-
-class _Limited(io.BufferedReader):
-    """A zip file whose list of files can't be so long that it would fill the memory; zipfile reads it at once."""
-
-    def read(self, size=-1):
-        if size > MAX_READ:
-            raise InputError(f"{self.name} has a list of files over {MAX_READ >> 20} MiB; split it, or unpack it.")
-        return super().read(size)
 
 
 class Folder:
@@ -79,7 +68,7 @@ class Zip:
     def __init__(self, path):
         self.path = Path(path)
         try:
-            self.archive = zipfile.ZipFile(_Limited(open(self.path, "rb", buffering=0)))
+            self.archive = zipfile.ZipFile(ZipReader(self.path))
         except InputError:
             raise
         except OSError as error:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from faces.files import MAX_READS, CountedReader, InputError, atomic_write, printable
+from faces.files import MAX_READS, CountedReader, InputError, atomic_write, entries_of_zip, printable
 from faces.images import count_of
 from faces.training.content import CONTENT, OPTIONAL
 from faces.training.folder import check_resume
@@ -299,8 +299,7 @@ def _unpacked_bytes(path):
     size = path.stat().st_size
     if not zipfile.is_zipfile(path):
         return size, False
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
+    entries = entries_of_zip(path)
     if any(entry.filename.endswith("data.pkl") and entry.file_size > 2 * MAX_READS for entry in entries):
         raise ValueError("too many instructions")
     unpacked = sum(entry.file_size for entry in entries)

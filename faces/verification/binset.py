@@ -88,7 +88,7 @@ class _Unpickler(pickle._Unpickler):
 
     def __init__(self, data):
         super().__init__(_CountedReads(data), encoding="bytes")
-        self.budget = 2 * len(data) + 1000    # bytes that builders may be given; an array's are handled twice at most
+        self.budget = 2 * len(data) + 1000    # bytes to decode and to fill arrays with; an array's may be both
 
     def load_frame(self):
         self.read(8)    # frames are a hint for reading ahead, which would bypass _CountedReads
@@ -100,6 +100,7 @@ class _Unpickler(pickle._Unpickler):
     def load_build(self):
         if type(self.stack[-2]) not in (_Dtype, _Array):    # of anything else, BUILD would set attributes
             raise ValueError
+        self._spend(self.stack[-1])
         super().load_build()
 
     dispatch |= {pickle.FRAME[0]: load_frame, pickle.BYTEARRAY8[0]: load_bytearray, pickle.BUILD[0]: load_build}
@@ -114,13 +115,16 @@ class _Unpickler(pickle._Unpickler):
         return self._limited(builders[f"{module}.{name}"])
 
     def _limited(self, builder):
-        # One long string can be passed to builders a million times, and each copies it.
         def build(*arguments):
-            self.budget -= sum(len(value) for value in arguments if isinstance(value, (bytes, str)))
-            if self.budget < 0:
-                raise Refused("it unfolds to many times its size")
+            self._spend(arguments)
             return builder(*arguments)
         return build
+
+    def _spend(self, values):
+        # One long string can be passed on a million times, and is copied each time.
+        self.budget -= sum(len(value) for value in values if isinstance(value, (bytes, str)))
+        if self.budget < 0:
+            raise Refused("it unfolds to many times its size")
 
     @staticmethod
     def _encode(text, encoding):

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+CHUNK = 10_000    # pairs whose embeddings are in memory at a time
+
 
 class Verification(NamedTuple):
     """The result of a k-fold verification protocol, for P judged pairs in K folds.
@@ -120,7 +122,9 @@ def similarities(embeddings, pairs, means):
     norm_square = square - 2 * projected + mean_square                                          # (K, N)
     if (norm_square[:, np.ravel(pairs)] <= 1e-12 * square.max()).any():
         raise ValueError("an embedding is zero, so it has no direction to compare")
-    dot = np.einsum("pd,pd->p", e[left], e[right]) - projected[:, left] - projected[:, right] + mean_square
+    parts = range(0, len(left), CHUNK)    # the embeddings of all pairs at once could take gigabytes
+    dot = np.concatenate([np.einsum("pd,pd->p", e[left[i:i + CHUNK]], e[right[i:i + CHUNK]]) for i in parts])
+    dot = dot - projected[:, left] - projected[:, right] + mean_square
     return np.clip(dot / np.sqrt(norm_square[:, left] * norm_square[:, right]), -1, 1)
 
 

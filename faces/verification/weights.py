@@ -7,7 +7,6 @@ network expects, the loaded one takes RGB, (x - 127.5) / 128.
 """
 import hashlib
 import sys
-import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ import safetensors
 import torch
 from torch import nn
 
-from faces.files import InputError, printable
+from faces.files import InputError, entries_of_zip, printable
 from faces.training.checkpoint import FORMAT, MAX_BYTES, load_tensors
 from faces.training.content import CONTENT
 from faces.verification.layouts import LAYOUTS, Found, find_weights
@@ -179,9 +178,8 @@ def model_file(path):
 
 def _is_torchscript(path):
     try:
-        with zipfile.ZipFile(path) as archive:
-            return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except Exception:    # zipfile raises many kinds on damaged files
+        return any(entry.filename.endswith("/constants.pkl") for entry in entries_of_zip(path))
+    except Exception:
         return False
 
 
@@ -290,6 +288,8 @@ def _check_fit(file, net):
         raise InputError(f"the weights in {file.path} do not fit {net_name} ({problem}); {PAGE}.")
     for name, value in found.tensors.items():
         shape = expected[name].shape if name in expected else _extra_bias_shape(net, name)
+        if value.is_nested:    # it has no shape
+            raise InputError(f"the weights in {file.path} are nested tensors; pass a checkpoint of ordinary tensors.")
         if value.shape != shape:
             raise InputError(f"the weights in {file.path} do not fit {net_name} ({_in_file(found, name)} is "
                              f"{_format_shape(value.shape)}, not {_format_shape(shape)}); {PAGE}.")

@@ -1,6 +1,7 @@
 """The detector on its own, against a literal implementation of its pipeline, and against facenet-pytorch."""
 import subprocess
 import sys
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -15,7 +16,7 @@ from threadpoolctl import threadpool_limits
 from faces.device import pick_device
 from faces.images import UnreadableImage, read_image
 from mtcnn.boxes import nms, nms_of_smaller
-from mtcnn.detector import Detector, groups, strips
+from mtcnn.detector import Detector, groups, output_names, strips
 from mtcnn.nets import PooledConvolution, SeparableMaxPool
 from mtcnn.pyramid import level_sizes
 
@@ -240,3 +241,21 @@ def test_suppression_is_per_image_and_handles_negative_coordinates():
     scores, image_index = np.array([0.8, 0.9, 0.7, 0.6], np.float32), np.array([0, 0, 1, 1])
     assert nms(boxes, scores, image_index, 0.7).tolist() == [1, 2, 3]
     assert nms_of_smaller(boxes, scores, image_index, 0.7).tolist() == [1, 2]  # the last is inside the third
+
+
+def test_suppression_of_smaller_boxes_equals_a_naive_one():
+    random = np.random.default_rng(0)
+    corners, size = random.uniform(0, 50, (200, 2)), random.uniform(5, 30, (200, 2))
+    boxes, scores = np.concatenate((corners, corners + size), 1).astype(np.float32), random.random(200)
+    kept = []
+    for i in sorted(range(200), key=lambda i: -scores[i]):
+        overlaps = [np.prod(np.clip(np.minimum(boxes[i, 2:], boxes[k, 2:]) - np.maximum(boxes[i, :2], boxes[k, :2]), 0,
+                                    None)) / min(np.prod(boxes[j, 2:] - boxes[j, :2]) for j in (i, k)) for k in kept]
+        if not overlaps or max(overlaps) <= 0.7:
+            kept.append(i)
+    assert nms_of_smaller(boxes, scores, np.zeros(200, int), 0.7).tolist() == kept and 10 < len(kept) < 190
+
+
+def test_drawings_have_different_names_on_disks_that_ignore_case():
+    photos = [Path(name) for name in ("a/IMG.jpg", "b/img.jpg", "b/img.png", "img-2.jpg")]
+    assert output_names(photos) == ["IMG.png", "img-2.png", "img-3.png", "img-2-2.png"]

@@ -33,10 +33,12 @@ def photo():
 
 def test_select_rules():
     boxes = np.array([[0, 0, 50, 50], [80, 80, 110, 110], [10, 100, 40, 140]], np.float32)
-    faces = Faces(boxes, np.array([0.8, 0.9, 0.99], np.float32), np.tile(LANDMARKS.astype(np.float32), (3, 1, 1)))
+    faces = Faces(boxes, np.array([0.8, 0.9, 0.99], np.float32), np.tile(LANDMARKS.astype(np.float32) - 100, (3, 1, 1)))
     assert [choose(faces, (200, 200), rule) for rule in ("center", "largest", "score")] == [1, 0, 2]
     faces.landmarks[1] = faces.landmarks[1][[1, 0, 2, 4, 3]]  # a mirrored face can't be aligned
     assert choose(faces, (200, 200), "center") == 2
+    assert choose(faces, (200, 200), "score", corner=(50, 10)) == 2    # an image of 100 columns and 180 rows
+    assert choose(faces, (200, 200), "score", corner=(99, 10)) is None
     assert choose(Faces(boxes[:0], faces.scores[:0], faces.landmarks[:0]), (200, 200), "center") is None
 
 

@@ -12,9 +12,9 @@ from faces.files import InputError
 from faces.images import read_image
 from faces.verification.embed import embed
 from faces.verification.weights import load_weights
-from mtcnn.detector import Detector
+from mtcnn.detector import Detector, Faces
 from tools import embed as embed_tool
-from tools.embedder import Embedder, find_faces
+from tools.embedder import NO_FACE, Embedder, find_faces
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +79,19 @@ def test_what_cannot_be_embedded_is_named(embedder, photos, photo, aligned, mess
         embedder(photos / photo, aligned)
     with pytest.raises(InputError, match="can't embed photo 2 of 2: .*uint8"):
         embedder([read_image(photos / "face.png"), np.zeros((112, 96, 3))], aligned=False)
+
+
+def test_a_photo_whose_face_can_not_be_aligned_does_not_end_the_run(photos):
+    """A screenshot too tall for OpenCV; and a face of which only the black frame around the photo has anything."""
+    points = np.array([(30, 50), (65, 50), (48, 70), (33, 92), (62, 92)], np.float32)
+
+    class FindsAFace:
+        def detect(self, images, thresholds):
+            return [Faces(np.array([[20, 30, 80, 110]], np.float32), np.ones(1, np.float32),
+                          points[None] + np.array((0, 0 if len(image) > 1000 else 400))) for image in images]
+    tall, small = np.zeros((33_000, 100, 3), np.uint8), np.zeros((120, 100, 3), np.uint8)
+    reasons = find_faces([tall, small], FindsAFace())
+    assert reasons == ["an image of 100 x 33000 pixels is too large to align", NO_FACE]
 
 
 @pytest.mark.parametrize("wrong, message", [

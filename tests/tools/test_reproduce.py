@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import cv2
 import pytest
@@ -111,7 +112,7 @@ RESULTS = {"accuracy": 0.9, "std": 0.1, "interval_95": [0.8, 1.0], "identificati
 def quick(tmp_path, monkeypatch):
     """Replace the commands by ones that only write their JSON files; return the arguments of reproduce.main()."""
     def run(words):
-        folder = tmp_path / "out" / words[1].split("/")[0]
+        folder = tmp_path / "out" / Path(words[1]).parent.name
         training = words[1].endswith("casia_train.py")
         sessions.write_json(folder / ("settings.json" if training else "lfw/results.json"),
                             SETTINGS if training else RESULTS)
@@ -163,6 +164,17 @@ def test_a_damaged_file_is_named_and_the_table_stays(file, keys, value, advice, 
     assert (tmp_path / "out/results.md").read_text() == table
 
 
+def test_a_run_may_be_continued_from_another_folder(quick, tmp_path, monkeypatch, capsys):
+    assert reproduce.main(quick) == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setattr(sessions, "version", lambda _: 0)    # trained no further
+    ran = []
+    monkeypatch.setattr(commands, "run", lambda words: ran.append(words[1]) or 0)
+    assert reproduce.main(quick) == 0
+    assert ran == [str(ROOT / method / "casia_train.py") for method in ("cosFace", "sphereFace")]    # they resume
+
+
 def test_a_deleted_run_is_trained_again(quick, tmp_path, monkeypatch):
     """As the message about a damaged settings.json advises."""
     reproduce.main(quick)
@@ -178,7 +190,7 @@ def test_a_deleted_run_is_trained_again(quick, tmp_path, monkeypatch):
 
 def plan(*args):
     """Return the commands that reproduce.py would run, without `python`, as text."""
-    return [" ".join(stage.words[1:]) for stage in reproduce.plan(*reproduce.parse_args(list(map(str, args))))]
+    return [commands.printed(stage.words[1:]) for stage in reproduce.plan(*reproduce.parse_args(list(map(str, args))))]
 
 
 def test_landmarks_are_found_only_for_photos_without_a_list(tmp_path):

@@ -150,6 +150,13 @@ def test_decompression_bombs_are_refused(monkeypatch):
     encode = b"c_codecs\nencode\nh\x00X\x06\x00\x00\x00latin1\x86R"
     with pytest.raises(Refused, match="many times its size"):
         unpickle(b"(" + text + encode * 1000 + b"t.")               # 150 KB that decode to 100 MB
+    array = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85C\x01b\x87R"
+    dtype = b"cnumpy\ndtype\nX\x02\x00\x00\x00u1\x85R"
+    fill = b"(K\x01J" + struct.pack("<i", 100_000) + b"\x85" + dtype + b"\x89h\x00tb"
+    one = b"B" + struct.pack("<i", 100_000) + b"a" * 100_000 + b"q\x00"
+    assert len(unpickle(b"(" + one + array + fill + b"t.")) == 2
+    with pytest.raises(Refused, match="many times its size"):
+        unpickle(b"(" + one + (array + fill) * 10 + b"t.")           # the same bytes in ten arrays
     # Each list contains the previous list twice, so traversing the last one would visit 2**59 items.
     billion_laughs = b"]q\x00" + b"".join(b"]q" + bytes([i]) + b"h" + bytes([i - 1]) + b"ah" + bytes([i - 1]) + b"a"
                                           for i in range(1, 60))

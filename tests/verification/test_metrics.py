@@ -6,6 +6,7 @@ from sklearn.metrics import roc_auc_score, roc_curve
 
 from faces import figures
 from faces.images import read_image
+from faces.verification import metrics
 from faces.verification.embed import embed
 from faces.verification.metrics import (
     auc,
@@ -146,6 +147,13 @@ def test_invalid_input_raises_value_error():
     with pytest.raises(ValueError, match="not numbers"):
         best_threshold(np.array([0.1, np.nan]), np.array([True, False]))
     assert similarities(embeddings, np.array([[0, 0]]), np.zeros((1, 16)))[0, 0] == pytest.approx(1)
+
+
+def test_similarities_do_not_depend_on_how_many_pairs_are_in_memory(monkeypatch):
+    embeddings, pairs, _, _ = random_embeddings()
+    expected = similarities(embeddings, pairs, embeddings[:3] / 2)
+    monkeypatch.setattr(metrics, "CHUNK", 7)
+    assert len(pairs) > 7 and np.array_equal(similarities(embeddings, pairs, embeddings[:3] / 2), expected)
 
 
 class ColumnSums(torch.nn.Module):

@@ -205,11 +205,14 @@ def net():
      "layer1.0.weight is 64x1x3x3, not 64x3x3x3"),
     (lambda: small_state_dict(sphere20a, **{"conv1_2.weight": torch.zeros(64, 64, 3, 3).to_sparse()}), "be loaded"),
     (lambda: small_state_dict(sphere20a, **{"conv1_2.weight": torch.zeros(64, 64, 3, 3, dtype=torch.int8)}), "int8"),
+    (lambda: small_state_dict(sphere20a, **{"conv1_2.weight": torch.nested.nested_tensor(
+        [torch.zeros(64, 3, 3)] * 64)}), "are nested"),
     (lambda: {f"a{i}.conv1_1.weight": torch.zeros(()) for i in range(3000)}, "fc5.weight is missing"),
     (lambda: {"epoch": 3}, "contains no weights"),
     (lambda: torch.zeros(3), "contains no weights"),
     (lambda: nn.Linear(2, 2), "loaded safely"),
 ])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_unsuitable_files_are_one_sentence_errors(net, tmp_path, content, message):
     torch.save(content(), tmp_path / "net.pth")
     with pytest.raises(InputError, match=message) as error:
