@@ -21,7 +21,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from faces.signals import end_quietly
 
-end_quietly(__name__)
+end_quietly(__name__)    # Ctrl-C during the slow imports below prints no traceback
 from faces.files import ROOT, InputError, command, script_parser
 
 COLUMNS = "{:>8} {:>8} {:>8} {:>8} {:>6} {:>8} {:>6}"

@@ -24,7 +24,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences the profiler, which 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from faces.signals import end_quietly
 
-end_quietly(__name__)
+end_quietly(__name__)    # Ctrl-C during the slow imports below prints no traceback
 import torch
 from torch import nn
 from torch.nn import functional as F

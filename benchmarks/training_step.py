@@ -28,7 +28,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from faces.signals import end_quietly
 
-end_quietly(__name__)
+end_quietly(__name__)    # Ctrl-C during the slow imports below prints no traceback
 import numpy as np
 import torch
 
@@ -37,7 +37,7 @@ import sphereFace.net
 from benchmarks.margin_softmax import reference_cosface, reference_sphereface
 from faces.cpu.training import for_training
 from faces.data.cache import load_casia
-from faces.device import has_bf16, keep_large_blocks, pick_device, processor, to_input
+from faces.device import keep_large_blocks, pick_device, prefers_bf16, processor, to_input
 from faces.files import CACHE, InputError, command, script_parser
 from faces.training.optimizer import SGD, parameter_groups
 from faces.training.recipe import Recipe
@@ -166,7 +166,7 @@ def main(argv=None):
         net, head = sphereFace.net.faceNet(), sphereFace.net.SphereFace(faces.classes)
     nets = {name: copy.deepcopy(net).to(device) for name in ("reference", "ours")}
     heads = {name: copy.deepcopy(head).to(device) for name in nets}
-    bf16 = has_bf16(device) if args.precision == "auto" else args.precision == "bf16"
+    bf16 = prefers_bf16(device) if args.precision == "auto" else args.precision == "bf16"
     steps = {"reference": reference_step(nets["reference"], heads["reference"]),
              "ours": our_step(nets["ours"], heads["ours"], bf16, args.compile, device)}
     if args.compile:

@@ -96,7 +96,7 @@ def arrangement_problem(points):
 
 
 def position_problem(centers):
-    """Return what is wrong with the scale of the landmarks of a set of images, or None.
+    """Return where the landmarks of a set of images are, to follow "are in", if they belong to copies of another size.
 
     In most photos of a set, the face is near the center; in those of CASIA-WebFace and LFW, it always is.
 
@@ -111,6 +111,7 @@ def position_problem(centers):
         return "the upper left part of the images, as if they were found in smaller copies"
     if x > 0.6 and y > 0.65:
         return "the lower right part of the images, as if they were found in larger copies"
+    return None
 
 
 def check_inside(landmarks, shape):

@@ -32,7 +32,7 @@ def pick_device(name="auto"):
         raise InputError(f"--device {name} is not available here ({reason}); pass --device cpu.") from None
 
 
-def has_bf16(device):
+def prefers_bf16(device):
     """Return whether bfloat16 is faster than float32 on this device.
 
     The environment variable FACES_BF16 (0 or 1) overrides the detection, for processors that it does not know.
@@ -52,7 +52,7 @@ def fast_dtype(device):
 
     float16 is for NVIDIA GPUs with tensor cores but without bfloat16: V100, T4, RTX 20. It needs loss scaling.
     """
-    if has_bf16(device):
+    if prefers_bf16(device):
         return torch.bfloat16
     has_tensor_cores = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
     return torch.float16 if has_tensor_cores else torch.float32

@@ -43,7 +43,7 @@ def read_header(data):
 
 
 def _scans(data, position):
-    """Return how many scans follow from the start of frame on, and whether the end marker does.
+    """Return the number of scans after the start of frame, and whether there is an end marker.
 
     Almost every file ends with the end marker, and no start of scan can occur inside the compressed data, so that all
     of them are counted. What comes after the end marker, such as the film of a motion photo, is not part of the image.

@@ -15,7 +15,7 @@ class Stopped(KeyboardInterrupt):
 
 
 def end_quietly(name):
-    """Let Ctrl-C end a script without a traceback while it imports and exits; between, faces.files.command does.
+    """Let Ctrl-C end a script without a traceback during imports and exit; faces.files.command handles it in between.
 
     Args:
         name: __name__ of the script; if that is imported, nothing happens.

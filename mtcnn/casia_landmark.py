@@ -13,8 +13,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from faces.signals import end_quietly
 
-end_quietly(__name__)
-from faces.data.casia import list_photos, people_count, person
+end_quietly(__name__)    # Ctrl-C during the slow imports below prints no traceback
+from faces.data.casia import LANDMARK_LIST, list_photos, people_count, person
 from faces.data.sources import Folder
 from faces.files import command, folder, printable, script_parser
 from faces.landmarks import default_list, write_landmarks
@@ -28,12 +28,14 @@ def main(argv=None):
                         help="folder that holds one folder per person, such as 0000045/001.jpg")
     lists.add_list_options(parser)
     args = parser.parse_args(argv)
+    detector = lists.list_detector(args)    # checks the options, too
     root = folder(args.casia, "one folder of photos per person, such as 0000045/001.jpg")
     paths, notes = list_photos(Folder(root))    # the same that training takes
-    print(*notes, sep="\n", end="\n" * bool(notes))
-    output = args.output or default_list(root, "casia_landmark.txt")
-    with lists.reserve(output):
-        journal, unreadable = lists.find_all(root, paths, output, lists.list_detector(args), args)
+    for note in notes:
+        print(note)
+    output = args.output or default_list(root, LANDMARK_LIST)
+    with lists.reserved(output):
+        journal, unreadable = lists.find_all(root, paths, output, detector, args)
         lists.median_or_stop(journal.finds(), root)
         people = sorted({person(paths[find.index]) for find in journal.finds() if find.points})
         label = {name: i for i, name in enumerate(people)}

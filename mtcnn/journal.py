@@ -106,9 +106,6 @@ def difference(header, settings):
             raise TypeError
     except (ValueError, TypeError, RecursionError):
         return "the journal is damaged"
-    # The first journals were written without these. Most were written on a CPU, and nothing is known of their photos.
-    earlier = {"device": "cpu", "photos": settings.get("photos")}
-    found, settings = earlier | found, earlier | settings
     changed = sorted(key for key in found | settings if found.get(key) != settings.get(key))
     if changed and {"images", "photos"}.issuperset(changed):
         return "the photos have changed since the journal was written"

@@ -27,14 +27,13 @@ def median_points(finds):
     return np.median(fractions, axis=0) if fractions else None
 
 
-def find_landmarks(root, paths, device=None, select="center"):
+def find_landmarks(root, paths, device="auto"):
     """Detect the landmarks of some images without writing a list.
 
     Args:
         root: the folder.
         paths: N paths below it.
         device: where the networks run, as mtcnn.detector.Detector takes it.
-        select: which face of several, see mtcnn.search.choose().
 
     Returns:
         float32 (N, 5, 2), pixels of the whole images; and the number of images without a face, which get the median
@@ -46,7 +45,7 @@ def find_landmarks(root, paths, device=None, select="center"):
     detector, finds = Detector(device=device), []
     workers = None if detector.device.type == "cpu" else 0  # starting processes on a GPU would take as long as it saves
     with tqdm(desc="detecting landmarks", total=len(paths), unit=" images") as bar:
-        for batch, unreadable in search(root, paths, range(len(paths)), detector, select, workers=workers):
+        for batch, unreadable in search(root, paths, range(len(paths)), detector, "center", workers=workers):
             if unreadable:
                 i, reason = next(iter(unreadable.items()))
                 raise InputError(f"can't read {Path(root) / paths[i]}: {reason}; replace it.")
@@ -91,11 +90,15 @@ def list_detector(args):
     Raises:
         InputError: an option is out of range, or the device is not available.
     """
+    if args.batch_size < 1:
+        raise InputError(f"--batch-size {args.batch_size} is out of range; it must be at least 1.")
+    if args.workers is not None and args.workers < 0:
+        raise InputError(f"--workers {args.workers} is out of range; it must be 0 or more.")
     return make_detector(args, fastest_device(args.device))
 
 
 @contextlib.contextmanager
-def reserve(output):
+def reserved(output):
     """Keep other processes from making the list `output` in a `with` block.
 
     Raises:
@@ -123,17 +126,12 @@ def find_all(root, paths, output, detector, args):
         Journal, complete except for unreadable images, and {index: reason} of those.
 
     Raises:
-        InputError: more than MAX_UNREADABLE of the images can't be read, or an option is out of range.
+        InputError: more than MAX_UNREADABLE of the images can't be read.
     """
-    if args.batch_size < 1:
-        raise InputError(f"--batch-size {args.batch_size} is out of range; it must be at least 1.")
-    if args.workers is not None and args.workers < 0:
-        raise InputError(f"--workers {args.workers} is out of range; it must be 0 or more.")
     settings = {"folder": str(root.resolve()), "images": digest(paths),
                 "photos": digest(version(root / path) for path in paths),
-                "select": "centre" if args.select == "center" else args.select,    # earlier journals spell it this way
-                "min_face_size": detector.min_face_size, "factor": detector.factor, "attempts": ATTEMPTS,
-                "device": detector.device.type}    # a GPU adds in another order
+                "select": args.select, "min_face_size": detector.min_face_size, "factor": detector.factor,
+                "attempts": ATTEMPTS, "device": detector.device.type}    # a GPU adds in another order
     journal, unreadable = Journal(output, settings, len(paths)), {}
     indices = journal.missing()
     if 0 < len(indices) < len(paths):

@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from faces.signals import end_quietly
 
-end_quietly(__name__)
+end_quietly(__name__)    # Ctrl-C during the slow imports below prints no traceback
 import numpy as np
 
 from faces.files import InputError, command, folder, script_parser
@@ -53,11 +53,12 @@ def main(argv=None):
                         help="folder of Name/Name_0001.jpg, or any set with the same layout")
     lists.add_list_options(parser)
     args = parser.parse_args(argv)
+    detector = lists.list_detector(args)    # checks the options, too
     root = folder(args.lfw, "LFW images as Name/Name_0001.jpg")
     paths = list_photos(root)
     output = args.output or default_list(root, "lfw_landmark.txt")
-    with lists.reserve(output):
-        journal, unreadable = lists.find_all(root, paths, output, lists.list_detector(args), args)
+    with lists.reserved(output):
+        journal, unreadable = lists.find_all(root, paths, output, detector, args)
         median = lists.median_or_stop(journal.finds(), root)
         write_landmarks(output, ((paths[f.index], f.points or median * np.array(f.size)) for f in journal.finds()))
         lists.report(paths, journal, unreadable, output, "median landmarks")

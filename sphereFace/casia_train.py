@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from faces.signals import end_quietly
 
-end_quietly(__name__)
+end_quietly(__name__)    # Ctrl-C during the slow imports below prints no traceback
 from faces.data.batches import Batches
 from faces.data.cache import load_casia
 from faces.files import RUNS, command
@@ -72,25 +72,25 @@ def train(args, run):
     optimizer = SGD(parameter_groups(net, head, args.weight_decay), head, lr=recipe.base_lr, momentum=0.9)
     checkpoints = Checkpoints(run, args.output, net, head, optimizer, faces, settings_of(args), args.keep_last)
     step = checkpoints.restore(args.resume, recipe.steps)
-    batches = Batches(faces, args.batch_size, recipe.steps, run.device, step, args.seed, args.mirror, args.jitter,
-                      args.workers, run.rank, run.world_size)
+    batches = Batches(faces, args.batch_size, recipe.steps, run.device, start=step, seed=args.seed, mirror=args.mirror,
+                      jitter=args.jitter, workers=args.workers, rank=run.rank, world_size=run.world_size)
     run.print(start_line(args, run, head, batches))
 
     with TrainingLog(run, args.output, recipe, step, checkpoints.settings, checkpoints.epoch_sums) as log, \
             run.guard(memory_advice(args)):
         for images, labels in batches:                                        # (B, 3, 112, 96), (B,)
             for group in optimizer.param_groups:
-                group["lr"] = recipe.learning_rate(step)
+                group["lr"] = learning_rate = recipe.learning_rate(step)
             lam = 0.0 if args.scale else SphereFace.annealing(step, args.lambda_min)
             optimizer.zero_grad()
             for x, label in micro_batches(images, labels, args.accumulate, net, head):
                 with run.autocast():                                          # bf16 or fp16 for the network only
-                    embedding = net(x)                                        # (B, 512)
+                    embedding = net(x)                                        # (B / accumulate, 512)
                 loss, predicted = head(embedding, label, step=step, lam=lam)
                 run.scaler.scale(loss / args.accumulate).backward()           # scaled in fp16 only
                 log.record(loss, predicted, embedding, label, head)
             run.step(optimizer)
-            log.end_step(learning_rate=recipe.learning_rate(step), **{"lambda": lam})
+            log.end_step(learning_rate=learning_rate, **{"lambda": lam})
             step += 1
 
             last = run.should_stop() or step == recipe.steps

@@ -160,8 +160,8 @@ class SphereFaceR(nn.Module):
         def margin(logit):                                         # (N,), of the targets
             t = (logit.detach() / self.s).clamp(-1, 1).acos()
             k = (t * (self.m / math.pi)).floor()
-            psi = (1 - 2 * (k % 2)) * torch.cos(self.m * t) - 2 * k
-            return logit + self.s * (psi - t.cos()) / (1 + lam)    # the second term is a constant for the gradient
+            psi_of_t = (1 - 2 * (k % 2)) * torch.cos(self.m * t) - 2 * k
+            return logit + self.s * (psi_of_t - t.cos()) / (1 + lam)    # for the gradient, the second term is constant
 
         with float32(embedding):
             x = nn.functional.normalize(embedding.float())         # a zero embedding stays zero, with a finite gradient

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from faces.device import exact_float32, fast_dtype, has_bf16, pick_device
+from faces.device import exact_float32, fast_dtype, pick_device, prefers_bf16
 from faces.files import InputError
 
 
@@ -16,7 +16,7 @@ def test_missing_devices_are_one_sentence():
 @pytest.mark.parametrize("value, expected", [("0", False), ("1", True)])
 def test_bf16_detection_can_be_overridden(value, expected, monkeypatch):
     monkeypatch.setenv("FACES_BF16", value)
-    assert has_bf16(torch.device("cpu")) is expected
+    assert prefers_bf16(torch.device("cpu")) is expected
 
 
 def test_the_precision_is_that_of_the_chosen_gpu(monkeypatch):

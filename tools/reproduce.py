@@ -9,13 +9,14 @@ also affect the other commands. Landmarks are detected only if the faces are not
 command is printed before it runs. Stop it at any moment, and continue with the same command. The table is
 runs/reproduce/results.md; it is written after each evaluation.
 """
+import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from faces.signals import end_quietly
 
-end_quietly(__name__)
+end_quietly(__name__)    # Ctrl-C during the slow imports below prints no traceback
 import torch
 
 import cosFace.casia_train
@@ -55,7 +56,7 @@ def parse_args(argv):
 
 
 def _path(text):
-    return Path(text).expanduser()
+    return Path(os.path.abspath(Path(text).expanduser()))    # the same when it is continued from another folder
 
 
 def plan(args, options):

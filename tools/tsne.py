@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from faces.signals import end_quietly
 
-end_quietly(__name__)
+end_quietly(__name__)    # Ctrl-C during the slow imports below prints no traceback
 import numpy as np
 
 from cosFace.net import NETS

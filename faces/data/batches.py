@@ -9,7 +9,7 @@ import torch
 from faces.align import HEIGHT, WIDTH
 from faces.device import to_device, to_input
 
-MIRROR, SHIFT = 1, 3    # what a random generator is for; its seed is (seed, step, 0, purpose)
+MIRRORING, SAMPLING, SHIFTING = 1, 2, 3    # of random generators; a seed is (seed, step, rank or 0, purpose)
 THREADS = 2             # one delivers 100,000 faces/s from memory; several overlap their waits for a disk
 
 
@@ -31,18 +31,18 @@ class Batches:
         seed: of order, mirroring and shifts.
         mirror: whether to flip half of the faces.
         jitter: shift each face by up to this many pixels along both axes.
-        workers: threads that gather batches, None for THREADS.
+        workers: threads that gather batches.
         rank, world_size: index of this process, and number of processes.
 
     Yields:
         (float32 (B, 3, 112, 96), int64 (B,)): network input and labels of this process's share of the batch.
     """
 
-    def __init__(self, faces, batch_size, steps, device, start=0, seed=0, mirror=True, jitter=0, workers=None,
+    def __init__(self, faces, batch_size, steps, device, start=0, seed=0, mirror=True, jitter=0, workers=THREADS,
                  rank=0, world_size=1):
         self.order = Order(len(faces), batch_size, steps, seed, start, rank, world_size)
         self.faces, self.device, self.batch_size = faces, device, batch_size
-        self.workers = max(1, THREADS if workers is None else workers)
+        self.workers = max(1, workers)
         self.seed, self.mirror, self.jitter, self.own = seed, mirror, jitter, slice(rank, None, world_size)
 
     def __iter__(self):
@@ -72,9 +72,10 @@ class Batches:
         _, labels = self.faces.batch(rows, out=images.numpy())
         mirror = shifts = None
         if self.mirror:
-            mirror = torch.from_numpy(self._random(step, MIRROR).random(self.batch_size) < 0.5)[self.own]
+            mirror = torch.from_numpy(self._random(step, MIRRORING).random(self.batch_size) < 0.5)[self.own]
         if self.jitter:
-            shifts = self._random(step, SHIFT).integers(-self.jitter, self.jitter, (self.batch_size, 2), endpoint=True)
+            random = self._random(step, SHIFTING)
+            shifts = random.integers(-self.jitter, self.jitter, (self.batch_size, 2), endpoint=True)
             shifts = torch.from_numpy(shifts)[self.own]
         return images, torch.from_numpy(labels), mirror, shifts
 

@@ -20,8 +20,16 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from faces import align
-from faces.align import HEIGHT, TEMPLATE, WIDTH, crop_aligned
+from faces.align import (
+    HEIGHT,
+    TEMPLATE,
+    WIDTH,
+    check_inside,
+    crop_aligned,
+    position_problem,
+    similarity_transforms,
+    warp,
+)
 from faces.data.casia import Folder, list_casia, people_count, without_lfw_overlap
 from faces.device import count_cpus
 from faces.files import (
@@ -85,21 +93,21 @@ class AlignedFaces:
         return np.take(self.images, self.rows[index], axis=0, out=out, mode="clip"), self.labels[index]
 
 
-def load_casia(root, landmarks=None, cache=CACHE, drop_lfw_overlap=False, labels=None):
+def load_casia(root, landmarks=None, cache=CACHE, drop_lfw_overlap=False, label_list=None):
     """Return the aligned faces of a training set, from its cache, which is built on first use.
 
     Images that can't be used are counted, listed in the cache's failed.txt and left out; people without any image left
     get no class. str() of the result summarizes the set.
 
     Args:
-        root, landmarks, labels: see faces.data.casia.list_casia().
+        root, landmarks, label_list: see faces.data.casia.list_casia().
         cache: the folder of all caches.
         drop_lfw_overlap: whether to leave out the people who are also in LFW.
 
     Raises:
         InputError: the data set is malformed, more than 1 % of it is unusable, or the cache does not fit on the disk.
     """
-    listing = list_casia(root, landmarks, labels)
+    listing = list_casia(root, landmarks, label_list)
     images, failed = build(listing, cache)
     keep = np.ones(len(listing.paths), bool)
     keep[[row for row, _ in failed]] = False
@@ -212,7 +220,7 @@ def _build(listing, folder):
                 failed += chunk_failed
                 if len(failed) > MAX_FAILED * total:
                     raise InputError(_failure_message(listing, failed))
-                if problem := listing.points is not None and align.position_problem(listing.points.mean(1) / sizes):
+                if listing.points is not None and (problem := position_problem(listing.points.mean(1) / sizes)):
                     raise InputError(_position_message(listing, problem))
                 pending_write.result()  # a chunk is written while the next one is aligned; at most one write is pending
                 pending_write = writer.submit(_store, chunk, rows, file, None if chunk_failed else journal)
@@ -277,25 +285,27 @@ def _fill_block(faces, listing, rows, sizes):
     """
     transforms = reasons = [None] * len(rows)
     if listing.points is not None:
-        transforms, reasons = align.similarity_transforms(listing.points[rows.start:rows.stop])
-    return [(row, reason) for face, row, *transform in zip(faces, rows, transforms, reasons)
-            if (reason := _fill(face, listing, row, *transform, sizes))]
+        transforms, reasons = similarity_transforms(listing.points[rows.start:rows.stop])
+    failed = []
+    for face, row, transform, reason in zip(faces, rows, transforms, reasons):
+        reason = reason or _fill(face, listing, row, transform, sizes)
+        if reason:
+            face[:] = 0
+            failed.append((row, reason))
+    return failed
 
 
-def _fill(face, listing, row, transform, reason, sizes):
+def _fill(face, listing, row, transform, sizes):
     """Align the image of a row into `face`; return None, or the reason why the image can't be used."""
     try:
-        if reason:
-            raise ValueError(reason)
         image = read_image(listing.source.open(listing.paths[row]))
         if transform is None:
             face[:] = crop_aligned(image)
         else:
-            align.check_inside(listing.points[row], image.shape)
-            align.warp(image, transform, out=face)
+            check_inside(listing.points[row], image.shape)
+            warp(image, transform, out=face)
             sizes[row] = image.shape[1::-1]
     except (UnreadableImage, ValueError) as error:
-        face[:] = 0
         return str(error)
 
 

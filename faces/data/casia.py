@@ -46,30 +46,30 @@ class TrainingList(NamedTuple):
         return self.source.open(self.paths[row]), points
 
 
-def list_casia(root, landmarks=None, labels=None):
+def list_casia(root, landmarks=None, label_list=None):
     """Return the TrainingList of a data set, with the landmark list that belongs to it unless a list is passed.
 
     Args:
-        root, labels: see read_casia().
-        landmarks: landmark list with labels; None uses casia_landmark.txt in `root`, or else the list that
-            mtcnn/casia_landmark.py wrote for it, or else expects faces that are already aligned.
+        root, label_list: see read_casia().
+        landmarks: landmark list with labels. Without it and a label list, it is casia_landmark.txt in `root`, or else
+            the list that mtcnn/casia_landmark.py wrote for it; without any list, faces must be aligned already.
 
     Raises:
         InputError: see read_casia().
     """
-    if landmarks is None and labels is None:
+    if landmarks is None and label_list is None:
         own = Path(root).expanduser() / LANDMARK_LIST
         landmarks = next((path for path in (own, default_list(root, LANDMARK_LIST)) if path.is_file()), None)
-    return read_casia(root, landmarks, labels)
+    return read_casia(root, landmarks, label_list)
 
 
-def read_casia(root, landmarks=None, labels=None):
+def read_casia(root, landmarks=None, label_list=None):
     """Return the TrainingList of a data set.
 
     Args:
         root: folder of person folders (0000045/001.jpg), a zip of it, or a RecordIO folder (train.rec).
         landmarks: landmark list with labels; None for faces that are already aligned, 112x96 or 112x112.
-        labels: list `path label` of aligned faces; None numbers the person folders in sorted order. A RecordIO
+        label_list: list `path label` of aligned faces; None numbers the person folders in sorted order. A RecordIO
             folder has its own labels and takes neither list.
 
     Labels are renumbered from 0 if they have gaps.
@@ -78,9 +78,9 @@ def read_casia(root, landmarks=None, labels=None):
         InputError: the data set is missing or unreadable, a list is malformed, both lists were passed, or the set has
             fewer than two people, is LFW, or has too many files that can't be read.
     """
-    source, labels_from = _open(root), labels or landmarks
-    if landmarks is not None and labels is not None:
-        raise InputError(f"{landmarks} and {labels} can't be combined; pass only one of --landmarks and --list.")
+    source, labels_from = _open(root), label_list or landmarks
+    if landmarks is not None and label_list is not None:
+        raise InputError(f"{landmarks} and {label_list} can't be combined; pass only one of --landmarks and --list.")
     if isinstance(source, Records):
         if labels_from is not None:
             raise InputError(f"{source.path} already contains labels and aligned faces; leave out {labels_from}.")
@@ -91,7 +91,7 @@ def read_casia(root, landmarks=None, labels=None):
         labels, points = np.unique([person(path) for path in paths], return_inverse=True)[1].astype(np.int64), None
         labels_from = source
     else:
-        paths, labels, points = (*read_labels(labels), None) if labels is not None else read_landmarks(landmarks, True)
+        paths, labels, points = (*read_labels(label_list), None) if label_list else read_landmarks(landmarks, True)
         refuse_lfw(source, paths)
         listed = set(map(normal_form, paths))
         unlisted = sum(normal_form(path) not in listed for path in source.names())
@@ -186,7 +186,7 @@ def _left_out_notes(source, unused, kind):
 
 def _layout_notes(source, people):
     """Return a tuple of sentences about where the person folders are, unless they are directly in the set."""
-    parents, names = {person(name) for name in people}, {name.rpartition("/")[2] for name in people}
+    parents, names = {name.rpartition("/")[0] for name in people}, {name.rpartition("/")[2] for name in people}
     notes = ()
     if len(parents) == 1 and "" not in parents:
         notes += (f"the person folders are in {source}/{printable(parents.pop())}",)

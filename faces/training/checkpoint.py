@@ -143,7 +143,7 @@ class Checkpoints:
             InputError: the weights are not finite; or it can't be written, and it is the last.
         """
         self._wait()
-        self.run.meet()    # while the previous checkpoint is written, nobody waits on a GPU
+        self.run.barrier()    # while the previous checkpoint is written, nobody waits on a GPU
         head, optimizer = self.head.state(self.optimizer)
         self.saved_at = self.run.clock
         if not self.run.is_main_process:
@@ -196,9 +196,9 @@ class Checkpoints:
                 shutil.copyfileobj(source, file)
 
     def _prune(self):
-        """Delete all numbered checkpoints but the newest. Those beyond this step are left from before a resume."""
-        steps = sorted(int(path.stem[11:]) for path in self.path.parent.glob("checkpoint-*.pt")
-                       if path.stem[11:].isdecimal())
+        """Delete the numbered checkpoints before the newest keep_last - 1. Later ones, from before a resume, stay."""
+        names = [path.stem.removeprefix("checkpoint-") for path in self.path.parent.glob("checkpoint-*.pt")]
+        steps = sorted(int(name) for name in names if name.isdecimal())
         older = self.keep_last - 1
         for step in [step for step in steps if step < self.saved_step][:-older or None]:
             self._numbered(step).unlink(missing_ok=True)

@@ -47,13 +47,14 @@ def is_threshold(value):
     return value is None or (
         isinstance(value, dict) and value.keys() == THRESHOLD.keys()
         and all(is_right(value[name]) for name, is_right in THRESHOLD.items())
-        and value["accepted"] <= value["impostor"] > 0 and value["rejected"] <= value["genuine"] > 0)
+        and value["impostor"] > 0 and value["accepted"] <= value["impostor"]
+        and value["genuine"] > 0 and value["rejected"] <= value["genuine"])
 
 
 # The threshold of the last evaluation during training: what faces.verification.threshold.Threshold holds, and the step.
 THRESHOLD = {"value": lambda value: type(value) is float and abs(value) < 1.01, "accepted": is_count,
              "impostor": is_count, "rejected": is_count, "genuine": is_count, "source": _is_text, "step": is_count}
-# What a checkpoint holds. Files may come from strangers, so all of it is checked before any of it is used.
+# The entries of a checkpoint that are used, except for the scaler's numbers, whose load_state_dict() checks them.
 CONTENT = {"method": _is_text, "net": _is_text, "step": is_count, "weights": _are_tensors, "head": _is_head,
            "optimizer": _is_optimizer, "classes": is_count, "faces": _is_text, "settings": _are_settings,
            "epoch": _are_sums, "threshold": is_threshold}

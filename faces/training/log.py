@@ -87,7 +87,7 @@ class TrainingLog:
         """Print the figures of the epoch, append them to epochs.jsonl and draw training.png."""
         steps = max(1, self.epoch_sums.pop("steps", 0))
         means = {name: total / steps for name, total in self.epoch_sums.items()}
-        seconds = time.monotonic() - self.epoch_start
+        seconds = self.since - self.epoch_start    # without the evaluation, which comes after the last reading
         line = {"epoch": round(self.step / self.recipe.steps_per_epoch, 3), "step": self.step,
                 **{name: round(value, 5) for name, value in means.items()},
                 "images_per_second": round(self.epoch_steps * self.recipe.batch_size / seconds, 1),
@@ -142,7 +142,8 @@ class TrainingLog:
                 file.writelines(json.dumps(line) + "\n" for line in lines if line["step"] <= start)
 
     def _begin_epoch(self):
-        self.epoch_start, self.epoch_sums, self.epoch_steps, self.histograms = time.monotonic(), {}, 0, {}
+        self.epoch_start = self.since = time.monotonic()
+        self.epoch_sums, self.epoch_steps, self.histograms = {}, 0, {}
 
     def _clear(self):
         self.sums = torch.zeros(2, device=self.run.device)    # of the loss and the accuracy

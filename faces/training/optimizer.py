@@ -1,4 +1,4 @@
-"""The optimizer: stochastic gradient descent with momentum, for heads of which a step may see only some centers."""
+"""SGD with momentum, for heads that may sample some of the class centers in each step."""
 import contextlib
 
 import torch
@@ -28,7 +28,7 @@ class SGD(torch.optim.SGD):
     def step(self, closure=None):
         if getattr(self, "found_inf", None) is not None:       # by GradScaler.step(); added up over the processes
             self.found_inf = self.found_inf.clamp(max=1)       # the kernel skips a step only if this is exactly 1
-        with self.sampled_centers():
+        with self.sampled_centers():    # does nothing inside Run.step(), which has entered it already
             return super().step(closure)
 
     @contextlib.contextmanager

@@ -95,7 +95,7 @@ def _add_run_options(group, output):
                        help="time between checkpoints, above 0; one is also saved after each epoch, when interrupted, "
                             "and at the end; training goes on while it is written")
     group.add_argument("--checkpoint-every", type=int, metavar="STEPS",
-                       help="also save a checkpoint each time so many steps are done, at least 1")
+                       help="also save a checkpoint every STEPS steps, at least 1")
     group.add_argument("--keep-last", type=int, default=1, metavar="N",
                        help="checkpoints to keep: checkpoint.pt and the N - 1 before it, named by their steps")
     group.add_argument("--shard-head", action=argparse.BooleanOptionalAction, default=False,
@@ -232,7 +232,7 @@ def check_options(args):
     if args.accumulate > 1 and args.sample_centers is not None:
         raise InputError("--accumulate and --sample-centers can't be combined, because each micro-batch would draw "
                          "its own centers; use --shard-head alone.")
-    if not (0 <= args.weight_decay < math.inf and 0 <= args.seed < 2**63 and (args.workers or 0) >= 0):
+    if not (0 <= args.weight_decay < math.inf and 0 <= args.seed < 2**63 and args.workers >= 0):
         raise InputError("--weight-decay, --seed and --workers must be at least 0 and finite.")
     if not all(value is None or 0 < value < math.inf for value in (args.lr, args.epochs)):
         raise InputError("--epochs and --lr must be greater than 0 and finite.")

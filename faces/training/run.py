@@ -35,7 +35,7 @@ class Run:
         dtype: type in which the network computes; `precision` is its name.
         rank, world_size: index of this process, and number of processes.
         scaler: scales the loss so that gradients do not underflow in fp16; does nothing in other types.
-        clock: seconds since the start as of the last should_stop(), the same in all processes.
+        clock: seconds from the start to the last call of should_stop(), the same in all processes.
 
     Raises:
         InputError: this machine has no such device, or it can't be used like this.
@@ -91,7 +91,7 @@ class Run:
         if dtype == torch.float16 and self.device.type not in ("cuda", "cpu"):
             raise InputError(f"--precision fp16 needs loss scaling, which {self.device.type} can't do; use float32.")
         if dtype != torch.float32 and not can_autocast(self.device, dtype):
-            self.print(f"{precision} is not available on {self.device.type} here; training uses float32.")
+            self.print(f"{str(dtype)[6:]} is not available on {self.device.type} here; training uses float32.")
             return torch.float32
         return dtype
 
@@ -123,7 +123,7 @@ class Run:
         if self.is_main_process:
             print(*values, flush=True)
 
-    def meet(self):
+    def barrier(self):
         """Wait until all processes are here, for up to a day, without an operation pending on the GPUs."""
         if self.world_size > 1:
             distributed.all_reduce(torch.zeros(1), group=self.cpu_group)
@@ -154,8 +154,8 @@ class Run:
         """Move a network to the device and make it fast there; with several processes, average its gradients.
 
         Args:
-            net: module; its parameters and their names stay.
-            batch: number of faces that the processes will give it at a time, in all.
+            net: module; its parameters keep their names.
+            batch: faces per micro-batch, over all processes.
             compile: use torch.compile, if it works here.
             sync_bn: whether the processes share the statistics of batch normalization.
 
@@ -177,7 +177,7 @@ class Run:
             self._compile(net, x)
         else:
             net = for_training(net, self.device, self.dtype)
-        self.meet()  # the data may take hours longer on one machine than on another
+        self.barrier()  # the data may take hours longer on one machine than on another
         return data_parallel(net, x, self.autocast()) if self.world_size > 1 else net
 
     def _compile(self, net, x):
@@ -198,8 +198,8 @@ class Run:
 
         All processes skip the same steps, and the scale of the loss is halved after one.
         """
-        with optimizer.sampled_centers():
-            self.scaler.unscale_(optimizer)
+        with optimizer.sampled_centers():      # whose gradients the scaler has to see
+            self.scaler.unscale_(optimizer)    # step() would not exchange overflows between processes
             self.scaler.step(optimizer)
         self.scaler.update()
 
@@ -207,8 +207,8 @@ class Run:
     def guard(self, memory_advice):
         """Context of the training loop.
 
-        Ctrl-C, SIGTERM and SIGHUP only set a flag for should_stop(), so that no step is cut in two. Running out of
-        memory and the end of another process become one sentence.
+        Ctrl-C, SIGTERM and SIGHUP only set a flag for should_stop(), so that no step is cut in two. If memory
+        runs out or another process ends, the error is one sentence.
 
         Args:
             memory_advice: what to do if the memory of the device is too small.
@@ -258,7 +258,7 @@ class Run:
         if self.world_size > 1:
             if self._exchange is not None:
                 self._exchange[0].wait()
-            self.meet()  # a process that ended earlier would break the connections of the others
+            self.barrier()  # a process that ended earlier would break the connections of the others
             distributed.destroy_process_group()
         if step >= steps:
             self.print(f"training is complete after {count_of(step, 'step~')}; the model is {path}")

@@ -19,6 +19,7 @@ from torch import distributed, nn
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
+from faces.data.batches import SAMPLING
 from faces.device import to_device
 from faces.files import InputError
 from faces.training.margin import ALL, AllCenters
@@ -185,7 +186,7 @@ class ShardedHead(nn.Module):
     def _draw(self, label, step):
         """Draw the rows of the slice that take part in a step, sorted: those of the batch and random others."""
         size = self.end - self.first
-        random = np.random.default_rng((self.seed, step, self.rank, 2)).random(size + 1, np.float32)
+        random = np.random.default_rng((self.seed, step, self.rank, SAMPLING)).random(size + 1, np.float32)
         priority = to_device(torch.from_numpy(random), label.device)    # 0 <= priority < 1; the last one is a dummy
         here = (label >= self.first) & (label < self.end)
         priority.index_fill_(0, torch.where(here, label - self.first, size), 1)

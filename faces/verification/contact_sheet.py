@@ -11,8 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from faces.align import HEIGHT
-from faces.figures import COLORS, DPI
-from faces.files import atomic_write
+from faces.figures import COLORS, save
 
 PAIRS_PER_ROW = 5
 GAP = 6                                   # pixels between the two faces of a pair
@@ -52,8 +51,7 @@ def error_sheet(path, faces, pairs, similarities, correct, count=10):
             _draw_pair(figure, column * CELL_WIDTH, top - (row + 1) * CELL_HEIGHT, faces, pairs, i, similarities[i],
                        correct[i])
         top -= height_of_kind
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=DPI)
+    save(figure, path)
 
 
 def hardest(similarities, same, genuine, count=10):

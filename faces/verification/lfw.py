@@ -1,5 +1,4 @@
 """Load a verification set: Labeled Faces in the Wild, a folder like it, or one of InsightFace's .bin files."""
-import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,6 +9,7 @@ from tqdm import tqdm
 
 from faces.align import HEIGHT, WIDTH, align, crop_aligned, position_problem
 from faces.data.sources import is_zip
+from faces.device import count_cpus
 from faces.files import InputError
 from faces.images import UnreadableImage, count_of, one_opencv_thread, read_image, summarize
 from faces.jpeg import watched_stderr
@@ -99,7 +99,7 @@ def decode_faces(where, names, open_image, points=None):
         except (UnreadableImage, ValueError) as error:
             return names[i], str(error)
 
-    with one_opencv_thread(), watched_stderr(), ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+    with one_opencv_thread(), watched_stderr(), ThreadPoolExecutor(min(16, count_cpus())) as pool:
         results = pool.map(load, range(len(names)))
         bad = [r for r in tqdm(results, "aligning", len(names), unit=" faces", leave=False) if r]
     if bad:

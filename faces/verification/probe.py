@@ -43,5 +43,5 @@ class LfwEvaluator:
             figures = {"lfw": round(result.accuracy, 5), "lfw_std": round(result.std, 5)}
             best = choose_threshold(result.similarities, pairs.same, f"{len(pairs.same):,} pairs of {self.name}")
             threshold = {**best._asdict(), "step": step}
-        self.run.meet()
+        self.run.barrier()
         return figures, threshold

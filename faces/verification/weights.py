@@ -63,10 +63,10 @@ def load_net(path, nets, name=None, channels=None):
         InputError: see load_weights().
     """
     file = _read(path)
-    file_net_name = architecture(file.found.tensors)
-    _check_same_net(file, name or file_net_name)
-    net = nets[file_net_name]()
-    return net, _load(net, file, channels)
+    if name is not None:
+        _check_same_net(file, name)
+    net = nets[file.net]()
+    return net, _load(file, net, channels)
 
 
 def load_weights(net, path, channels=None):
@@ -88,7 +88,7 @@ def load_weights(net, path, channels=None):
     Raises:
         InputError: the file can't be read safely, is not a checkpoint, or contains weights that do not fit `net`.
     """
-    return _load(net, _read(path), channels)
+    return _load(_read(path), net, channels)
 
 
 def initial_net(make, path=None):
@@ -101,7 +101,7 @@ def initial_net(make, path=None):
 
 def net_in(path):
     """Return the name of the network whose weights a file holds; see load_weights()."""
-    return architecture(_read(path).found.tensors)
+    return _read(path).net
 
 
 def announce(path, loaded):
@@ -184,10 +184,13 @@ def _is_torchscript(path):
 
 
 class _File(NamedTuple):
-    """A file of weights: path, format, Found, and as far as it states them, method, channel order, step, threshold."""
+    """A file of weights: path, format, Found, name of the network, and as far as it states them, method, channel order,
+    step, and threshold.
+    """
     path: Path
     format: str
     found: Found
+    net: str
     method: str | None
     channels: str | None
     step: int | None
@@ -208,7 +211,8 @@ def _read(path):
     found = find_weights(content)
     if found is None:
         raise InputError(f"{path} {_what_is_wrong(content)}; {PAGE}.")
-    if architecture(found.tensors) is None:
+    net = architecture(found.tensors)
+    if net is None:
         raise InputError(f"the weights in {path} do not fit faceNet or sphere20a ({_in_file(found, 'fc5.weight')} is "
                          f"missing); {PAGE}.")
     method, channels = stated.get("method"), stated.get("colour_order")
@@ -216,7 +220,7 @@ def _read(path):
         raise InputError(f"the header of {path} states the channel order {channels!r}, which is neither RGB nor BGR; "
                          "export it again.")
     method = _printable(method) if isinstance(method, str) and method != "unknown" else None
-    return _File(path, format, found, method, channels and channels.lower(), stated.get("step"),
+    return _File(path, format, found, net, method, channels and channels.lower(), stated.get("step"),
                  stated.get("threshold"))
 
 
@@ -259,21 +263,20 @@ def _read_safetensors(path):
                          "download it again.") from None
 
 
-def _load(net, file, channels):
+def _load(file, net, channels):
     found = file.found
     _check_fit(file, net)
     channels = channels or file.channels or found.layout.channels
-    _set(file, net, channels)
-    return {"format": file.format, "method": file.method, "net": architecture(found.tensors),
+    _copy_weights(file, net, channels)
+    return {"format": file.format, "method": file.method, "net": file.net,
             "layout": found.layout.title, "channels": channels, "source": found.source, "ignored": found.ignored,
             "others": found.others, "fingerprint": fingerprint(net), "step": file.step, "threshold": file.threshold}
 
 
 def _check_same_net(file, net_name):
-    file_net_name = architecture(file.found.tensors)
-    if file_net_name != net_name:
-        raise InputError(f"{file.path} contains the weights of {file_net_name}, not of {net_name}; pass --net "
-                         f"{file_net_name} or leave out --net.")
+    if file.net != net_name:
+        raise InputError(f"{file.path} contains the weights of {file.net}, not of {net_name}; pass --net {file.net} or "
+                         "leave out --net.")
 
 
 def _check_fit(file, net):
@@ -315,7 +318,7 @@ def _extra_bias_shape(net, name):
         return torch.Size([layer.out_channels])
 
 
-def _set(file, net, channels):
+def _copy_weights(file, net, channels):
     """Copy the weights into the network, with the file's channel order and normalization folded into conv1_1."""
     weights, device = dict(file.found.tensors), next(net.parameters()).device
     # In public checkpoints, residual convolutions may have biases that the network does not have yet.

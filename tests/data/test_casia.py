@@ -194,14 +194,14 @@ def aligned(tmp_path):
 def test_aligned_faces_with_a_list(aligned, tmp_path):
     root, names = aligned
     (tmp_path / "list.txt").write_text("a.png\t0\nb 1.png 0\n\ndeep/c.png   1 \ne.png\t2\t\nd.png 1\n")  # not f.png
-    faces = load_casia(root, cache=tmp_path / "cache", labels=tmp_path / "list.txt")
+    faces = load_casia(root, cache=tmp_path / "cache", label_list=tmp_path / "list.txt")
     assert faces.labels.tolist() == [0, 0, 1, 2, 1] and faces.classes == 3
     for row, i in enumerate((0, 1, 2, 4, 3)):
         assert np.array_equal(faces.images[row], align(*draw_face(i // 2, i)))
     with zipfile.ZipFile(tmp_path / "aligned.zip", "w") as archive:
         for name in names:
             archive.write(root / name, name)
-    zipped = load_casia(tmp_path / "aligned.zip", cache=tmp_path / "cache", labels=tmp_path / "list.txt")
+    zipped = load_casia(tmp_path / "aligned.zip", cache=tmp_path / "cache", label_list=tmp_path / "list.txt")
     assert np.array_equal(faces.images, zipped.images) and faces.fingerprint == zipped.fingerprint
 
 
@@ -222,12 +222,12 @@ def test_aligned_faces_with_a_list(aligned, tmp_path):
 def test_malformed_lists_of_aligned_faces(aligned, tmp_path, text, message):
     (tmp_path / "list.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(InputError, match=message):
-        load_casia(aligned[0], cache=tmp_path / "cache", labels=tmp_path / "list.txt")
+        load_casia(aligned[0], cache=tmp_path / "cache", label_list=tmp_path / "list.txt")
 
 
 def test_two_lists_are_refused(casia, tmp_path):
     with pytest.raises(InputError, match="pass only one of --landmarks and --list"):
-        load_casia(casia, casia / "casia_landmark.txt", tmp_path / "cache", labels=tmp_path / "list.txt")
+        load_casia(casia, casia / "casia_landmark.txt", tmp_path / "cache", label_list=tmp_path / "list.txt")
 
 
 def test_a_damaged_cache_is_detected(casia, tmp_path):

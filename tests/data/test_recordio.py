@@ -147,7 +147,7 @@ def test_a_record_that_changes_after_the_check_is_unreadable(root):
 
 def test_lists_and_options_that_do_not_apply_are_refused(root, casia, tmp_path):
     for options, message in (({"landmarks": casia / "casia_landmark.txt"}, "leave out .*casia_landmark.txt"),
-                             ({"labels": tmp_path / "list.txt"}, "leave out .*list.txt"),
+                             ({"label_list": tmp_path / "list.txt"}, "leave out .*list.txt"),
                              ({"drop_lfw_overlap": True}, "leave out --drop-lfw-overlap")):
         with pytest.raises(InputError, match=message):
             load_casia(root, cache=tmp_path / "cache", **options)

@@ -107,25 +107,25 @@ def test_names_need_not_be_utf8(aligned, tmp_path):
     failed, = (tmp_path / "cache").glob("*/failed.txt")
     assert failed.read_bytes() == b"Jos\xe9/0.png\tempty file\n"
     (tmp_path / "list.txt").write_bytes(b"Jos\xe9/1.png\t0\np2/0.png\t1\n")
-    assert load(aligned, tmp_path, labels=tmp_path / "list.txt").classes == 2
+    assert load(aligned, tmp_path, label_list=tmp_path / "list.txt").classes == 2
 
 
 def test_accents_may_be_composed_in_the_list_and_decomposed_on_disk(aligned, tmp_path):
     (aligned / "p0").rename(aligned / unicodedata.normalize("NFD", "José"))
     (tmp_path / "list.txt").write_text("José/0.png 0\nJosé/1.png 0\np2/0.png 1\n", encoding="utf-8")
-    assert len(load(aligned, tmp_path, labels=tmp_path / "list.txt")) == 3
+    assert len(load(aligned, tmp_path, label_list=tmp_path / "list.txt")) == 3
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be"])
 def test_lists_saved_by_windows_editors(aligned, tmp_path, encoding):
     text = "p0\\0.png\t0\r\np1\\0.png\t1\r\n"
     (tmp_path / "list.txt").write_bytes(("\ufeff" * (encoding == "utf-16-be") + text).encode(encoding))
-    assert len(load(aligned, tmp_path, labels=tmp_path / "list.txt")) == 2
+    assert len(load(aligned, tmp_path, label_list=tmp_path / "list.txt")) == 2
 
 
 def test_labels_with_gaps_are_renumbered(aligned, tmp_path):
     (tmp_path / "list.txt").write_text("p2/0.png 45\np1/0.png 7\np0/0.png 45\n")
-    faces = load(aligned, tmp_path, labels=tmp_path / "list.txt")
+    faces = load(aligned, tmp_path, label_list=tmp_path / "list.txt")
     assert faces.labels.tolist() == [1, 0, 1]
     assert "of 2 people, whose labels 7 to 45 are renumbered from 0" in str(faces)
     assert "3 photos not in the list" in str(faces)

@@ -1,5 +1,4 @@
 """The journal of an unfinished landmark list: what makes it continue, and what it survives."""
-import json
 import os
 
 import pytest
@@ -8,7 +7,7 @@ from faces.files import InputError
 from mtcnn.journal import Journal
 from mtcnn.search import Find
 
-SETTINGS = {"device": "cpu", "images": "1", "photos": "2", "select": "centre", "min_face_size": 20}
+SETTINGS = {"device": "cpu", "images": "1", "photos": "2", "select": "center", "min_face_size": 20}
 FINDS = [Find(3, (9, 9), 0, [1.5] * 10), Find(0, (9, 9), -1, None)]
 
 
@@ -39,14 +38,6 @@ def test_a_journal_of_something_else_is_discarded_with_the_reason(list_path, cap
     out = capsys.readouterr().out
     assert out.startswith("starting over, because") and reason in out and out.count("\n") == 1
     assert Journal(list_path, SETTINGS | change, 5).missing() == [0, 1, 2, 3, 4] and capsys.readouterr().out == ""
-
-
-def test_a_journal_of_an_earlier_version_is_continued_on_a_cpu_only(tmp_path):
-    earlier = {name: value for name, value in SETTINGS.items() if name not in ("device", "photos")}
-    lines = [json.dumps(earlier, sort_keys=True), *map(json.dumps, FINDS)]
-    (tmp_path / ".list.txt.partial").write_text("\n".join(lines) + "\n")
-    assert Journal(tmp_path / "list.txt", SETTINGS, 5).missing() == [1, 2, 4]
-    assert len(Journal(tmp_path / "list.txt", SETTINGS | {"device": "cuda"}, 5).missing()) == 5
 
 
 @pytest.mark.parametrize("line", [b"\0" * 30, b"[1, [9, 9], 0, [1.0", b"{}", b"7", b"[5, [9, 9], -1, null]", b"\xff",

@@ -19,7 +19,7 @@ from faces.data.casia import read_casia
 from faces.landmarks import read_landmarks
 from mtcnn import search
 from mtcnn.detector import Faces
-from mtcnn.landmark_lists import median_points, reserve
+from mtcnn.landmark_lists import median_points, reserved
 from mtcnn.search import Find, choose, frame
 
 # Landmarks of the face in skimage.data.astronaut(), read off by eye.
@@ -123,7 +123,7 @@ def test_the_same_folder_is_the_person_as_in_training(people, tmp_path):
 def test_a_second_run_is_refused_and_the_first_is_left_alone(people, tmp_path, capsys):
     output = tmp_path / "list.txt"
     args = ["lfw_landmark.py", "--lfw", people, "--output", output, "--device", "cpu"]
-    with reserve(output):
+    with reserved(output):
         (tmp_path / ".list.txt.partial").write_text("the first run's")
         assert in_process(*args) == 2
     assert f"another process is making {output}; let it finish" in capsys.readouterr().err

@@ -19,7 +19,7 @@ from torch import nn
 
 import cosFace.net
 from cosFace import casia_train
-from faces.device import has_bf16
+from faces.device import prefers_bf16
 
 
 @pytest.fixture
@@ -188,4 +188,4 @@ def test_compile_without_a_compiler_prints_one_sentence_and_continues(tiny, main
 def test_automatic_precision_is_the_one_of_the_device(tiny, main, casia, tmp_path):
     assert main("cosFace", *options(casia, tmp_path), "--precision", "auto", "--epochs", "0.17")[0] == 0
     precision = json.loads((tmp_path / "run/settings.json").read_text())["precision"]
-    assert precision == ("bf16" if has_bf16(torch.device("cpu")) else "float32")
+    assert precision == ("bf16" if prefers_bf16(torch.device("cpu")) else "float32")

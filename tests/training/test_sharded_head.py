@@ -124,7 +124,7 @@ def train_and_save_results(rank, world_size, folder):
     training = Training(run, folder / f"sampled{world_size}", 40, sample=0.3)
     results["sampled"] = [(*training.train(step), training.weight.detach().clone()) for step in range(2)]
     training.checkpoints.save(2, last=True)
-    run.meet()
+    run.barrier()
     training.train(2, 3)
     resumed = Training(run, folder / f"sampled{world_size}", 40, sample=0.3)
     resumed.checkpoints.restore("always")
