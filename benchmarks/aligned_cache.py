@@ -1,4 +1,4 @@
-"""Measure the speed of building the aligned-face cache, compared with bare OpenCV, and of reading it at random.
+"""Measure the speed of building the aligned-face cache, compared with bare OpenCV.
 
     python benchmarks/aligned_cache.py --casia DIR              the first 18,000 images of a set
     python benchmarks/aligned_cache.py --casia DIR --side 250   the same, enlarged to the size of CASIA-WebFace
@@ -6,7 +6,6 @@
 The reference does only what can't be left out: cv2.imread, and cv2.warpAffine with precomputed matrices, on the same
 number of threads; its faces stay in memory. Ours reads, checks, decodes, aligns and stores the faces. Both run in turn
 on files that have been read once before, so neither waits for the disk, and it is an error if their faces differ.
-Random reads are what training asks of the cache: batches of faces at random positions.
 """
 import contextlib
 import os
@@ -25,12 +24,10 @@ import cv2
 import numpy as np
 
 from faces.align import HEIGHT, WIDTH, similarity_transform
-from faces.data.cache import AlignedFaces, build
+from faces.data.cache import build
 from faces.data.casia import Folder, TrainingList, list_casia
 from faces.device import count_cpus
-from faces.files import InputError, command, script_parser
-
-BATCH = 256
+from faces.files import InputError, check_writable, command, script_parser
 
 
 def parse_args(argv=None):
@@ -43,14 +40,15 @@ def parse_args(argv=None):
     parser.add_argument("--side", type=int, metavar="PIXELS",
                         help="first resize the images to this height and save them as JPEG; CASIA-WebFace has 250; the "
                              "larger the images, the smaller the relative cost of the checks (default: as they are)")
-    parser.add_argument("--reads", type=int, default=50_000, metavar="N",
-                        help="number of faces to read at random (default: 50,000)")
     parser.add_argument("--repeats", type=int, default=5,
                         help="builds of each kind; the median is printed (default: 5)")
     parser.add_argument("--cache", type=Path, metavar="DIR",
                         help="where to build; choose a folder on the disk that would hold the cache (default: the "
                              "system's temporary folder)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if min(args.images, args.repeats) < 1:
+        parser.error("--images and --repeats must be at least 1")
+    return args
 
 
 def resized(listing, side, folder):
@@ -91,11 +89,15 @@ def compare_builds(listing, folder, repeats):
     """Build the cache and align with OpenCV alone, in turn, and check that both give the same faces.
 
     Returns:
-        (median images/s of building the cache, median images/s of OpenCV alone, the memory map of aligned faces).
+        (median images/s of building the cache, median images/s of OpenCV alone).
 
     Raises:
         InputError: the faces differ, or the cache left some out.
     """
+    _, failed = build_quietly(listing, folder / "check")
+    if failed:
+        raise InputError(f"{len(failed)} images of {listing.source} can't be used, such as "
+                         f"{listing.paths[failed[0][0]]}; choose a set without such images.")
     files = [str(listing.source.open(path)) for path in listing.paths]
     matrices = [similarity_transform(points) for points in listing.points]
     align_with_opencv(files, matrices)  # brings every file into the system's page cache
@@ -103,43 +105,33 @@ def compare_builds(listing, folder, repeats):
     for repeat in range(repeats):
         seconds, faces = timed(align_with_opencv, files, matrices)
         reference.append(len(files) / seconds)
-        seconds, (images, failed) = timed(build_quietly, listing, folder / str(repeat))
+        seconds, (images, _) = timed(build_quietly, listing, folder / str(repeat))
         ours.append(len(files) / seconds)
-        if failed or not all(np.array_equal(image, face[..., ::-1]) for image, face in zip(images, faces)):
-            raise InputError(f"{listing.source}: the faces of the cache and of OpenCV differ ({len(failed)} images "
-                             "failed); choose a set without unusable images and without EXIF rotation.")
-    return statistics.median(ours), statistics.median(reference), images
-
-
-def random_reads(faces, count):
-    """Return the images/s of reading batches at random positions."""
-    random = np.random.default_rng(0)
-    batches = [random.integers(len(faces), size=BATCH) for _ in range(max(1, count // BATCH))]
-    faces.batch(np.arange(len(faces)))  # brings all of the cache into memory first
-    seconds, _ = timed(lambda: [faces.batch(index)[0].shape for index in batches])
-    return len(batches) * BATCH / seconds
+        if not all(np.array_equal(image, face[..., ::-1]) for image, face in zip(images, faces)):
+            raise InputError(f"{listing.source}: the faces of the cache and of OpenCV differ; choose a set "
+                             "without EXIF rotation.")
+    return statistics.median(ours), statistics.median(reference)
 
 
 @command
 def main(argv=None):
     args = parse_args(argv)
     listing = list_casia(args.casia, args.landmarks)
-    if listing.points is None:
-        raise InputError(f"there is no landmark list for {args.casia}; run mtcnn/casia_landmark.py first, or pass "
-                         "--landmarks.")
+    if not isinstance(listing.source, Folder) or listing.points is None:
+        raise InputError(f"{args.casia} is not a folder with a landmark list; run mtcnn/casia_landmark.py first, or "
+                         "pass --landmarks.")
+    if args.cache:
+        check_writable(args.cache)
     listing = TrainingList(listing.source, listing.paths[:args.images], listing.labels[:args.images],
                            listing.points[:args.images])
     with tempfile.TemporaryDirectory(dir=args.cache) as folder:
         if args.side:
             listing = resized(listing, args.side, Path(folder) / "images")
-        ours, reference, images = compare_builds(listing, Path(folder), args.repeats)
-        faces = AlignedFaces(images, listing, np.arange(len(listing.paths)))
-        rate = random_reads(faces, args.reads)
+        ours, reference = compare_builds(listing, Path(folder), args.repeats)
     print(f"{len(listing.paths):,} images, {count_cpus()} thread(s), OpenCV {cv2.__version__}, median of "
           f"{args.repeats}")
     print(f"imread and warpAffine alone   {reference:8,.0f} images/s")
     print(f"building the cache            {ours:8,.0f} images/s, {ours / reference:.0%} of that; the same faces")
-    print(f"random reads, one process     {rate:8,.0f} images/s, {rate * HEIGHT * WIDTH * 3 / 1e6:,.0f} MB/s")
 
 
 if __name__ == "__main__":

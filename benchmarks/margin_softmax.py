@@ -13,7 +13,6 @@ profiler. The last column is the peak above that of the linear layer, in units o
 """
 import math
 import os
-import platform
 import statistics
 import sys
 import time
@@ -31,7 +30,7 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from cosFace.net import CosFace
-from faces.device import pick_device, wait_for
+from faces.device import pick_device, processor, wait_for
 from faces.files import command, script_parser
 from sphereFace.net import SphereFace
 
@@ -46,7 +45,10 @@ def parse_args(argv=None):
     parser.add_argument("--repeats", type=int, default=21,
                         help="timed steps of each head; the median is printed (default: 21)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, auto (default: cpu)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if min(args.identities, args.batch_size, args.repeats) < 1:
+        parser.error("all numbers must be at least 1")
+    return args
 
 
 def reference_cosface(x, weight, label, s=SCALE, m=MARGIN):
@@ -165,7 +167,7 @@ def main(argv=None):
                 times[name].append(took)
 
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else \
-        f"{device.type}, {torch.get_num_threads()} thread(s), {platform.processor() or platform.machine()}"
+        f"{device.type}, {torch.get_num_threads()} thread(s), {processor()}"
     print(f"float32, {args.batch_size} x 512 embeddings, {args.identities:,} identities; {where}; torch "
           f"{torch.__version__}; median of {args.repeats}")
     print(f"ours and the references agree within {difference:.0e} (relative, losses and gradients)")

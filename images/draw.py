@@ -68,7 +68,7 @@ def margins(folder=HERE):
     left.set_ylabel(r"target logit / $\Vert x\Vert$ or $s$")
     _formulas(figure, 0.01, "SphereFace (A-Softmax)", SPHEREFACE)
     _formulas(figure, 0.66, "CosFace", COSFACE)
-    _save(figure, folder / "margins.png")
+    save(figure, folder / "margins.png")
 
 
 def detection(folder=HERE):
@@ -90,7 +90,7 @@ def detection(folder=HERE):
     aligned.set_title("aligned face and template", fontsize=10)
     for axes in (whole, aligned):
         axes.set_axis_off()
-    _save(figure, folder / "detection.png")
+    save(figure, folder / "detection.png")
 
 
 def verification(folder=HERE):
@@ -138,10 +138,6 @@ def _figure(size, columns, **grid):
     figure = Figure(size, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(1, columns, gridspec_kw=grid)
-
-
-def _save(figure, path):
-    figure.savefig(path, dpi=150)
 
 
 def main(argv=None):
