@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import EngFormatter
 
-from faces.files import atomic_write, printable
+from faces.files import atomic_write
+from faces.text import printable
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 LINES = "-", "--", ":", "-.", (0, (1, 4)), (0, (8, 2)), (0, (6, 1, 1, 1, 1, 1))     # dots and dashes in points

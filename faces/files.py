@@ -18,13 +18,13 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from faces.signals import stopped_by_signals
+from faces.text import printable
 
 ROOT = Path(__file__).resolve().parents[1]    # the clone
 CACHE = ROOT / "cache"                        # landmark lists, aligned faces, compiled kernels
 RUNS = ROOT / "runs"                          # training runs
 # Errors of a disk that can happen wherever something is written or printed.
 DISK = {errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EIO, getattr(errno, "EDQUOT", errno.ENOSPC)}
-MAX_READS = 4 * 10**6                         # instructions of a pickle; a checkpoint has 50 or so per tensor
 MAX_JSON = 16 * 10**6                         # bytes of a JSON file, which can take 30 times that in memory
 MAX_ZIP_LIST = 64 << 20                       # bytes of a zip's list of files; that of a zip of CASIA has 50 million
 
@@ -183,18 +183,6 @@ def read_bytes(path, limit):
         return file.read(status.st_size)
 
 
-class CountedReader(io.BufferedReader):
-    """A file that may be read MAX_READS times: an instruction of one byte of a pickle can take 70 bytes of memory."""
-
-    reads = 0
-
-    def read(self, size=-1):
-        self.reads += 1
-        if self.reads > MAX_READS:
-            raise ValueError("too many instructions")
-        return super().read(size)
-
-
 class ZipReader(io.BufferedReader):
     """A zip file whose list of files can't be so long that it would fill the memory; zipfile reads it at once."""
 
@@ -287,15 +275,6 @@ def check_writable(folder, option="--output"):
     except OSError as error:
         raise InputError(f"can't write into the folder {folder}: {error.strerror or error}; choose another "
                           f"{option}.") from None
-
-
-def printable(text):
-    """Return text from a file with escapes such as \\x1b for everything that is not a visible character or a space.
-
-    Control characters and changes of direction would let a file rewrite the terminal, and the bytes of a name that are
-    not UTF-8 can't be printed.
-    """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def version(path):

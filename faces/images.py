@@ -17,7 +17,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from faces import jpeg
-from faces.files import printable, read_bytes
+from faces.files import read_bytes
+from faces.text import count_of, printable
 
 EXTENSIONS = frozenset(""".jpg .jpeg .jpe .jfif .png .bmp .pbm .pgm .ppm .pnm .webp .tif .tiff .gif .avif
     .jp2""".split())
@@ -150,11 +151,6 @@ def scan_images(root):
                 scan.lost["broken link~" if entry.is_symlink() else "special file~ such as a pipe"] += 1
     scan.paths.sort()
     return scan
-
-
-def count_of(number, kind):
-    """Return such as "1 link" or "2 links" for the kind "link~"."""
-    return f"{number:,} {kind.replace('~', '' if number == 1 else 's')}"
 
 
 def is_system_name(name):

@@ -4,7 +4,8 @@ import os
 
 import numpy as np
 
-from faces.files import InputError, open_regular, printable
+from faces.files import InputError, open_regular
+from faces.text import printable
 from mtcnn.search import ATTEMPTS, Find
 
 MAX_LINE = 10**6    # bytes of a line; about 200 are usual

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from faces.files import InputError, atomic_write, locked, printable, remove_partial, version
-from faces.images import count_of
+from faces.files import InputError, atomic_write, locked, remove_partial, version
 from faces.signals import resumable
+from faces.text import count_of, printable
 from mtcnn.detector import Detector, add_options, make_detector
 from mtcnn.journal import Journal
 from mtcnn.search import ATTEMPTS, RULES, fastest_device, normalize_rule, search

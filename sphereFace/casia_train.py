@@ -26,7 +26,7 @@ from faces.training.optimizer import SGD, parameter_groups
 from faces.training.recipe import make_recipe, memory_advice, parse_options, settings_of, start_line, training_parser
 from faces.training.run import Run, micro_batches
 from faces.training.sharded_head import make_head
-from faces.verification.probe import LfwEvaluator
+from faces.verification.evaluator import LfwEvaluator
 from faces.verification.weights import initial_net, net_in
 from mtcnn.landmark_lists import find_landmarks
 from sphereFace.net import NETS, SphereFace, SphereFaceR

@@ -26,6 +26,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from faces.signals import end_quietly, resumable
+from faces.text import count_of, printable
 
 end_quietly(__name__)    # Ctrl-C during the slow imports below prints no traceback
 import numpy as np
@@ -38,7 +39,6 @@ from faces.files import (
     atomic_write,
     command,
     locked,
-    printable,
     read_bytes,
     read_json,
     remove_partial,
@@ -46,7 +46,7 @@ from faces.files import (
     version,
     write_json,
 )
-from faces.images import count_of, list_images
+from faces.images import list_images
 from faces.verification.embed import MIRROR, optimized_copy
 from faces.verification.weights import MODEL_HELP, announce
 from faces.verification.weights import add_options as add_model_options

@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from faces.signals import end_quietly
+from faces.text import count_of, printable
 
 end_quietly(__name__)    # Ctrl-C during the slow imports below prints no traceback
 import cv2
@@ -32,11 +33,9 @@ from faces.files import (
     check_writable,
     command,
     locked,
-    printable,
     remove_partial,
     script_parser,
 )
-from faces.images import count_of
 from faces.landmarks import write_landmarks
 from faces.signals import resumable
 from faces.verification.binset import FOLDS, MAX_BYTES, MAX_IMAGES

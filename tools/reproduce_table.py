@@ -1,5 +1,6 @@
 """The results table of tools/reproduce.py, in Markdown."""
-from faces.files import InputError, printable, read_json
+from faces.files import InputError, read_json
+from faces.text import printable
 from faces.training import checkpoint
 from faces.training.content import is_count
 from tools.commands import printed

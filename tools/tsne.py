@@ -15,17 +15,18 @@ from pathlib import Path, PurePosixPath
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from faces.signals import end_quietly
+from faces.text import count_of, people_count
 
 end_quietly(__name__)    # Ctrl-C during the slow imports below prints no traceback
 import numpy as np
 
 from cosFace.net import NETS
 from faces.align import load_face
-from faces.data.casia import Folder, TrainingList, list_casia, people_count
+from faces.data.casia import Folder, TrainingList, list_casia
 from faces.device import pick_device
 from faces.figures import tsne_panels
 from faces.files import RUNS, InputError, atomic_write, check_writable, command, folder, read_bytes, script_parser
-from faces.images import UnreadableImage, count_of
+from faces.images import UnreadableImage
 from faces.landmarks import default_list, read_landmarks
 from faces.verification.embed import embed
 from faces.verification.weights import MODEL_HELP, announce, load_net

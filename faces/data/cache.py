@@ -30,7 +30,7 @@ from faces.align import (
     similarity_transforms,
     warp,
 )
-from faces.data.casia import Folder, list_casia, people_count, without_lfw_overlap
+from faces.data.casia import Folder, list_casia, without_lfw_overlap
 from faces.device import count_cpus
 from faces.files import (
     CACHE,
@@ -44,9 +44,10 @@ from faces.files import (
     remove_partial,
     write_json,
 )
-from faces.images import UnreadableImage, count_of, one_opencv_thread, read_image, summarize
+from faces.images import UnreadableImage, one_opencv_thread, read_image, summarize
 from faces.jpeg import watched_stderr
 from faces.signals import resumable
+from faces.text import count_of, people_count
 
 FACE_SHAPE, FACE_BYTES = (HEIGHT, WIDTH, 3), HEIGHT * WIDTH * 3
 CHUNK = 1024                # faces per line of the journal; a build that was killed repeats its unfinished chunks
@@ -279,9 +280,8 @@ def _collect(rows, chunk, tasks):
 def _fill_block(faces, listing, rows, sizes):
     """Align the images of `rows` into `faces`; return a list of (row, reason) of unusable images.
 
-    The width and height of each image go into `sizes`.
-
-    Only decoding and warping release the interpreter lock, so the transforms are computed for all rows at once.
+    The width and height of each image go into `sizes`. Only decoding and warping release the interpreter lock, so the
+    transforms are computed for all rows at once.
     """
     transforms = reasons = [None] * len(rows)
     if listing.points is not None:

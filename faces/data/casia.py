@@ -9,9 +9,9 @@ import numpy as np
 
 from faces.data.recordio import Records
 from faces.data.sources import Folder, Zip, is_zip, open_source
-from faces.files import InputError, folder, printable
-from faces.images import count_of
+from faces.files import InputError, folder
 from faces.landmarks import default_list, normal_form, read_labels, read_landmarks
+from faces.text import count_of, people_count, printable
 
 LANDMARK_LIST = "casia_landmark.txt"
 MAX_LOST = 0.01     # fraction of the files that may be photos but can't be read; more of them suggest a wrong folder
@@ -103,11 +103,6 @@ def read_casia(root, landmarks=None, label_list=None):
 def person(path):
     """Return the person in a photo of a set without a list: the folder that directly holds it, such as part/0000045."""
     return path.rpartition("/")[0]
-
-
-def people_count(count):
-    """Return "1 person", "2 people" and so on."""
-    return f"{count:,} {'person' if count == 1 else 'people'}"
 
 
 def list_photos(source):

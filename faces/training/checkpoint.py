@@ -2,6 +2,7 @@
 
 All tensors in it are on the CPU, so torch.load(path, weights_only=True) opens it on any machine.
 """
+import io
 import os
 import platform
 import shutil
@@ -14,14 +15,15 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from faces.files import MAX_READS, CountedReader, InputError, atomic_write, entries_of_zip, printable
-from faces.images import count_of
+from faces.files import InputError, atomic_write, entries_of_zip
+from faces.text import count_of, printable
 from faces.training.content import CONTENT, OPTIONAL
 from faces.training.folder import check_resume
 from faces.training.optimizer import copy_to_cpu
 from faces.training.run import unwrap
 
 FORMAT = "faces-checkpoint-1"
+MAX_READS = 4 * 10**6   # instructions of a pickle; a checkpoint has 50 or so per tensor
 MAX_BYTES = 8 * 10**9   # of a file that has to be read as a whole; checked before any memory is taken
 # Settings in which a run and its continuation may differ, because they do not change what is computed.
 MAY_DIFFER = frozenset({"casia", "landmarks", "list", "cache", "output", "resume", "checkpoint_every", "device",
@@ -283,7 +285,7 @@ def load_tensors(path):
                              "checkpoint of casia_train.py or a smaller file.")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about unusual pickle protocols
-            with CountedReader(open(path, "rb", buffering=0)) as file:
+            with _CountedReader(open(path, "rb", buffering=0)) as file:
                 return torch.load(path if mappable else file, map_location="cpu", weights_only=True, mmap=mappable)
     except InputError:
         raise
@@ -292,6 +294,18 @@ def load_tensors(path):
     except Exception:  # the unpickler and the zip reader raise many kinds, which all mean that the file is unusable
         raise InputError(f"{path} is not a checkpoint that can be loaded safely (damaged, not a torch file, or it "
                          "would run code); pass a file of tensors.") from None
+
+
+class _CountedReader(io.BufferedReader):
+    """A file that may be read MAX_READS times: an instruction of one byte of a pickle can take 70 bytes of memory."""
+
+    reads = 0
+
+    def read(self, size=-1):
+        self.reads += 1
+        if self.reads > MAX_READS:
+            raise ValueError("too many instructions")
+        return super().read(size)
 
 
 def _unpacked_bytes(path):

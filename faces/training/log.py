@@ -14,7 +14,7 @@ from torch import distributed
 from tqdm import tqdm
 
 from faces.files import MAX_JSON, ROOT, InputError, atomic_write, open_regular, read_bytes, write_json
-from faces.images import count_of
+from faces.text import count_of
 from faces.training.margin import ALL, where
 
 HISTOGRAMS, BINS = ("genuine", "impostor"), 100

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from faces.data.batches import THREADS
 from faces.files import CACHE, InputError
-from faces.images import count_of
+from faces.text import count_of
 from faces.training.checkpoint import MAY_DIFFER, load, settings_in
 
 # The recipe of SphereFace's Caffe release: 28k iterations of 512 images, with a learning rate of 0.1 that is divided by

@@ -14,8 +14,8 @@ from faces.align import HEIGHT, WIDTH
 from faces.cpu.training import for_training
 from faces.device import autocast, can_autocast, fast_dtype, keep_large_blocks, memory_format, pick_device
 from faces.files import InputError, TemporaryError
-from faces.images import count_of
 from faces.signals import handled_by, leave_lost_terminal
+from faces.text import count_of
 
 PRECISION = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DAY = datetime.timedelta(days=1)    # the longest that one process may keep the others waiting outside of a step

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from faces.files import InputError, read_bytes
-from faces.images import count_of
+from faces.text import count_of
 from faces.verification.pairs import Pairs
 
 FOLDS = 10

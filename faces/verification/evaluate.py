@@ -8,7 +8,7 @@ import torch
 
 from faces.device import keep_large_blocks, pick_device
 from faces.files import InputError, check_writable, command
-from faces.images import count_of
+from faces.text import count_of
 from faces.verification import report
 from faces.verification.bootstrap import bootstrap
 from faces.verification.embed import MIRROR, default_batch_size, embed

@@ -11,11 +11,12 @@ from faces.align import HEIGHT, WIDTH, align, crop_aligned, position_problem
 from faces.data.sources import is_zip
 from faces.device import count_cpus
 from faces.files import InputError
-from faces.images import UnreadableImage, count_of, one_opencv_thread, read_image, summarize
+from faces.images import UnreadableImage, one_opencv_thread, read_image, summarize
 from faces.jpeg import watched_stderr
 from faces.landmarks import default_list, normal_form, read_landmarks
+from faces.text import count_of, shorten
 from faces.verification.binset import read_bin
-from faces.verification.pairs import Pairs, open_images, read_pairs, shorten
+from faces.verification.pairs import Pairs, open_images, read_pairs
 
 
 class Lfw(NamedTuple):

@@ -196,11 +196,6 @@ def equal_error_rate(far, tar):
     return float(far[i - 1] + share * (far[i] - far[i - 1]))
 
 
-def tar_at_far(far, tar, target):
-    """Return the highest true acceptance rate of all thresholds whose false acceptance rate is at most `target`."""
-    return float(tar[far <= target].max())
-
-
 def _tally(similarity, same):
     similarity, same = np.asarray(similarity, np.float64), np.asarray(same, bool)
     if not len(similarity) or np.isnan(similarity).any():
@@ -211,7 +206,7 @@ def _tally(similarity, same):
 
 
 def operating_point(similarity, same, far):
-    """Return the OperatingPoint at a false acceptance rate; its tar equals that of tar_at_far().
+    """Return the OperatingPoint with the highest tar among the thresholds with at most this false acceptance rate.
 
     Args:
         similarity: float (P,).

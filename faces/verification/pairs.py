@@ -16,8 +16,9 @@ import numpy as np
 
 from faces.data.sources import Folder, Zip, open_source
 from faces.files import InputError, folder
-from faces.images import UnreadableImage, count_of
+from faces.images import UnreadableImage
 from faces.landmarks import normal_form, read_lines
+from faces.text import count_of, shorten
 
 VIEW_1_FILES = ("pairsDevTrain.txt", "pairsDevTest.txt")
 MAX_PAIRS = 1_000_000    # LFW has 6,000
@@ -96,11 +97,6 @@ def open_images(root):
     """Return the faces.data.sources.Folder or Zip of a verification set; raise InputError if there is none."""
     root = Path(root).expanduser()
     return open_source(root if root.is_file() else folder(root, "LFW images as Name/Name_0001.jpg"))
-
-
-def shorten(items, separator=", ", count=3):
-    """Return the first `count` items as text, followed by an ellipsis if there are more."""
-    return separator.join(items[:count]) + (f"{separator}..." if len(items) > count else "")
 
 
 def _person(name):

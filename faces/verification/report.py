@@ -7,10 +7,10 @@ import torch
 
 from faces import figures
 from faces.files import atomic_write, write_json
-from faces.images import count_of
+from faces.text import count_of
 from faces.verification.bootstrap import interval
 from faces.verification.contact_sheet import error_sheet
-from faces.verification.metrics import Identification, Verification, operating_point, tar_at_far
+from faces.verification.metrics import Identification, Verification, operating_point
 
 FAR = 1e-3             # allows three false accepts among the 3,000 impostor pairs of LFW
 TABLE_RANKS = (1, 5, 10)
@@ -170,7 +170,7 @@ def _results(measured, lfw, settings):
     return {
         "title": measured.title, "method": measured.method,
         "accuracy": result.accuracy, "std": result.std, "threshold": result.threshold, "auc": result.auc,
-        "eer": result.eer, "tar_at_far_1e-3": tar_at_far(result.far, result.tar, FAR), "std_ddof": 0,
+        "eer": result.eer, "tar_at_far_1e-3": operating_point(result.similarities, pairs.same, FAR).tar, "std_ddof": 0,
         "interval_95": interval(measured.draws),
         "folds": [{"accuracy": float(a), "threshold": float(t)} for a, t in zip(result.accuracies, result.thresholds)],
         "tar": [{**point._asdict(), "resolved": point.resolved} for point in measured.operating],

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from faces.files import InputError, printable, read_json, write_json
+from faces.files import InputError, read_json, write_json
+from faces.text import printable
 from faces.training.content import is_threshold
 from faces.verification.metrics import best_threshold
 from faces.verification.weights import model_file

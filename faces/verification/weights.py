@@ -14,7 +14,8 @@ import safetensors
 import torch
 from torch import nn
 
-from faces.files import InputError, entries_of_zip, printable
+from faces.files import InputError, entries_of_zip
+from faces.text import printable
 from faces.training.checkpoint import FORMAT, MAX_BYTES, load_tensors
 from faces.training.content import CONTENT
 from faces.verification.layouts import LAYOUTS, Found, find_weights

@@ -27,7 +27,8 @@ import cv2
 import torch
 from targets import ALLOWED, TARGETS, attempt
 
-from faces.files import RUNS, printable
+from faces.files import RUNS
+from faces.text import printable
 
 SECONDS, MEMORY = 5, 10**9    # for one input
 ROUND = 500                   # inputs per worker process, at most

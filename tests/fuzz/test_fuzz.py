@@ -14,8 +14,9 @@ from faces.data.cache import _read_failed, _read_journal, build
 from faces.data.casia import read_casia
 from faces.data.recordio import MAX_PARTS, Records
 from faces.data.sources import Zip
-from faces.files import InputError, command, printable, read_json
+from faces.files import InputError, command, read_json
 from faces.landmarks import read_landmarks
+from faces.text import printable
 from faces.training import checkpoint
 from faces.training.log import _read_epochs
 from faces.verification.binset import read_bin
@@ -175,7 +176,6 @@ def test_a_set_that_is_too_large_is_refused_before_it_is_read(tmp_path):
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_checkpoint_with_very_many_instructions_is_refused(zipped, tmp_path, monkeypatch):
-    monkeypatch.setattr("faces.files.MAX_READS", 1000)
     monkeypatch.setattr("faces.training.checkpoint.MAX_READS", 1000)
     torch.save([[]] * 10, tmp_path / "small.pt", _use_new_zipfile_serialization=zipped)
     assert checkpoint.load_tensors(tmp_path / "small.pt") == [[]] * 10

@@ -12,9 +12,9 @@ from faces.verification.metrics import (
     auc,
     best_threshold,
     equal_error_rate,
+    operating_point,
     roc,
     similarities,
-    tar_at_far,
     training_means,
     verify,
 )
@@ -79,7 +79,7 @@ def test_roc_metrics_agree_with_scikit_learn_and_brute_force(decimals):
     assert auc(far, tar) == pytest.approx(roc_auc_score(same, similarity), abs=1e-12)
     for target in (0, 0.01, 0.1, 1):
         allowed = [np.mean(similarity[same] > t) for t in (-2, *similarity) if np.mean(similarity[~same] > t) <= target]
-        assert tar_at_far(far, tar, target) == max(allowed)
+        assert operating_point(similarity, same, target).tar == max(allowed)
     grid = np.linspace(0, 1, 2_000_001)
     crossing = np.argmin(abs(grid - (1 - np.interp(grid, far, tar))))
     # np.interp() uses only one end of a vertical step, so search the steps for the crossing separately.
@@ -89,17 +89,19 @@ def test_roc_metrics_agree_with_scikit_learn_and_brute_force(decimals):
 
 
 def test_roc_metrics_of_known_cases():
-    perfect = roc(np.array([0.1, 0.2, 0.8, 0.9]), np.array([0, 0, 1, 1], bool))
-    assert equal_error_rate(*perfect) == 0 and auc(*perfect) == 1 and tar_at_far(*perfect, 1e-3) == 1
-    constant = roc(np.full(10, 0.5), np.arange(10) < 3)
-    assert equal_error_rate(*constant) == auc(*constant) == 0.5 and tar_at_far(*constant, 1e-3) == 0
+    perfect = np.array([0.1, 0.2, 0.8, 0.9]), np.array([0, 0, 1, 1], bool)
+    assert equal_error_rate(*roc(*perfect)) == 0 and auc(*roc(*perfect)) == 1
+    assert operating_point(*perfect, 1e-3).tar == 1
+    constant = np.full(10, 0.5), np.arange(10) < 3
+    assert equal_error_rate(*roc(*constant)) == auc(*roc(*constant)) == 0.5
+    assert operating_point(*constant, 1e-3).tar == 0
     # Three of 3,000 impostor pairs are more similar than every genuine pair; accepting them is a FAR of exactly 1e-3.
     same = np.arange(6000) < 3000
     similarity = np.where(same, 0.5, 0.1)
     similarity[-3:] = 0.9
-    assert tar_at_far(*roc(similarity, same), 1e-3) == 1
+    assert operating_point(similarity, same, 1e-3).tar == 1
     similarity[-4:] = 0.9
-    assert tar_at_far(*roc(similarity, same), 1e-3) == 0
+    assert operating_point(similarity, same, 1e-3).tar == 0
 
 
 def test_the_threshold_of_each_fold_comes_from_the_other_folds():

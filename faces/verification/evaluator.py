@@ -1,5 +1,5 @@
 """LFW accuracy during training, without effect on it; the set is read once, before the first step."""
-from faces.files import printable
+from faces.text import printable
 from faces.training.run import unwrap
 from faces.verification.evaluate import evaluate
 from faces.verification.lfw import load_lfw
