@@ -19,7 +19,7 @@ end_quietly(__name__)    # Ctrl-C during the slow imports below prints no traceb
 from cosFace.net import NETS, CosFace
 from faces.data.batches import Batches
 from faces.data.cache import load_casia
-from faces.files import RUNS, command
+from faces.files import RUNS, InputError, command
 from faces.training.checkpoint import Checkpoints
 from faces.training.folder import reserved
 from faces.training.log import TrainingLog
@@ -41,7 +41,7 @@ def parse_args(argv):
                         help="steps over which the margin grows from 0; half of all steps help on a small set")
     args = parse_options(parser, argv, net_in)
     if not (args.scale > 0 and 0 <= args.margin < 1 and args.margin_warmup >= 0):
-        parser.error("--scale must be greater than 0, --margin at least 0 and below 1, --margin-warmup at least 0")
+        raise InputError("--scale must be greater than 0, --margin at least 0 and below 1, --margin-warmup at least 0.")
     return args
 
 

@@ -18,7 +18,7 @@ from faces.signals import end_quietly
 end_quietly(__name__)    # Ctrl-C during the slow imports below prints no traceback
 from faces.data.batches import Batches
 from faces.data.cache import load_casia
-from faces.files import RUNS, command
+from faces.files import RUNS, InputError, command
 from faces.training.checkpoint import Checkpoints
 from faces.training.folder import reserved
 from faces.training.log import TrainingLog
@@ -43,9 +43,9 @@ def parse_args(argv):
                              "with --margin 1.5 for a small set (default: the paper's |x|)")
     args = parse_options(parser, argv, net_in)
     if not (1 <= args.margin <= 5 and (args.scale or args.margin.is_integer())):
-        parser.error("--margin must be 1, 2, 3, 4 or 5; with --scale any number from 1 to 5")
+        raise InputError("--margin must be 1, 2, 3, 4 or 5; with --scale any number from 1 to 5.")
     if not (args.lambda_min >= 0 and (args.scale is None or args.scale > 0)):
-        parser.error("--lambda-min must be at least 0, --scale greater than 0")
+        raise InputError("--lambda-min must be at least 0, --scale greater than 0.")
     return args
 
 

@@ -57,23 +57,23 @@ def main(nets, method, find_landmarks=None, argv=None):
     device = pick_device(args.device)
     keep_large_blocks(device)
     args.batch_size = args.batch_size or default_batch_size(device)
-    loaded = [load_net(path, nets, name, args.channels) for path, name in zip(args.model, args.net)]
-    for path, (_, weights) in zip(args.model, loaded):
-        announce(path, weights)
+    models = [load_net(path, nets, name, args.channels) for path, name in zip(args.model, args.net)]
+    for path, (_, loaded) in zip(args.model, models):
+        announce(path, loaded)
     lfw = load_lfw(args.lfw, args.pairs, args.landmarks, args.aligned, args.view, find_landmarks, device,
                    "identification" in args.protocol)
     if "identification" in args.protocol:
         _check_names(args, lfw.pairs)
     measured = []
-    for title, path, (net, weights) in zip(_titles(args, loaded, method), args.model, loaded):
+    for title, path, (net, loaded) in zip(_titles(args, models, method), args.model, models):
         result, draws, operating_points, identification = _measure(args, net, device, lfw)
-        measured.append(report.Measured(title, str(path), weights["net"], weights["method"] or method, weights, result,
+        measured.append(report.Measured(title, str(path), loaded["net"], loaded["method"] or method, loaded, result,
                                         draws, operating_points, identification, time.monotonic() - started))
         if args.save_threshold:
             pairs = lfw.pairs.judged()
             source = f"{count_of(len(pairs.same), 'pair~')} of {args.lfw}"
-            save_threshold(path, weights["fingerprint"], choose_threshold(result.similarities, pairs.same, source))
-        print(report.table(measured[-1], lfw, args.protocol, args.mirror), end="\n\n" if len(loaded) > 1 else "\n")
+            save_threshold(path, loaded["fingerprint"], choose_threshold(result.similarities, pairs.same, source))
+        print(report.table(measured[-1], lfw, args.protocol, args.mirror), end="\n\n" if len(models) > 1 else "\n")
         started = time.monotonic()
     if len(measured) > 1:
         print(report.comparison_lines(report.compare(measured)))
@@ -81,12 +81,13 @@ def main(nets, method, find_landmarks=None, argv=None):
         report.write(args.output, measured, lfw, {**_plain(vars(args)), "device": str(device)})
 
 
-def _titles(args, loaded, method):
+def _titles(args, models, method):
     """Return the title of each model: --title; else, among several, the name of the run's folder or of the file."""
     if args.title:
         return args.title
-    if len(loaded) == 1:
-        return [f"{loaded[0][1]['method'] or method} {loaded[0][1]['net']}"]
+    if len(models) == 1:
+        (_, loaded), = models
+        return [f"{loaded['method'] or method} {loaded['net']}"]
     files = [model_file(path).absolute() for path in args.model]
     return [file.parent.name if file.name.startswith("checkpoint") else file.stem for file in files]
 

@@ -22,10 +22,10 @@ class Measured(NamedTuple):
 
     title: short name for pictures and folders.
     model, net, method: path of the model file, name of the network, and name of the method.
-    weights: description of the file that faces.verification.weights.load_weights() returned.
+    loaded: description of the file that faces.verification.weights.load_weights() returned.
     result: faces.verification.metrics.Verification.
     draws: float64 (R,), bootstrap accuracies; see faces.verification.bootstrap.
-    operating: list of faces.verification.metrics.OperatingPoint, one per --far; empty if that protocol was not
+    operating_points: list of faces.verification.metrics.OperatingPoint, one per --far; empty if that protocol was not
         requested.
     identification: faces.verification.metrics.Identification, or None if it was not requested.
     seconds: time that the evaluation took.
@@ -34,10 +34,10 @@ class Measured(NamedTuple):
     model: str
     net: str
     method: str
-    weights: dict
+    loaded: dict
     result: Verification
     draws: np.ndarray
-    operating: list
+    operating_points: list
     identification: Identification | None
     seconds: float
 
@@ -63,7 +63,7 @@ def table(measured, lfw, protocols, mirror):
         rows += _fold_rows(measured)
         if "tar" not in protocols:
             rows.append(_tar_row(operating_point(measured.result.similarities, pairs.same, FAR)))
-    rows += [_tar_row(point) for point in measured.operating]
+    rows += [_tar_row(point) for point in measured.operating_points]
     if measured.identification:
         rows += _identification_rows(measured.identification)
     rows += [("pairs", f"{len(pairs.same):,} ({genuine:,} genuine, {len(pairs.same) - genuine:,} impostor)"),
@@ -173,12 +173,12 @@ def _results(measured, lfw, settings):
         "eer": result.eer, "tar_at_far_1e-3": operating_point(result.similarities, pairs.same, FAR).tar, "std_ddof": 0,
         "interval_95": interval(measured.draws),
         "folds": [{"accuracy": float(a), "threshold": float(t)} for a, t in zip(result.accuracies, result.thresholds)],
-        "tar": [{**point._asdict(), "resolved": point.resolved} for point in measured.operating],
+        "tar": [{**point._asdict(), "resolved": point.resolved} for point in measured.operating_points],
         "identification": measured.identification and {
             **measured.identification._asdict(), "rank_1": float(measured.identification.cmc[0]),
             "cmc": measured.identification.cmc[:MAX_CMC_RANK].round(6).tolist()},
         "counts": {"pairs": len(pairs.same), "genuine": int(pairs.same.sum()), "images": len(pairs.paths)},
-        "settings": {**settings, "weights": measured.weights, "landmarks": lfw.landmarks},
+        "settings": {**settings, "weights": measured.loaded, "landmarks": lfw.landmarks},
         "seconds": round(measured.seconds, 2), "torch": str(torch.__version__)}
 
 
