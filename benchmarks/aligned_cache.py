@@ -94,13 +94,12 @@ def compare_builds(listing, folder, repeats):
     Raises:
         InputError: the faces differ, or the cache left some out.
     """
-    _, failed = build_quietly(listing, folder / "check")
+    _, failed = build_quietly(listing, folder / "check")    # brings every file into the system's page cache, too
     if failed:
         raise InputError(f"{len(failed)} images of {listing.source} can't be used, such as "
                          f"{listing.paths[failed[0][0]]}; choose a set without such images.")
     files = [str(listing.source.open(path)) for path in listing.paths]
     matrices = [similarity_transform(points) for points in listing.points]
-    align_with_opencv(files, matrices)  # brings every file into the system's page cache
     ours, reference = [], []
     for repeat in range(repeats):
         seconds, faces = timed(align_with_opencv, files, matrices)

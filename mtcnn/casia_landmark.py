@@ -12,13 +12,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from faces.signals import end_quietly
-from faces.text import people_count, printable
 
 end_quietly(__name__)    # Ctrl-C during the slow imports below prints no traceback
 from faces.data.casia import LANDMARK_LIST, list_photos, person
 from faces.data.sources import Folder
 from faces.files import command, folder, script_parser
 from faces.landmarks import default_list, write_landmarks
+from faces.text import people_count, printable
 from mtcnn import landmark_lists as lists
 
 

@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from faces.signals import end_quietly
-from faces.text import count_of, printable
 
 end_quietly(__name__)    # Ctrl-C during the slow imports below prints no traceback
 import cv2
@@ -29,6 +28,7 @@ from tqdm import tqdm
 from faces.device import exact_float32, pick_device, to_input
 from faces.files import InputError, atomic_write, check_writable, command, script_parser, write_json
 from faces.images import UnreadableImage
+from faces.text import count_of, printable
 from mtcnn.boxes import nms, nms_of_smaller, regress, squares
 from mtcnn.inputs import IMAGE_TYPES, as_rgb
 from mtcnn.nets import load_nets

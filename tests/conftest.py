@@ -19,6 +19,7 @@ import pytest
 
 from faces.align import TEMPLATE
 from faces.landmarks import write_landmarks
+from tools.commands import LOCAL
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("benchmarks", "cosFace", "faces", "images", "mtcnn", "sphereFace", "tools")    # of the project's code
@@ -46,7 +47,6 @@ def peak():
     return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 """
 needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
-LAUNCHER = ("--standalone", "--local-addr", "127.0.0.1")    # of torchrun; this machine's name may have no address
 TINY = ["--batch-size", "8", "--epochs", "2", "--checkpoint-every", "2", "--device", "cpu", "--precision", "float32"]
 
 
@@ -70,10 +70,17 @@ def free_port():
 
 def torchrun(method, *args):
     """Run a method's casia_train.py in two processes that split each batch; return the CompletedProcess."""
-    command = [sys.executable, "-m", "torch.distributed.run", *LAUNCHER, "--nproc-per-node", "2", "casia_train.py",
+    command = [sys.executable, "-m", "torch.distributed.run", *LOCAL, "--nproc-per-node", "2", "casia_train.py",
                *map(str, args)]
     return subprocess.run(command, cwd=ROOT / method, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
                           capture_output=True, timeout=900)
+
+
+def saved_step(folder):
+    """Return the step of a run's checkpoint, 0 if there is none."""
+    import torch
+    path = folder / "checkpoint.pt"
+    return torch.load(path, weights_only=True)["step"] if path.exists() else 0
 
 
 def perturb(net):

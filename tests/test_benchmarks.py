@@ -2,13 +2,12 @@
 import re
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, needs_proc
 
 from benchmarks import load, margin_softmax, mtcnn_equivariance, run, throughput, training_step
 
@@ -59,7 +58,7 @@ def test_equivariance_error_is_zero_if_the_landmarks_move_with_the_face():
     np.testing.assert_allclose(mtcnn_equivariance.errors(detect, [photo], [copies]), [[0, 0, 41 ** 0.5 / 20]])
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="this system has no /proc")
+@needs_proc
 def test_load_counts_what_a_process_and_its_children_hold():
     child = "hold = b'x' * 50_000_000; print('ready', flush=True); input()"
     parent = ("import subprocess, sys; hold = b'x' * 80_000_000; files = [open(sys.executable) for _ in range(30)]\n"
@@ -74,7 +73,7 @@ def test_load_counts_what_a_process_and_its_children_hold():
     assert "second and last quarter of the run: 100 and 400 MB" in load.summary(samples)
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="this system has no /proc")
+@needs_proc
 def test_load_passes_on_the_exit_status(tmp_path):
     (tmp_path / "script.py").write_text("import sys; sys.exit(int(sys.argv[1]))")
     assert load.main([str(tmp_path / "script.py"), "3"]) == 3

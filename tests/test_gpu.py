@@ -7,6 +7,7 @@ from skimage import data as skimage_data
 
 from cosFace.net import CosFace, faceNet
 from faces.device import pick_device
+from faces.files import InputError
 from faces.verification.embed import embed
 from faces.verification.weights import load_weights
 from mtcnn.detector import Detector
@@ -15,8 +16,8 @@ from mtcnn.detector import Detector
 def has_gpu():
     """Return whether there is a GPU that this PyTorch was built for."""
     try:
-        return torch.ones(1, device="cuda").is_cuda
-    except (RuntimeError, AssertionError):
+        return pick_device("cuda").type == "cuda"
+    except InputError:
         return False
 
 

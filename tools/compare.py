@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from faces.signals import end_quietly
-from faces.text import printable
 
 end_quietly(__name__)    # Ctrl-C during the slow imports below prints no traceback
 import numpy as np
@@ -25,6 +24,7 @@ import numpy as np
 from cosFace.net import NETS
 from faces.figures import comparison_picture
 from faces.files import InputError, check_writable, command, read_bytes, read_json, script_parser
+from faces.text import printable
 from faces.verification.metrics import similarities
 from faces.verification.threshold import choose_threshold, load_threshold
 from faces.verification.weights import MODEL_HELP, announce

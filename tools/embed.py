@@ -26,7 +26,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from faces.signals import end_quietly, resumable
-from faces.text import count_of, printable
 
 end_quietly(__name__)    # Ctrl-C during the slow imports below prints no traceback
 import numpy as np
@@ -47,6 +46,7 @@ from faces.files import (
     write_json,
 )
 from faces.images import list_images
+from faces.text import count_of, printable
 from faces.verification.embed import MIRROR, optimized_copy
 from faces.verification.weights import MODEL_HELP, announce
 from faces.verification.weights import add_options as add_model_options

@@ -17,7 +17,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from faces.signals import end_quietly
-from faces.text import count_of, printable
 
 end_quietly(__name__)    # Ctrl-C during the slow imports below prints no traceback
 import cv2
@@ -38,6 +37,7 @@ from faces.files import (
 )
 from faces.landmarks import write_landmarks
 from faces.signals import resumable
+from faces.text import count_of, printable
 from faces.verification.binset import FOLDS, MAX_BYTES, MAX_IMAGES
 
 MAX_OF_PERSON, MAX_OF_FOLD = 50, 2000    # photos that pairs are drawn from, so that all pairs can be listed

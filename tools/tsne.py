@@ -15,7 +15,6 @@ from pathlib import Path, PurePosixPath
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from faces.signals import end_quietly
-from faces.text import count_of, people_count
 
 end_quietly(__name__)    # Ctrl-C during the slow imports below prints no traceback
 import numpy as np
@@ -28,6 +27,7 @@ from faces.figures import tsne_panels
 from faces.files import RUNS, InputError, atomic_write, check_writable, command, folder, read_bytes, script_parser
 from faces.images import UnreadableImage
 from faces.landmarks import default_list, read_landmarks
+from faces.text import count_of, people_count
 from faces.verification.embed import embed
 from faces.verification.weights import MODEL_HELP, announce, load_net
 from faces.verification.weights import add_options as add_model_options

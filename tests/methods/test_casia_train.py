@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, assert_same_model, draw_face, options, script, tensors, torchrun, write_image
+from conftest import ROOT, assert_same_model, draw_face, options, saved_step, script, tensors, torchrun, write_image
 
 from cosFace.net import faceNet, sphere20a
 from faces.files import locked
@@ -21,31 +21,26 @@ from faces.verification.weights import load_weights
 from sphereFace.net import SphereFace
 
 
-def saved_step(checkpoint):
-    """Return the step of a checkpoint, 0 if there is none."""
-    return torch.load(checkpoint, weights_only=True)["step"] if checkpoint.exists() else 0
-
-
-def interrupt(method, args, signal_number, checkpoint, step):
+def interrupt(method, args, signal_number, folder, step):
     """Start training, and send it a signal once it has saved a checkpoint that has reached a step.
 
     Args:
         method: folder of casia_train.py.
         args: its arguments.
         signal_number: the signal to send, such as signal.SIGTERM.
-        checkpoint: path of the checkpoint to watch.
+        folder: the run's folder, whose checkpoint is watched.
         step: the step to wait for.
 
     Returns:
         (exit status, stdout and stderr together).
     """
-    before = saved_step(checkpoint)
+    before = saved_step(folder)
     process = subprocess.Popen([sys.executable, "casia_train.py", *map(str, args)], cwd=ROOT / method,
                                env={"OMP_NUM_THREADS": "2", **os.environ},
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     deadline = time.monotonic() + 900
     while process.poll() is None and time.monotonic() < deadline:
-        if saved_step(checkpoint) >= max(step, before + 1):
+        if saved_step(folder) >= max(step, before + 1):
             process.send_signal(signal_number)
             break
         time.sleep(0.05)
@@ -60,14 +55,14 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(casia, tmp_path, m
     assert uninterrupted.returncode == 0, uninterrupted.stderr
     expected = torch.load(tmp_path / "uninterrupted/checkpoint.pt", weights_only=True)
 
-    args, checkpoint = [*options(casia, tmp_path), *longer], tmp_path / "run/checkpoint.pt"
-    status, _ = interrupt(method, args, signal.SIGKILL, checkpoint, 2)
+    args, run = [*options(casia, tmp_path), *longer], tmp_path / "run"
+    status, _ = interrupt(method, args, signal.SIGKILL, run, 2)
     assert status == -signal.SIGKILL
-    status, output = interrupt(method, [*args, "--resume"], signal.SIGTERM, checkpoint, 6)
+    status, output = interrupt(method, [*args, "--resume"], signal.SIGTERM, run, 6)
     assert status == 128 + signal.SIGTERM and "stopped after" in output, output
     last = script(f"{method}/casia_train.py", *args, "--resume", from_root=True)
     assert last.returncode == 0, last.stderr
-    actual = torch.load(checkpoint, weights_only=True)
+    actual = torch.load(run / "checkpoint.pt", weights_only=True)
 
     assert actual["step"] == expected["step"] == 18
     actual, expected = tensors(actual), tensors(expected)

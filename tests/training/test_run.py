@@ -8,29 +8,24 @@ import time
 import pytest
 import tiny_train
 import torch
-from conftest import LAUNCHER, ROOT, free_port, options, tensors
+from conftest import ROOT, free_port, options, saved_step, tensors
 
 import cosFace.net
 from faces.files import InputError
 from faces.training.run import Run
+from tools.commands import LOCAL
 
 SETTINGS = ["--batch-size", "4", "--epochs", "20", "--checkpoint-every", "2", "--resume", "auto"]    # 240 steps
 FOREVER = ["--batch-size", "8", "--epochs", "2000", "--checkpoint-every", "5", "--precision", "float32"]
 
 
-def torchrun(*args, launcher=LAUNCHER, folder=None, processes=2):
+def torchrun(*args, launcher=LOCAL, folder=None, processes=2):
     """Start tiny_train.py under torchrun; return the Popen, whose stderr holds both streams."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **({"PIDS": str(folder)} if folder else {})}
     command = [sys.executable, "-m", "torch.distributed.run", *launcher, "--nproc-per-node", str(processes),
                str(ROOT / "tests/training/tiny_train.py")]
     return subprocess.Popen([*command, *map(str, args)], env=environment, text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT)
-
-
-def saved_step(folder):
-    """Return the step of a run's checkpoint, 0 if there is none."""
-    path = folder / "checkpoint.pt"
-    return torch.load(path, weights_only=True)["step"] if path.exists() else 0
 
 
 def wait_for(condition, process):
@@ -66,7 +61,7 @@ def assert_equals_undisturbed(casia, tmp_path, head, folder):
 
 def test_a_killed_process_is_restarted_and_the_result_is_the_same(casia, tmp_path):
     """With --max-restarts and --resume auto, torchrun survives the loss of a process."""
-    run = torchrun(*options(casia, tmp_path), *SETTINGS, launcher=(*LAUNCHER, "--max-restarts", "2"),
+    run = torchrun(*options(casia, tmp_path), *SETTINGS, launcher=(*LOCAL, "--max-restarts", "2"),
                    folder=tmp_path)
     wait_for(lambda: saved_step(tmp_path / "run") >= 5, run)
     os.kill(int((tmp_path / "1").read_text()), signal.SIGKILL)
