@@ -38,8 +38,8 @@ from mtcnn.pyramid import CELL, Pyramid
 STRIDE = 2                   # pixels between neighboring cells of P-Net
 # Overlap above which the less certain of two boxes is suppressed: in one level of P-Net, over all levels, after R-Net,
 # and after O-Net. The release uses 0.7 after R-Net, so O-Net sees each face several times, and its landmarks differ
-# more than they should. With 0.3, landmarks follow the face more closely (benchmarks/mtcnn_equivariance.py), O-Net
-# takes a third of the time, and the same faces are found.
+# more than they should. With 0.3, landmarks follow the face more closely (benchmarks/mtcnn_equivariance.py), and O-Net
+# takes a third of the time; but 2 % of the faces are lost, small or partly covered ones in the background.
 OVERLAP = (0.5, 0.7, 0.3, 0.7)
 # Pixels that a network processes at once. On a CPU, its largest layers then fit in the cache; on a GPU, they take
 # 320 MB, which is enough to keep it busy.

@@ -12,6 +12,7 @@ model, or the model is a checkpoint of `casia_train.py --lfw DIR`, which stores 
 import csv
 import io
 import sys
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +33,8 @@ from faces.verification.weights import add_options as add_model_options
 from mtcnn.detector import add_options, make_detector
 from tools.embedder import NO_FACE, Embedder, add_select_option, find_faces
 
-MAX_SCORES = 20 * 10**6    # bytes of a scores.tsv, which can take 20 times that in memory; LFW's has half a million
+MAX_SCORES = 200 * 10**6    # bytes of a scores.tsv: over two million pairs; LFW's 6,000 take half a million bytes
+MAX_LINE = 16_384            # characters; two paths and three numbers are shorter
 
 
 class Comparison(NamedTuple):
@@ -106,11 +108,10 @@ def read_scores(path):
     path = Path(path) / "scores.tsv" if Path(path).is_dir() else Path(path)
     model, fingerprint = _check_settings(path.with_name("results.json"))
     try:
-        text = io.StringIO(read_bytes(path, MAX_SCORES).decode(errors="surrogateescape"), newline="")
-        rows = [(row["same"], row["similarity"])
-                for row in csv.DictReader(text, delimiter="\t", quoting=csv.QUOTE_NONE)]
-        same = np.array([{"0": False, "1": True}[same] for same, _ in rows], bool)
-        similarity = np.array([similarity for _, similarity in rows], np.float64)
+        lines = io.TextIOWrapper(io.BytesIO(read_bytes(path, MAX_SCORES)), "utf-8", "surrogateescape", newline="")
+        rows = csv.DictReader(iter(partial(lines.readline, MAX_LINE), ""), delimiter="\t", quoting=csv.QUOTE_NONE)
+        table = np.fromiter((({"0": False, "1": True}[row["same"]], float(row["similarity"])) for row in rows),
+                            [("same", bool), ("similarity", np.float64)])
     except OSError as error:
         reason = error.strerror or error
         raise InputError(f"can't read {path}: {reason}; run `lfw_eval.py --output DIR`, which writes "
@@ -118,6 +119,7 @@ def read_scores(path):
     except (KeyError, TypeError, ValueError, csv.Error):
         raise InputError(f"{path} is not a scores.tsv of lfw_eval.py; pass the folder that `lfw_eval.py --output DIR` "
                          "wrote.") from None
+    same, similarity = table["same"], table["similarity"]
     if not (abs(similarity) < 1.001).all() or same.all() or not same.any():
         raise InputError(f"{path} must contain genuine and impostor pairs with similarities from -1 to 1; write it "
                          "again with `lfw_eval.py --output DIR`.")

@@ -173,9 +173,18 @@ def test_a_photo_without_a_face_is_refused(model, photos, capsys):
     assert "no face was found" in error and "coffee.png" in error and "face.png" not in error
 
 
+def test_the_scores_of_300000_pairs_are_read(tmp_path):
+    path = tmp_path / "scores.tsv"
+    rows = "".join(f"{'left/' * 7}{i}.jpg\t{'right/' * 6}{i}.jpg\t{i % 2}\t{i % 2 / 2}\n" for i in range(300_000))
+    path.write_text("first\tsecond\tsame\tsimilarity\n" + rows)
+    scores = compare.read_scores(path)
+    assert (scores.same == (np.arange(300_000) % 2)).all() and (scores.similarity == scores.same / 2).all()
+
+
 @pytest.mark.parametrize("text, settings, message", [
     ("left\tright\na.jpg\tb.jpg\n", {}, "is not a scores.tsv"),
     ("same\tsimilarity\n1\tx\n0\t0.1\n", {}, "is not a scores.tsv"),
+    ("same\tsimilarity\n" + "1\t" * 10**6, {}, "genuine and impostor pairs"),    # a line of a million values
     ("same\tsimilarity\n1\t0.3\n", {}, "genuine and impostor pairs"),
     ("same\tsimilarity\n1\t0.3\n0\t0.1\n", {"mirror": "none"}, "--mirror"),
     ("same\tsimilarity\n1\t0.3\n0\t0.1\n", {"subtract_mean": True}, "--subtract-mean"),
