@@ -20,20 +20,18 @@ end_quietly(__name__)    # Ctrl-C during the slow imports below prints no traceb
 import torch
 from torch import distributed
 
-from cosFace.net import CosFace
+from benchmarks.throughput import HEADS
 from faces.files import command, script_parser
 from faces.training.optimizer import SGD
 from faces.training.run import Run
 from faces.training.sharded_head import make_head
-from sphereFace.net import SphereFace
 
-METHODS = {"cosFace": (CosFace, {"ramp": 1.0}), "sphereFace": (SphereFace, {"lam": 5.0})}   # head, its margin parameter
 GB = 1e9
 
 
 def parse_args(argv=None):
     parser = script_parser(__doc__)
-    parser.add_argument("--method", choices=METHODS, default="cosFace", help="whose head to train (default: cosFace)")
+    parser.add_argument("--method", choices=HEADS, default="cosFace", help="whose head to train (default: cosFace)")
     parser.add_argument("--identities", type=int, default=1_000_000, metavar="C",
                         help="number of identities; memory grows with it (default: 1,000,000)")
     parser.add_argument("--sample-centers", "--sample-centres", type=float, metavar="F",
@@ -94,7 +92,7 @@ def main(argv=None):
     args = parse_args(argv)
     run = Run(args.device, precision="float32")
     before = peak_memory()
-    method, margin = METHODS[args.method]
+    method, margin = HEADS[args.method]
     head = make_head(method, args.identities, run, shard=True, sample=args.sample_centers)
     optimizer = SGD(head.parameters(), head, lr=args.lr, momentum=0.9, weight_decay=5e-4)
     losses, seconds = train(args, run, head, optimizer, margin)

@@ -33,6 +33,7 @@ from faces.training.run import PRECISION, Run
 from faces.training.sharded_head import make_head
 
 FACES, WARM_UP = 18374, 15
+# The head of each method, and its margin parameter
 HEADS = {"cosFace": (cosFace.net.CosFace, {"ramp": 1.0}), "sphereFace": (sphereFace.net.SphereFace, {"lam": 5.0})}
 
 
