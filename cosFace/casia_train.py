@@ -20,7 +20,7 @@ from cosFace.net import NETS, CosFace
 from faces.data.batches import Batches
 from faces.data.cache import load_casia
 from faces.files import RUNS, InputError, command
-from faces.training.checkpoint import Checkpoints
+from faces.training.checkpoint import Checkpoints, check_processes
 from faces.training.folder import reserved
 from faces.training.log import TrainingLog
 from faces.training.optimizer import SGD, parameter_groups
@@ -49,7 +49,7 @@ def parse_args(argv):
 def main(argv=None):
     args = parse_args(argv)
     run = Run(args.device, args.precision, args.seed)
-    with reserved(run, args.output, args.resume):    # before the data are read, which may take hours
+    with reserved(run, args.output, args.resume), run.explained(memory_advice(args)):
         return train(args, run)
 
 
@@ -60,6 +60,7 @@ def train(args, run):
     faces = load_casia(args.casia, args.landmarks, args.cache, args.drop_lfw_overlap, args.list)
     recipe = make_recipe(args, len(faces))
     run.print(f"{faces}\n{recipe}")
+    check_processes(run, settings_of(args), faces)
 
     net = run.prepare(net, args.batch_size // args.accumulate, args.compile, args.sync_bn)
     method = partial(CosFace, s=args.scale, m=args.margin)
@@ -71,8 +72,7 @@ def train(args, run):
                       jitter=args.jitter, workers=args.workers, rank=run.rank, world_size=run.world_size)
     run.print(start_line(args, run, head, batches))
 
-    with TrainingLog(run, args.output, recipe, step, checkpoints.settings, checkpoints.epoch_sums) as log, \
-            run.guard(memory_advice(args)):
+    with TrainingLog(run, args.output, recipe, step, checkpoints.settings, checkpoints.epoch_sums) as log, run.guard():
         for images, labels in batches:                                        # (B, 3, 112, 96), (B,)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate = recipe.learning_rate(step)

@@ -105,7 +105,7 @@ def memory_format(device):
 def to_device(tensor, device):
     """Copy a CPU tensor to a device without waiting for the device, as far as it supports that."""
     if device.type == "cuda":
-        tensor = tensor.pin_memory()
+        tensor = tensor.contiguous().pin_memory()    # a strided one would be copied from pageable memory
     # On MPS, an asynchronous copy reads the memory later, when it may have been reused.
     return tensor.to(device, non_blocking=device.type != "mps")
 

@@ -44,8 +44,8 @@ class TemporaryError(InputError):
 def command(main):
     """Decorate a script's main(): InputError prints `script: sentence` and exits with its status.
 
-    So do Ctrl-C, SIGTERM and SIGHUP, with 128 plus the number of the signal, and a full or broken disk where nothing
-    else expects it. Any other exception is a bug of ours and keeps its traceback.
+    So do Ctrl-C, SIGTERM and SIGHUP, with 128 plus the number of the signal, and a GPU without enough memory, or a
+    full or broken disk, where nothing else expects it. Any other exception is a bug of ours and keeps its traceback.
     """
     @functools.wraps(main)
     def run(*args, **kwargs):
@@ -66,6 +66,11 @@ def command(main):
             _exit(f"{script}: interrupted; {advice}.", 128 + getattr(stop, "number", signal.SIGINT))
         except BrokenPipeError:    # `lfw_eval.py | head` is not an error
             _exit(None, 141)
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":    # of torch, which is not imported everywhere
+                raise
+            _exit(f"{script}: the GPU has too little free memory; pass --device cpu, or a smaller --batch-size if the "
+                  "script has that option.", InputError.status)
         except OSError as error:
             if error.errno not in DISK:
                 raise
@@ -302,13 +307,16 @@ def folder(path, content):
     return path
 
 
-def inside(root, name):
+def inside(root, name, where=""):
     """Return root / name for a `name` that was read from a file.
+
+    Args:
+        where: beginning of the error message, such as the file and the line.
 
     Raises:
         InputError: the name is absolute or climbs out of `root`.
     """
     relative = Path(name)
     if relative.drive or relative.root or ".." in relative.parts:    # on Windows, /a and C:a are not absolute
-        raise InputError(f"the path {name!r} leaves {root}; lists may only name files below it.")
+        raise InputError(f"{where}the path {name!r} leaves {root}; lists may only name files below it.")
     return Path(root) / relative

@@ -59,13 +59,15 @@ def read_landmarks(path, labeled):
             raise InputError(f"{path}, line {number}: expected {columns} tab-separated fields (path, "
                              f"{'label, ' if labeled else ''}ten numbers) but found {len(fields)}; correct the line.")
         try:
-            name = _relative_path(path, fields[0])
+            name = _relative_path(path, number, fields[0])
             label = _label(fields[1]) if labeled else 0
             values = array("f", map(float, fields[columns - 10:]))
             if not all(map(math.isfinite, values)):
                 raise ValueError
         except ValueError:
-            raise InputError(f"{path}, line {number}: a value is not a valid number; correct the line.") from None
+            what = "a label that is a whole number from 0, and " if labeled else ""
+            raise InputError(f"{path}, line {number}: expected {what}ten finite numbers as coordinates; correct the "
+                             "line.") from None
         paths.append(name)
         labels.append(label)
         points += values
@@ -76,6 +78,15 @@ def read_landmarks(path, labeled):
         raise InputError(f"{path} is not a usable landmark list: {problem}; expected x1 y1 ... x5 y5 in pixels for "
                          f"the image-left eye, the other eye, the nose, and both corners of the mouth; {LANDMARKS[1]}.")
     return LandmarkList(paths, np.array(labels, np.int64) if labeled else None, points)
+
+
+def is_landmark_list(path):
+    """Return whether the first line of an existing file is one of a landmark list."""
+    try:
+        _, line = next(read_lines(Path(path)))
+        return len(line.rstrip().split("\t")) in (11, 12)
+    except (OSError, ValueError, StopIteration):
+        return False
 
 
 def read_labels(path):
@@ -95,7 +106,7 @@ def read_labels(path):
     for number, line in _lines(path, *ALIGNED):
         name, *label = line.strip().rsplit(maxsplit=1)
         try:
-            paths.append(_relative_path(path, name))
+            paths.append(_relative_path(path, number, name))
             labels.append(_label(*label))
         except (ValueError, TypeError):
             raise InputError(f"{path}, line {number}: expected a path and a whole number as its label; correct the "
@@ -188,11 +199,11 @@ def _lines(path, kind, advice):
         raise InputError(f"can't read the {kind} {path}: {reason}; {advice}.") from None
 
 
-def _relative_path(path, name):
-    """Return a path that the list `path` names, with forward slashes; raise InputError if it leaves the folder."""
+def _relative_path(path, number, name):
+    """Return a path in a line of the list `path`, with forward slashes; raise InputError if it leaves the folder."""
     name = name.replace("\\", "/")
     if ".." in name or ":" in name or name.startswith("/"):    # making a Path of each name would be slow
-        inside(Path(path).parent, name)
+        inside("the folder of the images", name, f"{path}, line {number}: ")
     return name
 
 

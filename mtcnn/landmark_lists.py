@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from faces.files import InputError, atomic_write, locked, remove_partial, version
+from faces.landmarks import is_landmark_list
 from faces.signals import resumable
 from faces.text import count_of, printable
 from mtcnn.detector import Detector, add_options, make_detector
@@ -102,12 +103,14 @@ def reserved(output):
     """Keep other processes from making the list `output` in a `with` block.
 
     Raises:
-        InputError: another process is making it, or it is a folder.
+        InputError: another process is making it, it is a folder, or it exists and is not a landmark list.
     """
     if output.is_dir():
         raise InputError(f"{output} is a folder; pass a file as --output, such as {output / 'landmarks.txt'}.")
     with resumable(), locked(output.with_name(f".{output.name}.lock"), f"making {output}", wait=False,
                              advice="choose another --output, on a writable local disk"):
+        if output.exists() and output.stat().st_size and not is_landmark_list(output):
+            raise InputError(f"{output} exists and is not a landmark list; pass another file as --output.")
         remove_partial(output, _failed_list(output))
         yield
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import PureWindowsPath
 
 import pytest
+import torch
 from conftest import ROOT, file_size_limit
 
 from faces import files
@@ -88,6 +89,15 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
     left.touch()
     remove_partial(tmp_path / "new.txt")
     assert (tmp_path / "new.txt").exists() and not left.exists()
+
+
+def test_a_gpu_without_enough_memory_is_one_sentence(capsys):
+    @command
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2 and "too little free memory; pass --device cpu" in capsys.readouterr().err
 
 
 def test_a_full_disk_where_nothing_expects_it_is_one_sentence(tmp_path, capsys):

@@ -28,7 +28,7 @@ from faces.align import HEIGHT, TEMPLATE, WIDTH, crop_aligned
 from faces.device import to_input
 from faces.files import InputError, atomic_write, check_writable, command, folder, script_parser
 from faces.images import UnreadableImage, list_images, read_image
-from faces.verification.weights import MODEL_HELP, announce, load_net
+from faces.verification.weights import MODEL_HELP, announce, load_net, model_file
 from faces.verification.weights import add_options as add_model_options
 
 TOLERANCE = 1e-4      # accepted difference between embedding values, relative to the largest value if that exceeds 1
@@ -124,6 +124,7 @@ def open_safetensors(data, net):
 
 FORMATS = {"onnx": (write_onnx, open_onnx), "torchscript": (write_torchscript, open_torchscript),
            "safetensors": (write_safetensors, open_safetensors)}
+EXTENSIONS = {".onnx": "onnx", ".pt": "torchscript", ".pth": "torchscript", ".safetensors": "safetensors"}
 
 
 def make_metadata(net_name, method):
@@ -192,9 +193,7 @@ def _warnings_ignored():
 @command
 def main(argv=None):
     args = _parser().parse_args(argv)
-    if args.output.is_dir():
-        raise InputError(f"--output {args.output} is a folder; pass the name of a file.")
-    check_writable(args.output.parent)
+    check_output(args)
     faces = synthetic_faces(SYNTHETIC_FACES)
     if args.check_faces:
         faces = np.concatenate((faces, read_faces(args.check_faces)))
@@ -206,6 +205,19 @@ def main(argv=None):
     print(f"{args.output}: {args.format}, {len(data) / 1e6:.1f} MB, including metadata\n"
           f"largest difference from the original on {len(faces)} faces ({SYNTHETIC_FACES} synthetic, "
           f"{len(faces) - SYNTHETIC_FACES} read): {difference:.1e} (largest embedding value: {largest:.1f})")
+
+
+def check_output(args):
+    """Raise InputError if --output is a folder, can't be written, is the model, or has the name of another format."""
+    if args.output.is_dir():
+        raise InputError(f"--output {args.output} is a folder; pass the name of a file.")
+    if args.output.exists() and args.output.samefile(model_file(args.model)):
+        raise InputError(f"--output {args.output} is the model itself; pass the name of another file.")
+    format = EXTENSIONS.get(args.output.suffix.lower(), args.format)
+    if format != args.format:
+        raise InputError(f"--output {args.output} has the extension of {format}; choose another name, or pass "
+                         f"--format {format}.")
+    check_writable(args.output.parent)
 
 
 def _parser():

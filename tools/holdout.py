@@ -59,6 +59,9 @@ def choose_people(labels, count, rng):
     """
     people, images = np.unique(labels, return_counts=True)
     candidates = people[images > 1]
+    if min(len(candidates), len(people) - 2) < 2 * FOLDS:
+        raise InputError(f"the set is too small: {2 * FOLDS} people with two images or more must be held out, and two "
+                         f"be left to train on, but {len(candidates):,} of {len(people):,} people have two images.")
     if count > min(len(candidates), len(people) - 2):
         raise InputError(f"--people {count} is too many; {len(candidates):,} of {len(people):,} people have two images "
                          "or more, and at least two people must be left to train on.")

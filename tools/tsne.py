@@ -69,8 +69,11 @@ def choose_images(labels, identities, per_identity, seed):
     people, counts = np.unique(labels, return_counts=True)
     candidates = people[counts >= per_identity]
     if len(candidates) < identities:
+        possible = np.sort(counts)[-identities] if len(people) >= identities else 0
+        advice = f"pass --per-identity {possible} or less, or fewer --identities" if possible > 1 else \
+            "lower --identities, and --per-identity too"
         raise InputError(f"only {len(candidates):,} of {people_count(len(people))} have {per_identity} images or "
-                         "more; lower --per-identity or --identities.")
+                         f"more; {advice}.")
     chosen = np.sort(random.choice(candidates, identities, replace=False))
     return np.stack([np.sort(random.choice(np.flatnonzero(labels == person), per_identity, replace=False))
                      for person in chosen])

@@ -20,7 +20,7 @@ from faces.text import count_of, printable
 from faces.training.content import CONTENT, OPTIONAL
 from faces.training.folder import check_resume
 from faces.training.optimizer import copy_to_cpu
-from faces.training.run import unwrap
+from faces.training.run import is_lost_connection, is_out_of_memory, unwrap
 
 FORMAT = "faces-checkpoint-1"
 MAX_READS = 4 * 10**6   # instructions of a pickle; a checkpoint has 50 or so per tensor
@@ -28,12 +28,34 @@ MAX_BYTES = 8 * 10**9   # of a file that has to be read as a whole; checked befo
 # Settings in which a run and its continuation may differ, because they do not change what is computed.
 MAY_DIFFER = frozenset({"casia", "landmarks", "list", "cache", "output", "resume", "checkpoint_every", "device",
                         "checkpoint_minutes", "workers", "lfw", "lfw_landmarks", "shard_head", "keep_last"})
+# Settings in which the processes of one run may differ: not in those that decide when and what they exchange.
+MACHINES_MAY_DIFFER = MAY_DIFFER - {"checkpoint_every", "checkpoint_minutes", "shard_head"}
 # Settings that may change when a run is resumed, which is stated: the schedule is a function of these and of the step.
 SCHEDULE = ("epochs", "lr", "schedule", "warmup")
 # How checkpoints of earlier versions are read: options that did not exist yet, with what runs did then, and former
 # names.
 ADDED = {"jitter": 0, "accumulate": 1, "compile": False, "sync_bn": False, "init": None}
 RENAMED = {"sample_centres": "sample_centers"}
+
+
+def check_processes(run, settings, faces):
+    """Raise InputError if this process, perhaps on another machine, has other options or faces than the first.
+
+    Every process calls it before they train together, because options decide what they exchange, and in which order;
+    with different ones, they would wait for each other forever.
+
+    Args:
+        run: faces.training.run.Run.
+        settings: dict of the command line's options.
+        faces: faces.data.cache.AlignedFaces.
+    """
+    own = {**settings, "precision": run.precision}
+    first, fingerprint = run.on_main(lambda: (own, faces.fingerprint))
+    other = [name for name in first if name not in MACHINES_MAY_DIFFER and first[name] != own[name]]
+    if other or fingerprint != faces.fingerprint:
+        what = f"--{other[0].replace('_', '-')} {own[other[0]]}" if other else "another set of faces"
+        raise InputError(f"process {run.rank} has {what}, unlike the first process; start all of them with the same "
+                         "options and data (without a shared disk, --resume takes no options from the checkpoint).")
 
 
 class Checkpoints:
@@ -77,9 +99,8 @@ class Checkpoints:
 
         Raises:
             InputError: nothing to resume; with "never", a checkpoint that would be overwritten; or other data or
-                settings than those of the checkpoint, or of the main process.
+                settings than those of the checkpoint.
         """
-        self._check_processes()
         state = None
 
         def read():
@@ -101,22 +122,15 @@ class Checkpoints:
             self.head.load_state(state["head"], state["optimizer"], self.optimizer)
             if state.get("scaler"):
                 self.run.scaler.load_state_dict(state["scaler"])
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):  # names or shapes of another network
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if is_out_of_memory(error) or is_lost_connection(error):
+                raise
+            # names or shapes of another network
             raise InputError(f"{self.path} does not fit this network and set, although its settings do; it is damaged: "
                              "restore it from a copy, or start a new run.") from None
         self.saved_step, self.epoch_sums, self.threshold = state["step"], state["epoch"], state["threshold"]
         self.run.print(f"resumed {self.path} at step {self.saved_step:,}")
         return self.saved_step
-
-    def _check_processes(self):
-        """Raise InputError if this process, perhaps on another machine, has other options or faces than the first."""
-        settings, faces = self.run.on_main(lambda: (self.settings, self.faces.fingerprint))
-        other = [name for name in settings if name not in MAY_DIFFER and settings[name] != self.settings[name]]
-        if other or faces != self.faces.fingerprint:
-            what = f"--{other[0].replace('_', '-')} {self.settings[other[0]]}" if other else "another set of faces"
-            raise InputError(f"process {self.run.rank} has {what}, unlike the first process; start all of them with "
-                             "the same options and data (without a shared disk, --resume takes no options from the "
-                             "checkpoint).")
 
     def _read(self, resume):
         check_resume(self.path, resume)    # again, because another run may have ended before the folder was locked

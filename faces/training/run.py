@@ -83,7 +83,7 @@ class Run:
             distributed.init_process_group("cpu:gloo,cuda:nccl", device_id=self.device, **group)
         else:
             distributed.init_process_group("gloo", **group)
-        # Where one process works alone for minutes, the others wait on this group, because NCCL gives up after ten.
+        # Where one process works alone for minutes, the others wait on this group, because NCCL gives up after 30.
         self.cpu_group = distributed.new_group(backend="gloo", timeout=DAY)
 
     def _pick_dtype(self, precision):
@@ -204,11 +204,20 @@ class Run:
         self.scaler.update()
 
     @contextlib.contextmanager
-    def guard(self, memory_advice):
-        """Context of the training loop.
+    def guard(self):
+        """Context of the training loop: Ctrl-C, SIGTERM and SIGHUP only set a flag for should_stop().
 
-        Ctrl-C, SIGTERM and SIGHUP only set a flag for should_stop(), so that no step is cut in two. If memory
-        runs out or another process ends, the error is one sentence.
+        So no step is cut in two.
+        """
+        def note(number, _):
+            self._own_signal = number
+            leave_lost_terminal()
+        with handled_by(note):
+            yield
+
+    @contextlib.contextmanager
+    def explained(self, memory_advice):
+        """Context of a run in which the error is one sentence if memory runs out or another process ends.
 
         Args:
             memory_advice: what to do if the memory of the device is too small.
@@ -217,18 +226,15 @@ class Run:
             InputError: out of memory.
             TemporaryError: another process has ended.
         """
-        def note(number, _):
-            self._own_signal = number
-            leave_lost_terminal()
         try:
-            with handled_by(note):
-                yield
+            yield
         except (RuntimeError, MemoryError) as error:
-            if _is_out_of_memory(error):
+            if is_out_of_memory(error):
                 raise InputError(f"{self.device} is out of memory; {memory_advice}.") from None
-            if self.world_size > 1 and _is_lost_connection(error):
+            if self.world_size > 1 and is_lost_connection(error):
+                reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
                 raise TemporaryError(f"process {self.rank} lost the connection to another process, whose own message "
-                                     "says why it ended; continue with --resume.") from None
+                                     f"says why it ended ({reason}); continue with --resume.") from None
             raise
 
     def should_stop(self):
@@ -317,12 +323,16 @@ def unwrap(module):
     return module.module if isinstance(module, DistributedDataParallel) else module
 
 
-def _is_out_of_memory(error):
-    """Return whether an exception of any backend, or of Python, says that memory ran out."""
+def is_out_of_memory(error):
+    """Return whether an exception of any backend, or of Python, says that memory ran out.
+
+    If no algorithm of cuDNN finds enough memory, PyTorch says that it was unable to find an engine (issue 108645).
+    """
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or bool(
-        re.search(r"out of memory|allocate memory|not enough memory", str(error)))
+        re.search(r"out of memory|allocate memory|not enough memory|ALLOC_FAILED|unable to find an engine", str(error)))
 
 
-def _is_lost_connection(error):
+def is_lost_connection(error):
+    """Return whether an exception says that another process of the run can't be reached."""
     return isinstance(error, distributed.DistError) or bool(
         re.search(r"gloo.*(closed|reset|timed? ?out)|closed by peer|Connection reset|NCCL", str(error), re.S | re.I))

@@ -69,16 +69,21 @@ def main(nets, method, find_landmarks=None, argv=None):
         result, draws, operating_points, identification = _measure(args, net, device, lfw)
         measured.append(report.Measured(title, str(path), loaded["net"], loaded["method"] or method, loaded, result,
                                         draws, operating_points, identification, time.monotonic() - started))
+        print(report.table(measured[-1], lfw, args.protocol, args.mirror))
         if args.save_threshold:
             pairs = lfw.pairs.judged()
             source = f"{count_of(len(pairs.same), 'pair~')} of {args.lfw}"
-            save_threshold(path, loaded["fingerprint"], choose_threshold(result.similarities, pairs.same, source))
-        print(report.table(measured[-1], lfw, args.protocol, args.mirror), end="\n\n" if len(models) > 1 else "\n")
+            best = choose_threshold(result.similarities, pairs.same, source)
+            save_threshold(path, loaded["fingerprint"], best)
+            print(f"threshold with the highest accuracy, {best.value:.4f}: {threshold_path(path)}")
+        if len(models) > 1:
+            print()
         started = time.monotonic()
     if len(measured) > 1:
         print(report.comparison_lines(report.compare(measured)))
     if args.output:
         report.write(args.output, measured, lfw, {**_plain(vars(args)), "device": str(device)})
+        print(f"results: {args.output}")
 
 
 def _titles(args, models, method):
@@ -133,7 +138,9 @@ def _parse(nets, method, argv):
     _add_protocol_options(parser.add_argument_group("protocol"))
     _add_machine_options(parser.add_argument_group("machine and output"))
     args = parser.parse_args(argv)
-    args.net = args.net or [None]
+    if args.far and "tar" not in args.protocol:
+        parser.error("--far belongs to the protocol tar; pass --protocol folds tar")
+    args.far, args.net = args.far or [1e-3, 1e-2], args.net or [None]
     if len(args.net) == 1:
         args.net *= len(args.model)
     if len(args.net) != len(args.model):
@@ -180,7 +187,7 @@ def _add_protocol_options(group):
                        help="one or several of: folds, the accuracy with AUC and EER; tar, the true acceptance rate "
                             "at each --far; identification, rank 1, 5 and 10 over all images of people with two or "
                             "more, one of each in the gallery (default: folds)")
-    group.add_argument("--far", type=_rate, nargs="+", default=[1e-3, 1e-2], metavar="RATE",
+    group.add_argument("--far", type=_rate, nargs="+", metavar="RATE",
                        help="false acceptance rates for the protocol tar, above 0 and below 1; the 3,000 impostor "
                             "pairs of LFW resolve 4e-4 at best (default: 1e-3 1e-2)")
     group.add_argument("--mirror", choices=MIRROR, default="concatenate",

@@ -1,4 +1,6 @@
 """LFW accuracy during training, without effect on it; the set is read once, before the first step."""
+import torch
+
 from faces.text import printable
 from faces.training.run import unwrap
 from faces.verification.evaluate import evaluate
@@ -18,11 +20,12 @@ class LfwEvaluator:
 
     def __init__(self, run, lfw, landmarks=None, find_landmarks=None):
         self.run, self.lfw, self.name = run, None, printable(str(lfw))
-        if lfw:
-            run.on_main(self._load, lfw, landmarks, find_landmarks)
+        run.on_main(self._load, lfw, landmarks, find_landmarks)
 
     def _load(self, lfw, landmarks, find_landmarks):
-        self.lfw = load_lfw(lfw, landmarks=landmarks, find_landmarks=find_landmarks, device=self.run.device)
+        if lfw:
+            with torch.random.fork_rng(devices=[]):    # making MTCNN's networks draws random numbers
+                self.lfw = load_lfw(lfw, landmarks=landmarks, find_landmarks=find_landmarks, device=self.run.device)
 
     def evaluate(self, net, step, threshold=None):
         """Evaluate the network after `step` steps, in the precision of the training.

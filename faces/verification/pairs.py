@@ -147,8 +147,8 @@ def _find(source, name):
     """Return the path that _search() finds; raise InputError if it finds nothing."""
     path = _search(source, name)
     if path is None:
-        raise InputError(f"there is no {name} in {source} or its parent folder; download it into one of these, or "
-                         "pass a file to lfw_eval.py with --pairs.")
+        raise InputError(f"there is no {name} in {source} or its parent folder; download it into one of these "
+                         "(lfw_eval.py also takes --pairs FILE).")
     return path
 
 
@@ -186,10 +186,10 @@ def _read_fields(file):
         lines = list(itertools.islice(read_lines(file), MAX_PAIRS + 2))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "not a text file"
-        raise InputError(f"can't read the pairs in {file}: {reason}; pass a file like LFW's "
-                         f"{file.name}.") from None
+        raise InputError(f"can't read the pairs in {file}: {reason}; pass a text file of pairs, like "
+                         "LFW's pairs.txt.") from None
     if len(lines) > MAX_PAIRS + 1:
-        raise InputError(f"{file} has over {MAX_PAIRS:,} lines; pass a file like LFW's {file.name}.")
+        raise InputError(f"{file} has over {MAX_PAIRS:,} lines; pass a file like LFW's pairs.txt.")
     lines = ((number, line.split("\t" if "\t" in line else None)) for number, line in lines)
     return [(number, [field.strip() for field in fields]) for number, fields in lines if any(fields)]
 

@@ -160,9 +160,9 @@ def test_people_in_lfw_can_be_dropped(copy, tmp_path):
     (lambda lines: [lines[0].rsplit("\t", 1)[0], *lines[1:]], "line 1: expected 12 tab-separated fields .* found 11"),
     (lambda lines: [*lines, "../../etc/passwd\t5\t" + "1\t" * 10], "leaves"),
     (lambda lines: [*lines, lines[0]], "0000045/001.jpg twice"),
-    (lambda lines: [lines[0].replace("\t0\t", "\tzero\t"), *lines[1:]], "line 1: a value is not a valid number"),
-    (lambda lines: [lines[0].rsplit("\t", 1)[0] + "\tnan", *lines[1:]], "line 1: a value is not a valid number"),
-    (lambda lines: [lines[0].replace("\t0\t", f"\t{2**63}\t"), *lines[1:]], "line 1: a value is not a valid number"),
+    (lambda lines: [lines[0].replace("\t0\t", "\tzero\t"), *lines[1:]], "line 1: expected a label that is a whole"),
+    (lambda lines: [lines[0].rsplit("\t", 1)[0] + "\tnan", *lines[1:]], "line 1: expected a label that is a whole"),
+    (lambda lines: [lines[0].replace("\t0\t", f"\t{2**63}\t"), *lines[1:]], "line 1: expected a label that is a whole"),
     (lambda lines: [""], "is empty"),
 ])
 def test_malformed_landmark_lists(copy, tmp_path, change, message):

@@ -130,6 +130,13 @@ def test_a_second_run_is_refused_and_the_first_is_left_alone(people, tmp_path, c
     assert (tmp_path / ".list.txt.partial").read_text() == "the first run's" and not output.exists()
 
 
+def test_a_file_that_is_not_a_landmark_list_is_not_replaced(people, tmp_path, capsys):
+    output = tmp_path / "pairs.txt"
+    output.write_text("1\t1\nA\t1\t2\nA\t1\tB\t1\n")
+    assert in_process("lfw_landmark.py", "--lfw", people, "--output", output, "--device", "cpu") == 2
+    assert "exists and is not a landmark list" in capsys.readouterr().err and output.read_text().startswith("1\t1\n")
+
+
 def test_photos_exchanged_between_two_runs_are_searched_again(people, tmp_path, capsys, monkeypatch):
     root = tmp_path / "people"
     for name in ("Bob/Bob_0001.png", "Zoe/Zoe_0001.png"):

@@ -103,6 +103,14 @@ def test_nothing_is_written_unless_the_check_passes(model, tmp_path, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
+def test_the_model_is_not_replaced_by_its_export(model, capsys):
+    before = model.read_bytes()
+    assert call(export, "--model", model, "--format", "torchscript", "--output", model) == 2
+    assert "is the model itself" in capsys.readouterr().err and model.read_bytes() == before
+    assert call(export, "--model", model, "--format", "safetensors", "--output", model.with_name("other.pt")) == 2
+    assert "has the extension of torchscript" in capsys.readouterr().err and not model.with_name("other.pt").exists()
+
+
 def test_a_missing_onnx_package_is_reported(model, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "onnx", None)
     assert call(export, "--model", model, "--format", "onnx", "--output", tmp_path / "x") == 2

@@ -5,14 +5,17 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import tiny_train
 import torch
-from conftest import ROOT, free_port, options, saved_step, tensors
+from conftest import ROOT, free_port, options, saved_step, tensors, write_image
 
 import cosFace.net
 from faces.files import InputError
+from faces.training import sharded_head
 from faces.training.run import Run
+from faces.verification.evaluator import LfwEvaluator
 from tools.commands import LOCAL
 
 SETTINGS = ["--batch-size", "4", "--epochs", "20", "--checkpoint-every", "2", "--resume", "auto"]    # 240 steps
@@ -80,10 +83,12 @@ def start_machines(casia, tmp_path, *options_of_each):
     return machines
 
 
-def test_machines_with_different_options_are_refused(casia, tmp_path):
-    machines = start_machines(casia, tmp_path, [], ["--jitter", "1"])
+@pytest.mark.parametrize("option, value", [("--sample-centers", "0.5"), ("--checkpoint-every", "3")])
+def test_machines_with_different_options_are_refused(casia, tmp_path, option, value):
+    """Otherwise, they would wait for each other forever: with these options, other tensors are exchanged."""
+    machines = start_machines(casia, tmp_path, [], [option, value])
     outputs = [machine.communicate(timeout=300)[0] for machine in machines]
-    assert "process 1 has --jitter 1, unlike the first process" in outputs[1], outputs
+    assert f"process 1 has {option} {value}, unlike the first process" in outputs[1], outputs
 
 
 def test_two_machines_without_a_shared_disk(casia, tmp_path):
@@ -123,6 +128,31 @@ def test_out_of_memory_is_one_sentence_with_advice(main, casia, tmp_path, monkey
     monkeypatch.setattr(tiny_train.TinyNet, "forward", forward)
     status, output = main("cosFace", *options(casia, tmp_path), *extra)
     assert status == 2 and "cpu is out of memory; a step of --batch-size 8 processes " + advice in output.err
+
+
+def test_out_of_memory_while_resuming_does_not_blame_the_checkpoint(main, casia, tmp_path, monkeypatch):
+    def load_momentum(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    monkeypatch.setitem(cosFace.net.NETS, "faceNet", tiny_train.TinyNet)
+    assert main("cosFace", *options(casia, tmp_path), "--epochs", "1")[0] == 0
+    monkeypatch.setattr(sharded_head, "load_momentum", load_momentum)
+    status, output = main("cosFace", *options(casia, tmp_path), "--resume")
+    assert status == 2 and "out of memory; a step of" in output.err and "damaged" not in output.err
+
+
+def test_landmarks_that_lfw_needs_do_not_change_the_training(tmp_path):
+    def find_landmarks(*_, device):
+        torch.randn(3)
+        raise InputError("no landmarks")
+    write_image(tmp_path / "A/A_0001.jpg", np.zeros((100, 100, 3), np.uint8))
+    write_image(tmp_path / "A/A_0002.jpg", np.zeros((100, 100, 3), np.uint8))
+    write_image(tmp_path / "B/B_0001.jpg", np.zeros((100, 100, 3), np.uint8))
+    (tmp_path / "pairs.txt").write_text("2 1\n" + "A 1 2\nA 1 B 1\n" * 2)
+    run = Run("cpu")
+    expected = torch.random.get_rng_state()
+    with pytest.raises(InputError, match="no landmarks"):
+        LfwEvaluator(run, tmp_path, find_landmarks=find_landmarks)
+    assert torch.equal(torch.random.get_rng_state(), expected)
 
 
 def test_fp16_scales_the_loss_and_skips_steps_that_overflow(main, casia, tmp_path, monkeypatch):
