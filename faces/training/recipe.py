@@ -215,8 +215,6 @@ def check_options(args):
     for name, minimum in (("batch_size", 2), ("warmup", 0), ("keep_last", 1), ("checkpoint_every", 1)):
         if getattr(args, name) is not None and getattr(args, name) < minimum:
             raise InputError(f"--{name.replace('_', '-')} must be at least {minimum}.")
-    if args.lfw_landmarks is not None and args.lfw is None:
-        raise InputError("--lfw-landmarks are for an evaluation on LFW; pass --lfw, too.")
     if not args.checkpoint_minutes > 0:
         raise InputError("--checkpoint-minutes must be greater than 0.")
     if args.output.exists() and not args.output.is_dir():
