@@ -18,8 +18,8 @@ from cosFace.net import sphere20a
 from faces.training.optimizer import SGD, load_momentum, parameter_groups
 from sphereFace.net import SphereFace
 
-BATCH, STEPS, DECAY, MOMENTUM = 3, 3, 0.5, 0.9    # the decay is so large that three steps show it
-# Batch normalization over three faces amplifies rounding, so that larger steps would soon lead elsewhere.
+BATCH, STEPS, DECAY, MOMENTUM = 8, 3, 0.5, 0.9    # the decay is so large that three steps show it
+# Batch normalization over a few faces amplifies rounding, so that larger steps would soon lead elsewhere.
 RATE = {"sphere20a": 1e-2, "faceNet": 1e-5}
 LATE = 1000                                       # lambda of this step: by then, the margin matters
 STAGES = ((1, 1), (2, 2), (3, 4), (4, 1))         # SphereFace, table 2: stage and number of residual units
@@ -114,7 +114,7 @@ def trained(request, main, casia, tmp_path, monkeypatch):
     remember("initial_net")
     remember("make_head")
     monkeypatch.setattr(module, "Batches", RememberedBatches)
-    recipe = ["--batch-size", BATCH, "--epochs", STEPS / 16, "--lr", RATE[net], "--weight-decay", DECAY]
+    recipe = ["--batch-size", BATCH, "--epochs", STEPS / 6, "--lr", RATE[net], "--weight-decay", DECAY]
     status, output = main(method, *options(casia, tmp_path), "--net", net, *recipe)
     assert status == 0 and len(batches) == STEPS, output
     state = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)

@@ -57,7 +57,8 @@ def test_sigterm_to_torchrun_saves_every_step_that_was_done(casia, tmp_path):
 def assert_equals_undisturbed(casia, tmp_path, head, folder):
     """Assert that a run ended with exactly the model of a run of two processes that nothing disturbed."""
     run = torchrun(*options(casia, tmp_path, "undisturbed"), *SETTINGS, *head)
-    assert run.wait(timeout=300) == 0, run.communicate()[0]
+    output, _ = run.communicate(timeout=300)    # wait() would not end once the pipe is full
+    assert run.returncode == 0, output
     expected, actual = model(tmp_path / "undisturbed"), model(folder)
     assert not [name for name in expected if not torch.equal(actual[name], expected[name])]
 
