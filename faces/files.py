@@ -307,16 +307,13 @@ def folder(path, content):
     return path
 
 
-def inside(root, name, where=""):
+def inside(root, name):
     """Return root / name for a `name` that was read from a file.
-
-    Args:
-        where: beginning of the error message, such as the file and the line.
 
     Raises:
         InputError: the name is absolute or climbs out of `root`.
     """
     relative = Path(name)
     if relative.drive or relative.root or ".." in relative.parts:    # on Windows, /a and C:a are not absolute
-        raise InputError(f"{where}the path {name!r} leaves {root}; lists may only name files below it.")
+        raise InputError(f"the path {name!r} leaves {root}; lists may only name files below it.")
     return Path(root) / relative

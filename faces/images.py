@@ -207,11 +207,12 @@ def _decode_other(data):
         _check_png(data)
     if format == "TIFF":             # OpenCV decodes damaged ones without a word
         _decode_with_pillow(data)
-    if format == "AVIF":             # OpenCV ignores its orientation; OpenCV 4 also that of WebP
+    if format == "AVIF":             # OpenCV ignores its orientation
         return _decode_with_pillow(data)
     image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)    # applies the EXIF orientation
     if image is not None:
-        return _decode_with_pillow(data) if format == "WEBP" and cv2.__version__ < "5" else image    # likewise
+        ignores_orientation = format == "WEBP" and cv2.__version__ < "5"
+        return _decode_with_pillow(data) if ignores_orientation else image
     if format in ("GIF", "WEBP") and _opencv_reads(format):    # Pillow would decode damaged ones
         raise UnreadableImage(f"damaged {format}")
     _check_size(data, width, height, GREEDY)

@@ -203,7 +203,10 @@ def _relative_path(path, number, name):
     """Return a path in a line of the list `path`, with forward slashes; raise InputError if it leaves the folder."""
     name = name.replace("\\", "/")
     if ".." in name or ":" in name or name.startswith("/"):    # making a Path of each name would be slow
-        inside("the folder of the images", name, f"{path}, line {number}: ")
+        try:
+            inside("the folder of the images", name)
+        except InputError as error:
+            raise InputError(f"{path}, line {number}: {error}") from None
     return name
 
 

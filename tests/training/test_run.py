@@ -84,9 +84,9 @@ def start_machines(casia, tmp_path, *options_of_each):
     return machines
 
 
-@pytest.mark.parametrize("option, value", [("--sample-centers", "0.5"), ("--checkpoint-every", "3")])
+@pytest.mark.parametrize("option, value", [("--jitter", "1"), ("--sample-centers", "0.5"), ("--checkpoint-every", "3")])
 def test_machines_with_different_options_are_refused(casia, tmp_path, option, value):
-    """Otherwise, they would wait for each other forever: with these options, other tensors are exchanged."""
+    """Otherwise, some would wait for each other forever, because options decide which tensors are exchanged."""
     machines = start_machines(casia, tmp_path, [], [option, value])
     outputs = [machine.communicate(timeout=300)[0] for machine in machines]
     assert f"process 1 has {option} {value}, unlike the first process" in outputs[1], outputs
