@@ -1,8 +1,8 @@
 """Devices: which one to use, which number format is fastest there, and how aligned faces become network input on it."""
 import contextlib
 import ctypes
+import math
 import os
-import platform
 import warnings
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import torch
 from faces.files import InputError
 
 
-def pick_device(name="auto"):
+def pick_device(name: str = "auto") -> torch.device:
     """Return the torch.device called `name`; "auto" picks CUDA if available, then Apple MPS, then the CPU.
 
     "cuda" becomes the current GPU with its index, as torch.cuda.set_device() needs it.
@@ -32,13 +32,8 @@ def pick_device(name="auto"):
         raise InputError(f"--device {name} is not available here ({reason}); pass --device cpu.") from None
 
 
-def prefers_bf16(device):
-    """Return whether bfloat16 is faster than float32 on this device.
-
-    The environment variable FACES_BF16 (0 or 1) overrides the detection, for processors that it does not know.
-    """
-    if os.environ.get("FACES_BF16") in ("0", "1"):
-        return os.environ["FACES_BF16"] == "1"
+def prefers_bf16(device: torch.device) -> bool:
+    """Return whether bfloat16 is faster than float32 on this device."""
     if device.type == "cuda":
         return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)    # from Ampere on
     if device.type == "cpu":
@@ -47,7 +42,7 @@ def prefers_bf16(device):
     return False
 
 
-def fast_dtype(device):
+def fast_dtype(device: torch.device) -> torch.dtype:
     """Return the type that suits a network on this device: bfloat16, or else float16, or else float32.
 
     float16 is for NVIDIA GPUs with tensor cores but without bfloat16: V100, T4, RTX 20. It needs loss scaling.
@@ -81,7 +76,7 @@ def exact_float32(device):
             yield
 
 
-def can_autocast(device, dtype):
+def can_autocast(device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether matrix products really come out in `dtype`; some backends fall back to float32 with a warning."""
     try:
         with warnings.catch_warnings():
@@ -93,7 +88,7 @@ def can_autocast(device, dtype):
         return False
 
 
-def memory_format(device):
+def memory_format(device: torch.device | str) -> torch.memory_format:
     """Return the memory format in which convolutions are fast and correct on a device.
 
     On Apple's MPS, channels_last convolutions are slower, and the gradient of batch normalization is wrong or an error,
@@ -102,7 +97,7 @@ def memory_format(device):
     return torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
 
 
-def to_device(tensor, device):
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Copy a CPU tensor to a device without waiting for the device, as far as it supports that."""
     if device.type == "cuda":
         tensor = tensor.contiguous().pin_memory()    # a strided one would be copied from pageable memory
@@ -125,22 +120,43 @@ def _is_amd():
         return False
 
 
-def count_cpus():
-    """Return the number of CPUs this process may use; a container or taskset may allow fewer than there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+def count_cpus() -> int:
+    """Return the number of CPUs this process may use: taskset and the quota of a container can allow fewer."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min([cpus, *_quotas()])
 
 
-def processor():
-    """Return the name of the processor."""
+def _quotas():
+    """Yield the CPU quota, rounded up, of each cgroup that this process is in, of version 2 or 1."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        groups = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    except OSError:    # not Linux
+        return
+    for _, controllers, group in groups:
+        version1 = "cpu" in controllers.split(",")
+        if controllers and not version1:
+            continue
+        root = Path("/sys/fs/cgroup/cpu" if version1 else "/sys/fs/cgroup")
+        own = root / group.lstrip("/")
+        for folder in (own, *own.parents):    # inside a container, the group's path may not exist, but the root does
+            try:
+                quota, period = ([(folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period")]
+                                 if version1 else (folder / "cpu.max").read_text().split())
+                if quota != "max" and int(quota) > 0:
+                    yield math.ceil(int(quota) / int(period))
+            except (OSError, ValueError):
+                pass
+            if folder == root:
+                break
 
 
-def keep_large_blocks(device):
-    """On a CPU, let glibc reuse large blocks of memory; mapping and clearing them anew takes 6 % of a training step."""
+def tune_cpu(device: torch.device):
+    """On a CPU, use no more threads than a container's quota allows, and let glibc reuse large blocks of memory.
+
+    Mapping and clearing these blocks anew takes 6 % of a training step. This changes the whole process, so only scripts
+    call it.
+    """
+    torch.set_num_threads(min(torch.get_num_threads(), count_cpus()))
     if device.type != "cpu":
         return
     with contextlib.suppress(AttributeError, OSError, TypeError):  # other C libraries have no mallopt
@@ -149,16 +165,16 @@ def keep_large_blocks(device):
         mallopt(-1, 2**31 - 1)    # M_TRIM_THRESHOLD: never return the end of the heap to the system
 
 
-def to_input(faces, mirror=None):
+def to_input(faces: torch.Tensor, flip: torch.Tensor | None = None) -> torch.Tensor:
     """Turn aligned faces into network input.
 
     Args:
         faces: uint8 (N, 112, 96, 3), RGB, on any device.
-        mirror: optional bool (N,), which faces to flip left to right.
+        flip: bool (N,), which faces to flip left to right; None flips none.
 
     Returns:
         float32 (N, 3, 112, 96) in the memory format of the device, (x - 127.5) / 128.
     """
     x = faces.permute(0, 3, 1, 2).float().sub_(127.5).div_(128)        # in channels_last memory format
     x = x.contiguous(memory_format=memory_format(faces.device))
-    return x if mirror is None else torch.where(mirror[:, None, None, None], x.flip(3), x)
+    return x if flip is None else torch.where(flip[:, None, None, None], x.flip(3), x)
