@@ -27,7 +27,7 @@ from matplotlib.patheffects import withStroke
 from skimage import data
 
 from faces.align import TEMPLATE, align
-from faces.figures import COLORS, draw_histogram, draw_roc, new_figure, save, tsne_panels
+from faces.plots import COLORS, draw_histogram, draw_roc, new_figure, save, tsne_panels
 from faces.verification.metrics import auc, best_threshold, roc
 from mtcnn.detector import Detector
 from sphereFace.net import psi

@@ -46,7 +46,7 @@ OVERLAP = (0.5, 0.7, 0.3, 0.7)
 MAX_PIXELS = {"cpu": 50_000, "gpu": 2_000_000}
 GROUP_PIXELS = 8_000_000     # pixels of the images that are searched together
 MAX_BATCH = 32               # images per batch for a worker process, at most
-ORANGE, BLUE = (230, 159, 0), (86, 180, 233)    # of the palette in faces/figures.py
+ORANGE, BLUE = (230, 159, 0), (86, 180, 233)    # of the palette in faces/plots.py
 
 
 class Faces(NamedTuple):

@@ -35,7 +35,7 @@ import torch.utils.tensorboard  # noqa: F401
 from conftest import tensors, write_image
 from helpers import write_model
 
-import faces.figures  # noqa: F401
+import faces.plots  # noqa: F401
 import mtcnn.casia_landmark
 import mtcnn.lfw_landmark
 import tools.embed

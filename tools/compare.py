@@ -23,7 +23,7 @@ end_quietly(__name__)    # Ctrl-C during the slow imports below prints no traceb
 import numpy as np
 
 from cosFace.net import NETS
-from faces.figures import comparison_picture
+from faces.plots import comparison_picture
 from faces.files import InputError, check_writable, command, read_bytes, read_json, script_parser
 from faces.text import printable
 from faces.verification.metrics import similarities

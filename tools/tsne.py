@@ -23,7 +23,7 @@ from cosFace.net import NETS
 from faces.align import load_face
 from faces.data.casia import Folder, TrainingList, list_casia
 from faces.device import pick_device
-from faces.figures import tsne_panels
+from faces.plots import tsne_panels
 from faces.files import RUNS, InputError, atomic_write, check_writable, command, folder, read_bytes, script_parser
 from faces.images import UnreadableImage
 from faces.landmarks import default_list, read_landmarks
@@ -146,7 +146,7 @@ def write_points(path, panels, labels, names):
 
     Args:
         path: the file, written atomically.
-        panels, labels, names: see faces.figures.tsne_panels().
+        panels, labels, names: see faces.plots.tsne_panels().
     """
     with atomic_write(path, "w", encoding="utf-8", newline="") as file:
         table = csv.writer(file, delimiter="\t", lineterminator="\n")

@@ -126,7 +126,7 @@ class TrainingLog:
         return count == EVERY or self.recipe.ends_epoch(step)
 
     def _draw(self):
-        from faces.figures import training_picture  # slow to import as well
+        from faces.plots import training_picture  # slow to import as well
         lines, _ = _read_epochs(self.output / "epochs.jsonl")
         columns = [(line["step"] * self.recipe.batch_size, line["loss"], line.get("lfw", math.nan)) for line in lines]
         training_picture(self.output / "training.png", *np.array(columns).T)

@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from faces.align import HEIGHT
-from faces.figures import COLORS, save
+from faces.plots import COLORS, save
 
 PAIRS_PER_ROW = 5
 GAP = 6                                   # pixels between the two faces of a pair

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from faces import figures
+from faces import plots
 from faces.files import atomic_write, write_json
 from faces.text import count_of
 from faces.verification.bootstrap import interval
@@ -192,16 +192,16 @@ def _write_scores(path, pairs, result):
 def _draw_pictures(folder, measured, lfw):
     result = measured.result
     _draw_curves(folder, [measured])
-    figures.histogram_picture(folder / "histogram.png", result.similarities, lfw.pairs.same, result.threshold)
+    plots.histogram_picture(folder / "histogram.png", result.similarities, lfw.pairs.same, result.threshold)
     error_sheet(folder / "errors.png", lfw.faces, lfw.pairs, result.similarities, result.correct)
 
 
 def _draw_curves(folder, models):
     names = [m.title if sum(m.title == other.title for other in models) == 1 else f"{i}: {m.title}"
              for i, m in enumerate(models, 1)]
-    figures.roc_picture(folder / "roc.png", {f"{name}, AUC {m.result.auc:.4f}": (m.result.far, m.result.tar)
+    plots.roc_picture(folder / "roc.png", {f"{name}, AUC {m.result.auc:.4f}": (m.result.far, m.result.tar)
                                              for name, m in zip(names, models)})
     if models[0].identification:
         cmcs = zip(names, (m.identification.cmc for m in models))
-        figures.cmc_picture(folder / "cmc.png", MAX_CMC_RANK,
+        plots.cmc_picture(folder / "cmc.png", MAX_CMC_RANK,
                             {f"{name}, rank 1 {cmc[0]:.4f}": cmc for name, cmc in cmcs})

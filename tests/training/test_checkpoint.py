@@ -39,7 +39,7 @@ def start(monkeypatch):
     """Return a function that starts train() in a new process, forked from one that has already imported everything."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests/training"))))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_checkpoint", "torch._dynamo", "torch.utils.tensorboard", "faces.figures"])
+    context.set_forkserver_preload(["test_checkpoint", "torch._dynamo", "torch.utils.tensorboard", "faces.plots"])
 
     def start(args):
         process = context.Process(target=train, args=(args,))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from faces.figures import training_picture
+from faces.plots import training_picture
 from faces.images import read_image
 from faces.training import log as log_module
 from faces.training.log import EVERY, TrainingLog, geometry

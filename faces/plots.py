@@ -13,7 +13,6 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import EngFormatter
 
 from faces.files import atomic_write
-from faces.text import printable
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 LINES = "-", "--", ":", "-.", (0, (1, 4)), (0, (8, 2)), (0, (6, 1, 1, 1, 1, 1))     # dots and dashes in points
@@ -190,9 +189,8 @@ def comparison_picture(path, crops, names, title):
 
 
 def plain(name):
-    """Return a name as text for a picture: with escapes for what can't be drawn, and dollar signs that stay what they
-    are."""
-    return printable(name).replace("$", r"\$")
+    """Return a name as text for a picture: dollar signs start no formula, and bytes that are not UTF-8 are escaped."""
+    return name.encode(errors="backslashreplace").decode().replace("$", r"\$")
 
 
 def _shorten(name, length=30):
