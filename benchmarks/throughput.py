@@ -1,107 +1,81 @@
-"""Measure how many faces per second training takes on a device, and how much of a GPU's memory.
+"""Measure how many faces per second a device trains, and how much memory of a GPU that takes, by batch size.
 
-    python benchmarks/throughput.py                                    the default recipe's step, on the best device
-    python benchmarks/throughput.py --compile
+    python benchmarks/throughput.py                                    batches of 64, 128, 512 and 1024 faces
+    python benchmarks/throughput.py --compile                          the same, and then again with torch.compile
     python benchmarks/throughput.py --net sphere20a --precision float32 --batch-size 64
 
-The program runs the training step of casia_train.py, without its log, on random faces that come from a file through
-the threads of faces.data.batches. It then runs the same number of steps on one batch that stays on the device, which
-shows whether the loader is the limit. Warm-up steps, in which kernels are chosen and compiled, are not timed.
-
-There is no peer here; benchmarks/training_step.py compares the step with plain PyTorch.
+This is the step of casia_train.py, without its log, checkpoints and evaluation, on random faces that come from a file
+through the threads of faces.data.batches. In turns with it, the same number of steps runs on one batch that stays on
+the device; if that is faster, the loader is the limit. There is no peer; training_step.py compares with plain PyTorch.
 """
 import argparse
 import sys
 import tempfile
-import time
+from itertools import islice
 from pathlib import Path
+from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from faces.signals import end_quietly
-
-end_quietly(__name__)    # Ctrl-C during the slow imports below prints no traceback
 import torch
 
-import cosFace.net
-import sphereFace.net
-from benchmarks.loader import make_faces
+from benchmarks.loader import RandomFaces
+from benchmarks.training_step import HEADS, PRECISION, add_options, make, our_loop
+from benchmarks.turns import in_turns, machine
 from faces.data.batches import Batches
-from faces.device import processor, wait_for
-from faces.files import command, script_parser
-from faces.training.optimizer import SGD, parameter_groups
-from faces.training.run import PRECISION, Run
-from faces.training.sharded_head import make_head
+from faces.device import fast_dtype, pick_device, tune_cpu
+from faces.files import at_least, command, script_parser
 
-FACES, WARM_UP = 18374, 15
-# The head of each method, and its margin parameter
-HEADS = {"cosFace": (cosFace.net.CosFace, {"ramp": 1.0}), "sphereFace": (sphereFace.net.SphereFace, {"lam": 5.0})}
+FACES, TURNS = 18374, 3
 
 
-def parse_args(argv=None):
-    parser = script_parser(__doc__)
-    parser.add_argument("--method", choices=HEADS, default="cosFace", help="method to train (default: cosFace)")
-    parser.add_argument("--net", choices=cosFace.net.NETS, default="faceNet", help="network (default: faceNet)")
-    parser.add_argument("--identities", type=int, default=10572, help="class centers of the head (default: 10572)")
-    parser.add_argument("--batch-size", type=int, default=512, metavar="N", help="faces per step (default: 512)")
-    parser.add_argument("--steps", type=int, default=60, help="steps to time, at least 1 (default: 60)")
-    parser.add_argument("--precision", choices=("auto", *PRECISION), default="auto",
-                        help="precision of the network; auto picks it as in training (default: auto)")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
-                        help="compile the network with torch.compile")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-    args = parser.parse_args(argv)
-    if not 2 <= args.batch_size <= FACES or args.steps < 1 or args.identities < 2:
-        parser.error(f"--batch-size must be 2 to {FACES}, --steps at least 1, and --identities at least 2")
-    return args
+def measure(args, faces, batch_size, device, dtype, compile):
+    """Return the median seconds of args.steps steps, with the loader and without, and the peak of GPU memory in GB."""
+    loss_of, update = our_loop(*make(args, device), HEADS[args.method][1], device, dtype, compile)
+    batches = iter(Batches(faces, batch_size, args.warm_up + TURNS * args.steps + 1, device))
 
-
-def make_step(run, args):
-    """Return the training step of casia_train.py as a function of images and labels, and whether it is compiled."""
-    head, margin = HEADS[args.method]
-    net = run.prepare(cosFace.net.NETS[args.net](), args.batch_size, args.compile)
-    head = make_head(head, args.identities, run)
-    optimizer = SGD(parameter_groups(net, head, 5e-4), head, lr=0.01, momentum=0.9)
-
-    def step(images, labels):
-        optimizer.zero_grad()
-        with run.autocast():
-            embedding = net(images)
-        loss, _ = head(embedding, labels % args.identities, step=0, **margin)
-        run.scaler.scale(loss).backward()
-        run.step(optimizer)
-    return step, net._compiled_call_impl is not None
-
-
-def timed(step, batches, device):
-    """Return the total seconds for running a step on every batch."""
-    wait_for(device)
-    start = time.perf_counter()
-    for images, labels in batches:
-        step(images, labels)
-    wait_for(device)
-    return time.perf_counter() - start
+    def run(batches):
+        for x, labels in batches:
+            update(loss_of(x, labels))
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    run(islice(batches, args.warm_up))    # kernels are chosen and compiled
+    resident = [next(batches)] * args.steps
+    seconds = in_turns({"with the loader": lambda turn: run(islice(batches, args.steps)),
+                        "without": lambda turn: run(resident)}, TURNS, device)
+    memory = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
+    return *map(median, seconds.values()), memory
 
 
 @command
 def main(argv=None):
-    args = parse_args(argv)
-    run = Run(args.device, args.precision)
-    step, compiled = make_step(run, args)
+    parser = script_parser(__doc__)
+    add_options(parser)
+    parser.add_argument("--batch-size", type=at_least(2), nargs="+", default=[64, 128, 512, 1024], metavar="N",
+                        help="faces per step, one size or several (default: 64 128 512 1024)")
+    parser.add_argument("--steps", type=at_least(1), default=40, help="steps per turn, of which there are three of "
+                        "each kind (default: 40)")
+    parser.add_argument("--warm-up", type=at_least(0), default=15, metavar="N",
+                        help="steps before the clock starts (default: 15)")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
+                        help="measure the compiled network as well")
+    args = parser.parse_args(argv)
+    if max(args.batch_size) > FACES:
+        parser.error(f"--batch-size must be at most {FACES}")
+    device = pick_device(args.device)
+    tune_cpu(device)
+    torch.backends.cudnn.benchmark = True
+    dtype = PRECISION.get(args.precision) or fast_dtype(device)
+    print(f"{args.method}, {args.net}, {args.identities:,} identities, {str(dtype).removeprefix('torch.')}, "
+          f"{machine(device)}\n{'faces per step':>24}{'faces/s':>12}{'without the loader':>20}"
+          + ("  peak memory" if device.type == "cuda" else ""))
     with tempfile.TemporaryDirectory() as folder:
-        faces = make_faces(Path(folder) / "faces.u8", FACES)
-        batches = iter(Batches(faces, args.batch_size, WARM_UP + args.steps + 1, run.device))
-        for _ in range(WARM_UP):
-            step(*next(batches))
-        loaded = timed(step, (next(batches) for _ in range(args.steps)), run.device)
-        resident = timed(step, [next(batches)] * args.steps, run.device)
-        batches.close()
-    name = processor() if run.device.type == "cpu" else run.devices
-    print(f"{args.method}, {args.net}, {args.identities:,} identities, batches of {args.batch_size}, {run.precision}"
-          f"{', compiled' if compiled else ''}, on {name}, torch {torch.__version__}\n"
-          f"with the loader      {args.batch_size * args.steps / loaded:10,.1f} faces/s\n"
-          f"without the loader   {args.batch_size * args.steps / resident:10,.1f} faces/s")
-    if run.device.type == "cuda":
-        print(f"peak of GPU memory   {torch.cuda.max_memory_allocated(run.device) / 1e9:10.2f} GB")
+        faces = RandomFaces(Path(folder) / "faces.u8", FACES, args.identities)
+        for compile in (False, True) if args.compile else (False,):
+            for size in args.batch_size:
+                loaded, resident, memory = measure(args, faces, size, device, dtype, compile)
+                torch.compiler.reset()
+                print(f"{'compiled' if compile else '':10}{size:14}{size * args.steps / loaded:12,.1f}"
+                      f"{size * args.steps / resident:20,.1f}" + (f"{memory:10.2f} GB" if memory else ""), flush=True)
 
 
 if __name__ == "__main__":
