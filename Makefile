@@ -16,7 +16,7 @@ help:
 	@echo 'make test-oldest  the tests with the oldest supported version of every package'
 	@echo 'make torture      kill the long jobs a hundred times each, fill their disks; half an hour'
 	@echo 'make reproduce CASIA=DIR LFW=DIR    train both methods by the default recipe and evaluate them on LFW'
-	@echo 'make benchmarks [CASIA=DIR LFW=DIR] run the benchmarks that need no data, or all of them'
+	@echo 'make benchmarks [LFW=DIR]           run the benchmarks that need no data, or all of them'
 	@echo 'make fuzz         damaged files for every reader, for SECONDS=3600; findings go to runs/fuzz'
 	@echo 'make clean        remove the virtual environments and demo/; cache/ and runs/ stay'
 
@@ -54,7 +54,7 @@ reproduce: $(VENV)/ready
 	@$(VENV)/bin/python tools/reproduce.py --casia "$(CASIA)" --lfw "$(LFW)" $(NPROC:%=--processes %) $(ARGS)
 
 benchmarks: $(VENV)/with-benchmarks
-	@$(VENV)/bin/python benchmarks/run.py $(if $(CASIA),--casia "$(CASIA)") $(if $(LFW),--lfw "$(LFW)")
+	@$(VENV)/bin/python benchmarks/run.py $(if $(LFW),--lfw "$(LFW)")
 
 clean:
 	rm -rf .venv .venv-oldest demo .pytest_cache .ruff_cache

@@ -1,7 +1,7 @@
 """Time evaluation on LFW against a script that embeds pair by pair, and check that the similarities are the same.
 
     python benchmarks/lfw_eval.py --lfw DIR --model FILE               the whole of LFW: half an hour per turn on a core
-    python benchmarks/lfw_eval.py --lfw DIR --model FILE --pairs 300   300 pairs of all folds, and an extrapolation
+    python benchmarks/lfw_eval.py --lfw DIR --model FILE --pairs 600   600 pairs of all folds, and an extrapolation
 
 Ours is what cosFace/lfw_eval.py runs. The peer is the script that most repositories have: for one pair after the other,
 in float32, it reads and aligns both images, and passes them and their flipped images through the unmodified network as

