@@ -1,18 +1,29 @@
 """Draw ROC and CMC curves, similarity histograms, training curves, t-SNE layouts and face comparisons.
 
-Pictures are drawn without pyplot's global state, on white, in the color-blind safe palette of Okabe and Ito, and line
-styles, markers, hatching or text repeat what colors say. The extension of the file determines the format (.png, .svg,
-.pdf).
+Pictures are drawn on Agg canvases, without pyplot, on white, in the color-blind safe palette of Okabe and Ito. Line
+styles, markers, hatching or text repeat what colors say. The file's extension determines the format (.png, .svg, .pdf).
 """
+import contextlib
+import os
+import sys
 from pathlib import Path
 
 import numpy as np
+
+from faces.files import atomic_write
+
+# MPLBACKEND, inherited from a notebook, may name a backend that is not installed here; importing matplotlib would fail.
+backend = None if "matplotlib" in sys.modules else os.environ.pop("MPLBACKEND", None)
+import matplotlib
+
+if backend is not None:
+    os.environ["MPLBACKEND"] = backend
+    with contextlib.suppress(ValueError):
+        matplotlib.rcParams["backend"] = backend
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import EngFormatter
-
-from faces.files import atomic_write
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 LINES = "-", "--", ":", "-.", (0, (1, 4)), (0, (8, 2)), (0, (6, 1, 1, 1, 1, 1))     # dots and dashes in points
@@ -20,19 +31,14 @@ MARKERS = "osD^vP*X<>"
 DPI = 150
 
 
-def roc_picture(path, curves):
-    """Draw ROC curves and save the picture.
-
-    Args:
-        path: file to write.
-        curves: see draw_roc().
-    """
+def roc_picture(path, curves: dict):
+    """Draw ROC curves and save the picture; see draw_roc()."""
     figure, axes = new_figure((6, 4.5))
     draw_roc(axes, curves)
     save(figure, path)
 
 
-def draw_roc(axes, curves):
+def draw_roc(axes, curves: dict):
     """Draw ROC curves into matplotlib axes, as steps over a logarithmic false acceptance rate.
 
     Args:
@@ -54,8 +60,8 @@ def draw_roc(axes, curves):
     axes.legend(loc="lower right", frameon=False)
 
 
-def cmc_picture(path, ranks, curves):
-    """Draw cumulative match characteristic (CMC) curves: the fraction of probes identified at each rank or better.
+def cmc_picture(path, ranks: int, curves: dict):
+    """Draw cumulative match characteristic (CMC) curves up to `ranks`: the fraction of probes identified at each rank.
 
     Args:
         path: file to write.
@@ -76,7 +82,6 @@ def cmc_picture(path, ranks, curves):
 
 
 def _line(i):
-    """Return the color and line style of curve i."""
     return {"color": COLORS[i % 7], "linestyle": LINES[i % 7]}
 
 
@@ -85,27 +90,16 @@ def _rate_limits(lowest):
     return max(0, np.floor(lowest * 10 - 0.2) / 10), 1.01
 
 
-def histogram_picture(path, similarities, same, threshold):
-    """Draw histograms of the similarities of genuine and impostor pairs, and the threshold; save the picture.
-
-    Args:
-        path: file to write.
-        similarities, same, threshold: see draw_histogram().
-    """
+def histogram_picture(path, similarities: np.ndarray, same: np.ndarray, threshold: float):
+    """Draw histograms of similarities and save the picture; see draw_histogram()."""
     figure, axes = new_figure((6, 4))
     draw_histogram(axes, similarities, same, threshold)
     save(figure, path)
 
 
-def draw_histogram(axes, similarities, same, threshold):
-    """Draw histograms of the similarities of genuine and impostor pairs, and the threshold, into matplotlib axes.
-
-    Args:
-        axes: matplotlib axes.
-        similarities: float (P,).
-        same: bool (P,), true for a genuine pair.
-        threshold: float; a pair is accepted when its similarity is greater.
-    """
+def draw_histogram(axes, similarities: np.ndarray, same: np.ndarray, threshold: float):
+    """Draw histograms of the similarities, float (P,), of genuine pairs, where `same` (P,) is true, and of impostor
+    pairs, with the threshold, into matplotlib axes."""
     bins = np.histogram_bin_edges(similarities, int(np.clip(len(similarities) ** 0.5, 10, 60)))
     for mask, name, color, hatch in ((~same, "impostor", COLORS[1], "////"), (same, "genuine", COLORS[0], None)):
         axes.hist(similarities[mask], bins, color=color, alpha=0.3)
@@ -116,15 +110,8 @@ def draw_histogram(axes, similarities, same, threshold):
     axes.legend(loc="upper left", framealpha=1, edgecolor="none")  # opaque, because it may cover the threshold line
 
 
-def training_picture(path, images, loss, lfw):
-    """Draw the training loss and the LFW accuracy over the number of images seen.
-
-    Args:
-        path: file to write.
-        images: float (E,), number of images seen by the end of each epoch.
-        loss: float (E,), mean training loss of each epoch.
-        lfw: float (E,), LFW accuracy from 0 to 1; NaN for epochs without evaluation.
-    """
+def training_picture(path, images: np.ndarray, loss: np.ndarray, lfw: np.ndarray):
+    """Draw the mean loss and the LFW accuracy, 0 to 1 or NaN, of E epochs over the number of images seen, (E,) each."""
     figure, axes = new_figure((6, 4))
     axes.plot(images, loss, color=COLORS[0], marker="o", markersize=4)
     axes.set(xlim=(0, None), ylim=(0, None), xlabel="images seen")
@@ -132,19 +119,18 @@ def training_picture(path, images, loss, lfw):
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     measured = np.isfinite(lfw)
     if measured.any():
-        accuracy_axes = axes.twinx()
-        accuracy_axes.spines["top"].set_visible(False)
-        accuracy_axes.plot(images[measured], 100 * lfw[measured], color=COLORS[1], marker="s", markersize=4,
-                           linestyle="--")
-        accuracy_axes.set_ylabel("LFW accuracy in % (dashed line)", color=COLORS[1])
+        accuracy = axes.twinx()
+        accuracy.spines["top"].set_visible(False)
+        accuracy.plot(images[measured], 100 * lfw[measured], color=COLORS[1], marker="s", markersize=4, linestyle="--")
+        accuracy.set_ylabel("LFW accuracy in % (dashed line)", color=COLORS[1])
     save(figure, path)
 
 
-def tsne_panels(path, panels, labels, names):
+def tsne_panels(path, panels: list, labels: np.ndarray, names: list[str]):
     """Draw t-SNE layouts of embeddings, one per panel; up to 70 identities have distinct colors and markers.
 
-    The legend numbers the identities, and each number is also drawn at the medoid of the identity's points: the point
-    that is nearest to all others, which is always in a cluster, unlike the mean.
+    The legend numbers the identities. Each number is also drawn at the medoid of the identity's points: the point
+    nearest to all others, which is always in a cluster, unlike the mean.
 
     Args:
         path: file to write.
@@ -170,34 +156,24 @@ def tsne_panels(path, panels, labels, names):
     save(figure, path)
 
 
-def comparison_picture(path, crops, names, title):
-    """Draw two aligned faces side by side and save the picture.
-
-    Args:
-        path: file to write.
-        crops: uint8 (2, H, W, 3), RGB.
-        names: captions below the faces; long ones are shortened in the middle.
-        title: text above both faces.
-    """
+def comparison_picture(path, crops: np.ndarray, names: list[str], title: str):
+    """Draw two aligned faces, uint8 RGB (2, H, W, 3), side by side, with a caption below each and a title above."""
     figure, axes = new_figure((4.4, 3.1), 2)
     for panel, crop, name in zip(axes, crops, names):
         panel.imshow(crop)
         panel.set_axis_off()
-        panel.set_title(plain(_shorten(name)), fontsize=9, y=-0.12)
+        short = name if len(name) <= 30 else f"{name[:19]}...{name[-8:]}"
+        panel.set_title(plain(short), fontsize=9, y=-0.12)
     figure.suptitle(title, fontsize=10)
     save(figure, path)
 
 
-def plain(name):
+def plain(name: str) -> str:
     """Return a name as text for a picture: dollar signs start no formula, and bytes that are not UTF-8 are escaped."""
     return name.encode(errors="backslashreplace").decode().replace("$", r"\$")
 
 
-def _shorten(name, length=30):
-    return name if len(name) <= length else name[:length - 11] + "..." + name[-8:]
-
-
-def new_figure(size, columns=1, rows=1):
+def new_figure(size: tuple, columns: int = 1, rows: int = 1) -> tuple:
     """Return a matplotlib figure of `size` (width, height) inches, and its axes in a grid of `rows` and `columns`."""
     figure = Figure(size, layout="constrained")
     FigureCanvasAgg(figure)
