@@ -1,24 +1,22 @@
-"""Read image files as uint8 RGB (H, W, 3), or raise UnreadableImage with the reason.
+"""Read images as uint8 RGB (H, W, 3), or raise UnreadableImage with the reason.
 
 The whole project reads images through this module, so detection, training and evaluation see the same pixels. Photos
 are rotated according to their EXIF orientation. A file that is damaged as far as its format tells is not an image.
 """
 import contextlib
-import functools
 import io
 import os
-import warnings
+import re
 import zlib
 from collections import Counter
 from typing import NamedTuple
 
 import cv2
 import numpy as np
+import simplejpeg
 from PIL import Image, ImageOps
 
-from faces import jpeg
-from faces.files import read_bytes
-from faces.text import count_of, printable
+from faces.files import count_of, path, read_bytes
 
 EXTENSIONS = frozenset(""".jpg .jpeg .jpe .jfif .png .bmp .pbm .pgm .ppm .pnm .webp .tif .tiff .gif .avif
     .jp2""".split())
@@ -26,7 +24,8 @@ EXTENSIONS = frozenset(""".jpg .jpeg .jpe .jfif .png .bmp .pbm .pgm .ppm .pnm .w
 SYSTEM = frozenset("thumbs.db ehthumbs.db desktop.ini __macosx @eadir #recycle $recycle.bin lost+found".split())
 NO_PHOTOS = frozenset(""".txt .csv .tsv .json .jsonl .xml .md .html .htm .yaml .yml .log .pdf .py .ipynb .sh .npy .npz
     .mat .pts .pkl .pickle .h5 .hdf5 .db .lst .list .idx .rec .bin .zip .tar .gz .tgz .7z .rar .url .lnk""".split())
-LISTS = frozenset("casia_landmark.txt lfw_landmark.txt pairs.txt pairsDevTrain.txt pairsDevTest.txt".split())
+LISTS = frozenset("""casia_landmark.txt casia_landmark.json lfw_landmark.txt lfw_landmark.json pairs.txt
+    pairsDevTrain.txt pairsDevTest.txt""".split())
 FORMATS = "JPEG", "MPO", "PNG", "BMP", "DIB", "PPM", "WEBP", "TIFF", "GIF", "AVIF", "JPEG2000"     # Pillow's names
 # The header is checked against these before memory is allocated.
 MAX_PIXELS = 128_000_000
@@ -35,11 +34,20 @@ MAX_MEMORY = 1_000_000_000   # for the file, the image, and whatever else the de
 MAX_SCAN_PIXELS = 850_000_000    # in all scans of a progressive JPEG, which usually has ten scans
 # Bytes per pixel: 3 for the image, 3 for a rotated copy, and the decoder's own.
 LEAN, JPEG_WITH_SCANS, GREEDY = 6, 12, 17
-# OpenCV's warnings are turned off, because our own messages name the file. OpenCV 4.13 moved the function.
-(cv2.setLogLevel if hasattr(cv2, "setLogLevel") else cv2.utils.logging.setLogLevel)(0)
+ORIENTATION = 0x0112         # EXIF tag
+
+START_OF_FRAME = frozenset({*range(0xc0, 0xd0)} - {0xc4, 0xc8, 0xcc})
+SOF_PROGRESSIVE, DHT, SOI, EOI, SOS, APP0, APP1, APP14 = 0xc2, 0xc4, 0xd8, 0xd9, 0xda, 0xe0, 0xe1, 0xee
+DECODED = START_OF_FRAME | {DHT, 0xcc, 0xdb, 0xdd, SOS, APP0, APP14, EOI}     # segments that the pixels depend on
+MARKER = re.compile(rb"\xff[^\x00-\x01\xd0-\xd7\xff]")    # in compressed data, the others are no markers or restarts
+MAX_SEGMENTS = 10_000                                     # an ordinary JPEG has a few dozen
+# Zeros before a restart marker or at the end of a scan; in compressed data, ff is followed by a zero of its own.
+PADDING = re.compile(rb"(?:(?<![\x00\xff])|(?<=\xff\x00))\x00+(?=\xff+[\xd0-\xd7]|\Z)")
+MAX_UNKNOWN = 16             # unknown bytes that may follow complete data
+READ_AHEAD = 8               # bytes after the data that the decoder does not count
 
 
-class UnreadableImage(Exception):
+class UnreadableImage(ValueError):
     """The file can't be used as an image. The message is the reason, without the file's name."""
 
 
@@ -54,46 +62,46 @@ class Scan(NamedTuple):
     ignored: Counter
     lost: Counter
 
-    def left_out(self):
+    def left_out(self) -> str:
         """Return the counts in words, such as "2 .heic files, 1 broken link", or an empty string."""
         return ", ".join(count_of(number, kind) for kind, number in (*self.lost.items(), *self.ignored.items()))
 
 
-def read_image(source):
+def is_image(source) -> bool:
+    """Return whether read_image() takes `source` for one image, rather than a list of them."""
+    return (isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview, Image.Image, np.ndarray))
+            or hasattr(source, "read") or _is_tensor(source))
+
+
+def read_image(source) -> np.ndarray:
     """Read one image.
 
     Args:
-        source: path of a file, or the file's bytes.
+        source: path of a file, its bytes, an open binary file, a PIL image, or an array or uint8 tensor, RGB (H, W, 3)
+            or gray (H, W), which is returned as it is if it is an RGB array.
 
     Returns:
-        uint8 (H, W, 3), RGB. Gray is repeated in all channels, transparency is dropped, and 16 bits are reduced to 8.
+        uint8 (H, W, 3), RGB. Gray is repeated in all channels and transparency is dropped. Of more than 8 bits, those
+        from the highest one used are kept.
 
     Raises:
         UnreadableImage: the file is missing, empty, damaged, not a regular file, not an image, or would need more than
-            MAX_MEMORY.
+            MAX_MEMORY; or `source` is something else.
     """
-    data = source if isinstance(source, bytes) else _read_bytes(source)
-    if not data:
-        raise UnreadableImage("empty file")
     try:
-        header = jpeg.read_header(data)
-        if header:
-            return _decode_jpeg(data, *header)
-        with jpeg.watched_stderr():    # decoders print messages about damaged files
-            return _decode_other(data)
-    except cv2.error:            # for instance, more than 2**20 columns or rows
-        raise UnreadableImage("can't be decoded by OpenCV") from None
+        if isinstance(source, Image.Image):
+            _check_size(0, *source.size, LEAN)
+            return _from_pillow(source)
+        if isinstance(source, np.ndarray) or _is_tensor(source):
+            return _from_array(source)
+        data = _read(source)
+        return _decode_jpeg(data) if data[:3] == b"\xff\xd8\xff" else _decode_other(data)
     except MemoryError:
         raise UnreadableImage("out of memory") from None
 
 
-def summarize(failures, count=3):
-    """Return the most frequent reasons in words, with one image of each.
-
-    Args:
-        failures: list of (name, reason).
-        count: maximum number of reasons.
-    """
+def summarize(failures: list[tuple[str, str]], count: int = 3) -> str:
+    """Return the `count` most frequent reasons among failures, (name, reason), in words, with one image of each."""
     names, reasons = {}, Counter()
     for name, reason in failures:
         names.setdefault(reason, name)
@@ -114,12 +122,12 @@ def one_opencv_thread():
         cv2.setNumThreads(threads)
 
 
-def list_images(root):
+def list_images(root) -> list[str]:
     """Return the relative paths of all images below `root`, sorted, with forward slashes; see scan_images()."""
     return scan_images(root).paths
 
 
-def scan_images(root):
+def scan_images(root) -> Scan:
     """Return the Scan of a folder.
 
     Links to folders are followed, but no folder is read twice. Hidden files and folders are left out.
@@ -128,11 +136,11 @@ def scan_images(root):
     folders, links = [""], []
     while folders or links:
         name = folders.pop() if folders else links.pop(0)
-        path = os.path.join(root, name)
+        folder = os.path.join(root, name)
         try:
-            status = os.stat(path)
+            status = os.stat(folder)
             repeated = (status.st_dev, status.st_ino) in seen
-            entries = [] if repeated else sorted(os.scandir(path), key=lambda entry: entry.name)
+            entries = [] if repeated else sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError:
             scan.lost["folder~ that can't be read"] += 1
             continue
@@ -153,18 +161,18 @@ def scan_images(root):
     return scan
 
 
-def is_system_name(name):
+def is_system_name(name: str) -> bool:
     """Return whether a file or folder is hidden, or belongs to the system and not to the data."""
     return name.startswith(".") or name.lower() in SYSTEM
 
 
-def sort_in(path, scan):
+def sort_in(name: str, scan: Scan):
     """Add the path of a file to the part of a Scan where its extension belongs."""
-    extension = os.path.splitext(path)[1].lower()
+    extension = os.path.splitext(name)[1].lower()
     if extension in EXTENSIONS:
-        scan.paths.append(path)
-    elif path not in LISTS:
-        kind = f"{printable(extension)} file~" if extension else "file~ without extension"
+        scan.paths.append(name)
+    elif name not in LISTS:
+        kind = f"{extension} file~" if extension else "file~ without extension"
         (scan.ignored if extension in NO_PHOTOS else scan.lost)[kind] += 1
 
 
@@ -175,84 +183,216 @@ def _is(test):
         return False
 
 
-def _read_bytes(path):
+def _is_tensor(source):
+    return type(source).__module__.partition(".")[0] == "torch" and hasattr(source, "numpy")
+
+
+def _read(source):
+    """Return the bytes of a path, of bytes, or of an open file."""
     try:
-        return read_bytes(path, MAX_BYTES)
+        if hasattr(source, "read"):
+            if hasattr(source, "seek"):
+                source.seek(0)    # so that one file can be read twice
+            data = source.read(MAX_BYTES + 1)
+        elif isinstance(source, (bytes, bytearray, memoryview)):
+            data = bytes(source)
+        elif isinstance(source, (str, os.PathLike)):
+            data = read_bytes(path(source), MAX_BYTES)
+        else:
+            raise UnreadableImage(f"an image is a path, bytes, a binary file, a PIL image, or a uint8 array, not "
+                                  f"{type(source).__name__}")
     except OSError as error:
         raise UnreadableImage(error.strerror or str(error)) from None
-    except ValueError:           # a NUL character in the name
-        raise UnreadableImage("not a file name") from None
+    except ValueError as error:    # a NUL character in the name, or a closed file
+        raise UnreadableImage(str(error)) from None
+    if not isinstance(data, bytes):
+        raise UnreadableImage("open the file in binary mode")
+    if not data or len(data) > MAX_BYTES:
+        raise UnreadableImage(f"over {MAX_BYTES // 10**6} MB" if data else "empty file")
+    return data
 
 
-def _decode_jpeg(data, width, height, progressive, scans, whole):
-    # If a file has several scans, the decoder keeps all coefficients, of two bytes each.
-    _check_size(data, width, height, JPEG_WITH_SCANS if progressive or scans > 1 else LEAN)
-    if scans * width * height > MAX_SCAN_PIXELS:    # each scan of a few bytes can take a pass over the whole image
-        raise UnreadableImage(f"{width} x {height} in {scans} scans takes too long to decode")
-    if not whole:
-        raise UnreadableImage("truncated JPEG")
-    image, corruption = jpeg.decode(data)
-    if corruption or image is None:
-        raise UnreadableImage(corruption or "damaged JPEG")
-    return image
+def _from_array(source):
+    image = source.cpu().numpy() if _is_tensor(source) else source
+    if image.dtype != np.uint8 or image.ndim < 2 or image.shape[2:] not in ((), (3,)) or not image.size:
+        raise UnreadableImage(
+            f"an array must be uint8 RGB (H, W, 3) or gray (H, W), not {source.dtype} {tuple(source.shape)}; scale "
+            "floats to 0..255, drop alpha with image[..., :3], put channels last, and pass a batch as a list")
+    return np.repeat(image[..., None], 3, axis=2) if image.ndim == 2 else image
 
 
-def _decode_other(data):
-    format, width, height = _header_from_pillow(data)
-    if format in ("JPEG", "MPO"):    # with an unusual header
-        whole = data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda")
-        return _decode_jpeg(data, width, height, True, data.count(b"\xff\xda"), whole)
-    _check_size(data, width, height, LEAN if format in ("PNG", "BMP", "PPM", "WEBP") else GREEDY)
-    if format == "PNG":
-        _check_png(data)
-    if format == "TIFF":             # OpenCV decodes damaged ones without a word
-        _decode_with_pillow(data)
-    if format == "AVIF":             # OpenCV ignores its orientation
-        return _decode_with_pillow(data)
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)    # applies the EXIF orientation
-    if image is not None:
-        ignores_orientation = format == "WEBP" and cv2.__version__ < "5"
-        return _decode_with_pillow(data) if ignores_orientation else image
-    if format in ("GIF", "WEBP") and _opencv_reads(format):    # Pillow would decode damaged ones
-        raise UnreadableImage(f"damaged {format}")
-    _check_size(data, width, height, GREEDY)
-    return _decode_with_pillow(data)    # a format that OpenCV can't decode
+def _from_pillow(image):
+    """Return the pixels of a PIL image, turned by its EXIF orientation."""
+    try:
+        image.load()
+        if image.mode == "F":
+            raise UnreadableImage("its pixels are floating-point numbers; save it with 8 bits per channel")
+        image = ImageOps.exif_transpose(image)
+        return _to_8_bits(np.asarray(image)) if image.mode[0] == "I" else np.array(image.convert("RGB"))
+    except (UnreadableImage, MemoryError):
+        raise
+    except Exception as error:    # Pillow's plugins raise any exception on malformed data
+        raise UnreadableImage(f"can't be decoded ({error})") from error
 
 
-def _check_size(data, width, height, bytes_per_pixel):
+def _to_8_bits(image):
+    """Return pixels with more than 8 bits as uint8 RGB.
+
+    Files of 16 bits often hold 10 or 12 bits of a sensor, which would be almost black if the 8 highest bits were kept.
+    """
+    shift = max(0, int(image.max()).bit_length() - 8)
+    image = np.clip(image.astype(np.int32) >> shift, 0, 255).astype(np.uint8)
+    return np.repeat(image[..., None], 3, axis=2) if image.ndim == 2 else image
+
+
+def _turned(image, orientation):
+    """Return an array as EXIF's orientation says, 1 to 8; anything else leaves it unchanged."""
+    if orientation in (5, 6, 7, 8):
+        image = image.swapaxes(0, 1)
+    if orientation in (2, 3, 6, 7):
+        image = image[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        image = image[::-1]
+    return np.ascontiguousarray(image)
+
+
+def _check_size(size, width, height, bytes_per_pixel):
     if not width * height:
         raise UnreadableImage("no pixels")
     if width * height > MAX_PIXELS:
         raise UnreadableImage(f"{width} x {height} is over {MAX_PIXELS // 10**6} megapixels")
-    if len(data) + bytes_per_pixel * width * height > MAX_MEMORY:
+    if size + bytes_per_pixel * width * height > MAX_MEMORY:
         raise UnreadableImage(f"{width} x {height} needs over {MAX_MEMORY // 10**9} GB to decode in this format")
 
 
-@functools.cache
-def _opencv_reads(format):
-    """Return whether this build of OpenCV reads a format."""
-    file = io.BytesIO()
-    Image.new("L", (8, 8)).save(file, format)
-    return cv2.imdecode(np.frombuffer(file.getvalue(), np.uint8), cv2.IMREAD_COLOR_RGB) is not None
+# JPEG. The decoder's strict mode ends at the first irregularity, also at one that does no harm. Then the file is put
+# in order and decoded again.
+
+def _segments(data):
+    """Return the (marker, start, end) of a JPEG's segments up to the end marker; a scan's include its compressed data.
+
+    What follows the end marker, such as the film of a motion photo, or stands between segments, is not part of them.
+    """
+    segments, position = [], 2
+    while len(segments) < MAX_SEGMENTS and (found := MARKER.search(data, position)):
+        start, kind = found.start(), data[found.start() + 1]
+        position = start + 2
+        if kind == EOI:
+            segments.append((kind, start, position))
+            break
+        if kind >= 0xc0 and kind != SOI:    # the others have no length
+            position += int.from_bytes(data[position:position + 2], "big")
+            if kind == SOS:
+                next_marker = MARKER.search(data, position)
+                position = next_marker.start() if next_marker else len(data)
+            segments.append((kind, start, position))
+    return segments
 
 
-@functools.cache
-def _formats():
-    Image.init()
-    return [format for format in FORMATS if format in Image.OPEN]
+def _decode_jpeg(data):
+    segments = _segments(data)
+    kinds = [kind for kind, _, _ in segments]
+    frames = [(kind, start) for kind, start, _ in segments if kind in START_OF_FRAME]
+    if not frames or len(data) < frames[0][1] + 9:
+        raise UnreadableImage("truncated JPEG")
+    frame, start = frames[0]
+    height, width = (int.from_bytes(data[start + i:start + i + 2], "big") for i in (5, 7))
+    # If a file has several scans, the decoder keeps all coefficients, of two bytes each.
+    scans, progressive = kinds.count(SOS), frame == SOF_PROGRESSIVE
+    _check_size(len(data), width, height, JPEG_WITH_SCANS if progressive or scans > 1 else LEAN)
+    if scans * width * height > MAX_SCAN_PIXELS:    # each scan of a few bytes can take a pass over the whole image
+        raise UnreadableImage(f"{width} x {height} in {scans} scans takes too long to decode")
+    if kinds[-1] != EOI and (progressive or scans != 1):    # one scan may be whole without an end marker
+        raise UnreadableImage("truncated JPEG")
+    image = _strictly(data) if kinds[-1] == EOI else None
+    if image is None:
+        image = _strictly(_in_order(data, segments, progressive), last=True)
+    return _turned(image, _orientation(data)) if APP1 in kinds else image
 
 
-def _header_from_pillow(data):
-    """Return (format, width, height)."""
+def _strictly(data, last=False):
+    """Return the decoded JPEG; None, or if it is the `last` attempt UnreadableImage, for anything but padding."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns about sizes that are refused here anyway
-            with Image.open(io.BytesIO(data), formats=_formats()) as image:
-                return image.format, *image.size
+        return simplejpeg.decode_jpeg(data, "RGB")
+    except ValueError as error:
+        message = str(error)
+    if _only_padding(message, data):
+        return simplejpeg.decode_jpeg(data, "RGB", strict=False)
+    if "subsampling" in message:    # a rare ratio, which this decoder does not know; no other one reports damage
+        with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
+            image.getexif().clear()
+            return _from_pillow(image)
+    if last:
+        raise UnreadableImage(message)
+
+
+def _only_padding(message, data):
+    """Return whether all that is wrong with a JPEG are bytes between the end of its data and the end marker.
+
+    More than a few of them must be equal. But a file that was filled up with zeros after half of its data has more of
+    them than are left over, because the decoder has taken some for data.
+    """
+    found = re.search(r"(\d+) extraneous bytes before marker 0xd9", message)
+    if not found:
+        return False
+    extra, end = int(found[1]), next(start for kind, start, _ in reversed(_segments(data)) if kind == EOI)
+    equal = end - len(data[:end].rstrip(data[end - 1:end]))
+    return equal <= extra + READ_AHEAD and (extra <= MAX_UNKNOWN or equal >= extra)
+
+
+def _in_order(data, segments, progressive):
+    """Return a JPEG with only what its pixels depend on, and without padding or values that only cause warnings."""
+    parts, components = [b"\xff\xd8"], 3
+    for kind, start, end in segments:
+        part = data[start:end]
+        if kind in START_OF_FRAME:
+            components = part[9]
+        if kind == SOS:
+            if not progressive:
+                part = part[:5 + 2 * part[4]] + b"\0\x3f\0" + part[8 + 2 * part[4]:]
+            part = PADDING.sub(b"", part)
+        elif kind == APP0 and part[4:9] == b"JFIF\0":
+            part = part[:9] + b"\1\1" + part[11:]                         # the version
+        elif kind == APP14 and part[4:9] == b"Adobe" and part[15:16] > b"\2":
+            part = part[:15] + (b"\2" if components == 4 else b"\1") + part[16:]    # an unknown color transform
+        if kind in DECODED:
+            parts.append(part)
+    return b"".join(parts) + (b"" if segments[-1][0] == EOI else b"\xff\xd9")
+
+
+def _orientation(data):
+    try:
+        with Image.open(io.BytesIO(data), formats=["JPEG", "MPO"]) as image:
+            return image.getexif().get(ORIENTATION, 1)
+    except Exception:    # damaged metadata, which say nothing about the pixels
+        return 1
+
+
+# Other formats
+
+def _decode_other(data):
+    try:
+        Image.init()
+        image = Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
     except Image.DecompressionBombError:
         raise UnreadableImage(f"over {MAX_PIXELS // 10**6} megapixels") from None
-    except Exception as error:  # Pillow's plugins can raise any exception on malformed data
+    except Exception as error:    # Pillow's plugins raise any exception on malformed data
         raise UnreadableImage("not an image") from error
+    with image:
+        _check_size(len(data), *image.size, LEAN if image.format in ("PNG", "BMP", "PPM", "WEBP") else GREEDY)
+        if image.format == "PNG":
+            _check_png(data)
+        deep = image.mode == "RGB" and ";16" in str(image.tile)    # of which Pillow keeps the 8 highest bits
+        if not deep:
+            return _from_pillow(image)
+        orientation = image.getexif().get(ORIENTATION, 1)
+        image.load()    # notices damage
+    with contextlib.suppress(cv2.error):
+        flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+        if pixels is not None:
+            return _turned(_to_8_bits(pixels), orientation)
+    raise UnreadableImage("can't be decoded")
 
 
 def _check_png(data):
@@ -267,13 +407,3 @@ def _check_png(data):
         if not optional and zlib.crc32(memoryview(data)[position + 4:end]) != int.from_bytes(data[end:end + 4], "big"):
             raise UnreadableImage("damaged PNG")
         position = end + 4
-
-
-def _decode_with_pillow(data):
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=_formats()) as image:
-                return np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    except Exception as error:
-        raise UnreadableImage(f"can't be decoded ({error})") from error

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from faces.align import arrangement_problem
-from faces.files import CACHE, InputError, atomic_write, inside
+from faces.files import CACHE, InputError, atomic_write, read_json, write_json
 
 # Error messages use these: the name of the kind of list, and how to get one.
 LANDMARKS = "landmark list", "create one with mtcnn/lfw_landmark.py or mtcnn/casia_landmark.py"
@@ -115,13 +115,16 @@ def read_labels(path):
     return paths, np.array(labels, np.int64)
 
 
-def write_landmarks(path, rows):
+def write_landmarks(path, rows, made_from=None):
     """Write a landmark list, atomically.
 
     Args:
         path: the file.
         rows: iterable of (path, points) or (path, label, points); points float (5, 2).
+        made_from: photos_digest() of the photos, for found_list().
     """
+    if made_from:
+        write_json(Path(path).with_suffix(".json"), {"photos": made_from})
     with atomic_write(path, "w", encoding="utf-8") as file:
         for row in rows:
             file.write(format_line(*row))
@@ -135,6 +138,26 @@ def default_list(root, name):
     """
     root = Path(root).expanduser().resolve()
     return CACHE / f"{root.name}-{hashlib.sha256(os.fsencode(root)).hexdigest()[:8]}" / name
+
+
+def photos_digest(source, names=None):
+    """Return a digest of the names, sizes and times of photos in a faces.data.sources source, by default of all."""
+    names = source.names() if names is None else names
+    digest = hashlib.sha256("\n".join(names).encode(errors="surrogateescape"))
+    digest.update(source.versions(names).tobytes())
+    return digest.hexdigest()
+
+
+def found_list(source, name):
+    """Return the path of the list `name` of a source, if there is one that fits its photos, or None."""
+    for file in (Path(str(source)) / name, default_list(str(source), name)):
+        if file.is_file():
+            record = read_json(file.with_suffix(".json"))
+            own = file.parent == Path(str(source))
+            if own if record is None else record["photos"] == photos_digest(source):
+                return file
+            print(f"the photos in {source} have changed since {file} was made; it is not used")
+    return None
 
 
 def format_line(path, *label_and_points):
@@ -204,10 +227,16 @@ def _relative_path(path, number, name):
     name = name.replace("\\", "/")
     if ".." in name or ":" in name or name.startswith("/"):    # making a Path of each name would be slow
         try:
-            inside("the folder of the images", name)
+            _inside(name)
         except InputError as error:
             raise InputError(f"{path}, line {number}: {error}") from None
     return name
+
+
+def _inside(name):
+    relative = Path(name)
+    if relative.drive or relative.root or ".." in relative.parts:
+        raise InputError(f"the path {name!r} leaves the folder of the images; lists may only name files below it.")
 
 
 def _label(text):

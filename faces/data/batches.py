@@ -1,6 +1,6 @@
-"""Training batches: a new random order every epoch, random mirroring and shifts, resumable at any step."""
-import time
+"""Training batches: a new random order every epoch, random flips and shifts, resumable at any step."""
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -9,18 +9,18 @@ import torch
 from faces.align import HEIGHT, WIDTH
 from faces.device import to_device, to_input
 
-MIRRORING, SAMPLING, SHIFTING = 1, 2, 3    # of random generators; a seed is (seed, step, rank or 0, purpose)
+FLIPPING, SAMPLING, SHIFTING = 1, 2, 3    # of random generators; a seed is (seed, step, rank or 0, purpose)
 THREADS = 2             # one delivers 100,000 faces/s from memory; several overlap their waits for a disk
 
 
 class Batches:
     """Batches on the device, one per step, from step `start` to step `steps`.
 
-    Which faces a step sees, which of them are mirrored and how far they are shifted depends on the seed and the step
+    Which faces a step sees, which of them are flipped and how far they are shifted depends on the seed and the step
     alone, so a resumed run sees what the uninterrupted one would have seen, on any number of processes.
 
     Threads gather the faces of the next batches from the memory map, on CUDA into pinned memory. Copying releases the
-    interpreter lock, so processes would not be faster, and they would die with every signal to the process group.
+    interpreter lock, so processes would not be faster.
 
     Args:
         faces: faces.data.cache.AlignedFaces.
@@ -28,63 +28,53 @@ class Batches:
         steps: number of steps of the whole run.
         device: torch.device.
         start: step to begin with.
-        seed: of order, mirroring and shifts.
-        mirror: whether to flip half of the faces.
-        jitter: shift each face by up to this many pixels along both axes.
-        workers: threads that gather batches.
+        seed: of order, flips and shifts.
+        flip: whether to flip half of the faces.
+        shift: shift each face by up to this many pixels along both axes.
         rank, world_size: index of this process, and number of processes.
 
     Yields:
         (float32 (B, 3, 112, 96), int64 (B,)): network input and labels of this process's share of the batch.
     """
 
-    def __init__(self, faces, batch_size, steps, device, start=0, seed=0, mirror=True, jitter=0, workers=THREADS,
-                 rank=0, world_size=1):
+    def __init__(self, faces, batch_size: int, steps: int, device: torch.device, start: int = 0, seed: int = 0,
+                 flip: bool = True, shift: int = 0, rank: int = 0, world_size: int = 1):
         self.order = Order(len(faces), batch_size, steps, seed, start, rank, world_size)
         self.faces, self.device, self.batch_size = faces, device, batch_size
-        self.workers = max(1, workers)
-        self.seed, self.mirror, self.jitter, self.own = seed, mirror, jitter, slice(rank, None, world_size)
+        self.seed, self.flip, self.shift, self.own = seed, flip, shift, slice(rank, None, world_size)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         ahead = deque()
-        with ThreadPoolExecutor(self.workers, "batches", _use_device, (self.device,)) as pool:
+        with ThreadPoolExecutor(THREADS, "batches", _use_device, (self.device,)) as pool:
             try:
                 for step, rows in enumerate(self.order, self.order.start):
                     ahead.append(pool.submit(self._gather, step, rows))
-                    if len(ahead) > self.workers:
+                    if len(ahead) > THREADS:
                         yield self._on_device(*ahead.popleft().result())
                 while ahead:
                     yield self._on_device(*ahead.popleft().result())
             finally:
                 pool.shutdown(cancel_futures=True)
 
-    def rate(self, seconds=0.1):
-        """Return how many faces per second one thread gathers here and now, measured for about `seconds`."""
-        rng, count, start = np.random.default_rng(), 0, time.perf_counter()
-        while not count or time.perf_counter() - start < seconds:
-            self._gather(0, rng.integers(len(self.faces), size=min(self.batch_size, 64)))
-            count += min(self.batch_size, 64)
-        return count / (time.perf_counter() - start)
-
     def _gather(self, step, rows):
-        """Return faces and labels on the CPU, and which faces to mirror and how far to shift them, or None."""
+        """Return faces and labels on the CPU, and which faces to flip and how far to shift them, or None."""
         images = torch.empty(len(rows), HEIGHT, WIDTH, 3, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
         _, labels = self.faces.batch(rows, out=images.numpy())
-        mirror = shifts = None
-        if self.mirror:
-            mirror = torch.from_numpy(self._random(step, MIRRORING).random(self.batch_size) < 0.5)[self.own]
-        if self.jitter:
+        flip = shifts = None
+        if self.flip:
+            flip = torch.from_numpy(self._random(step, FLIPPING).random(self.batch_size) < 0.5)[self.own]
+        if self.shift:
             random = self._random(step, SHIFTING)
-            shifts = random.integers(-self.jitter, self.jitter, (self.batch_size, 2), endpoint=True)
+            shifts = random.integers(-self.shift, self.shift, (self.batch_size, 2), endpoint=True)
             shifts = torch.from_numpy(shifts)[self.own]
-        return images, torch.from_numpy(labels), mirror, shifts
+        return images, torch.from_numpy(labels), flip, shifts
 
     def _on_device(self, *tensors):
-        images, labels, mirror, shifts = (tensor if tensor is None else to_device(tensor, self.device)
-                                          for tensor in tensors)
+        images, labels, flip, shifts = (tensor if tensor is None else to_device(tensor, self.device)
+                                        for tensor in tensors)
         if shifts is not None:
             images = shift_faces(images, shifts)
-        return to_input(images, mirror), labels    # faces travel as uint8, a quarter of the bytes of float32
+        return to_input(images, flip), labels    # faces travel as uint8, a quarter of the bytes of float32
 
     def _random(self, step, purpose):
         return np.random.default_rng((self.seed, step, 0, purpose))
@@ -96,14 +86,15 @@ class Order:
     Every epoch is a new permutation of the set. The images at its end that do not fill a batch are dropped.
     """
 
-    def __init__(self, images, batch_size, steps, seed=0, start=0, rank=0, world_size=1):
+    def __init__(self, images: int, batch_size: int, steps: int, seed: int = 0, start: int = 0, rank: int = 0,
+                 world_size: int = 1):
         self.images, self.batch_size, self.steps, self.seed, self.start = images, batch_size, steps, seed, start
         self.rank, self.world_size = rank, world_size
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.steps - self.start
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[np.ndarray]:
         steps_per_epoch, epoch = self.images // self.batch_size, None
         for step in range(self.start, self.steps):
             if step // steps_per_epoch != epoch:
@@ -119,7 +110,7 @@ def _use_device(device):
         torch.cuda.set_device(device)
 
 
-def shift_faces(faces, shifts):
+def shift_faces(faces: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
     """Shift faces by whole pixels. The border is repeated, because a black edge would reveal the shift.
 
     Args:

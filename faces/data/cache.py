@@ -34,20 +34,15 @@ from faces.data.casia import Folder, list_casia, without_lfw_overlap
 from faces.device import count_cpus
 from faces.files import (
     CACHE,
-    MAX_JSON,
     InputError,
     atomic_write,
+    count_of,
     locked,
-    open_regular,
     read_bytes,
     read_json,
-    remove_partial,
     write_json,
 )
 from faces.images import UnreadableImage, one_opencv_thread, read_image, summarize
-from faces.jpeg import watched_stderr
-from faces.signals import resumable
-from faces.text import count_of, people_count
 
 FACE_SHAPE, FACE_BYTES = (HEIGHT, WIDTH, 3), HEIGHT * WIDTH * 3
 CHUNK = 1024                # faces per line of the journal; a build that was killed repeats its unfinished chunks
@@ -118,7 +113,7 @@ def load_casia(root, landmarks=None, cache=CACHE, drop_lfw_overlap=False, label_
         raise InputError(f"{listing.source} has no images left to train on; leave out --drop-lfw-overlap or "
                          "choose another set.")
     people = np.unique(listing.labels[rows])
-    summary = f"{listing.source}: {count_of(len(rows), 'face~')} of {people_count(len(people))}{listing.gaps}"
+    summary = f"{listing.source}: {count_of(len(rows), 'face~')} of {count_of(len(people), 'person')}{listing.gaps}"
     if failed:
         summary += f"; {count_of(len(failed), 'unusable image~')} left out, see failed.txt in the cache"
     if drop_lfw_overlap:
@@ -143,8 +138,7 @@ def build(listing, cache=CACHE):
     shape = (len(listing.paths), *FACE_SHAPE)
     failed = _read_failed(folder, shape[0])
     if failed is None:
-        with resumable(), locked(folder / ".lock", f"aligning the faces of {listing.source} into {folder}",
-                                 advice="choose a folder on a writable local disk with --cache"):
+        with locked(folder / ".lock", f"aligning the faces of {listing.source} into {folder}"):
             failed = _read_failed(folder, shape[0])    # another process may have built it while this one waited
             if failed is None:
                 failed = _build(listing, folder)
@@ -162,7 +156,7 @@ def _read_failed(folder, total):
         InputError: cache.json is damaged, or is that of another list.
     """
     advice = "delete it, and the faces are aligned again"
-    content = read_json(folder / "cache.json", advice)
+    content = read_json(folder / "cache.json")
     if content is None:
         return None
     failed = content.get("failed")
@@ -201,7 +195,6 @@ def _build(listing, folder):
     total = len(listing.paths)
     for other in _outdated(folder):
         print(f"the images have changed since the cache {other} was built; delete it unless you need it")
-    remove_partial(folder / "failed.txt", folder / "cache.json")
     _allocate(folder, total * FACE_BYTES)
     done, failed = _read_journal(folder), []
     chunks = (range(start, min(start + CHUNK, total)) for start in range(0, total, CHUNK))
@@ -210,8 +203,8 @@ def _build(listing, folder):
     print(f"aligning {count_of(total, 'face~')} of {listing.source} into the cache {folder}")
     try:
         # The pool already has a thread per CPU, with which OpenCV's own threads would compete.
-        with open_regular(folder / "faces.u8", "r+b") as file, open_regular(folder / "journal.jsonl", "a") as journal, \
-                one_opencv_thread(), watched_stderr(), ThreadPoolExecutor(count_cpus()) as pool, \
+        with open(folder / "faces.u8", "r+b") as file, open(folder / "journal.jsonl", "a") as journal, \
+                one_opencv_thread(), ThreadPoolExecutor(count_cpus()) as pool, \
                 ThreadPoolExecutor(1) as writer, \
                 tqdm(total=total, unit=" images", unit_scale=True, dynamic_ncols=True) as bar, ExitStack() as stack:
             stack.callback(pool.shutdown, cancel_futures=True)  # an interrupted build does not wait for what is queued
@@ -246,7 +239,7 @@ def _allocate(folder, size):
                              "some space or choose a larger disk with --cache.")
         if allocated != size:    # what a journal says about another file, or about one that was deleted, is void
             (folder / "journal.jsonl").unlink(missing_ok=True)
-        with open_regular(path, "ab") as file:
+        with open(path, "ab") as file:
             file.truncate(size)
     except OSError as error:
         raise _write_error(folder, error) from None
@@ -323,7 +316,7 @@ def _store(chunk, rows, file, journal):
 def _read_journal(folder):
     """Return the chunks that are on disk, as a set of ranges of rows."""
     try:
-        lines = read_bytes(folder / "journal.jsonl", MAX_JSON).decode("latin-1").split("\n")
+        lines = read_bytes(folder / "journal.jsonl", 10**7).decode("latin-1").split("\n")
     except FileNotFoundError:
         return set()
     except OSError as error:

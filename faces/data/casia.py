@@ -9,9 +9,8 @@ import numpy as np
 
 from faces.data.recordio import Records
 from faces.data.sources import Folder, Zip, is_zip, open_source
-from faces.files import InputError, folder
+from faces.files import InputError, count_of, existing_folder
 from faces.landmarks import default_list, normal_form, read_labels, read_landmarks
-from faces.text import count_of, people_count, printable
 
 LANDMARK_LIST = "casia_landmark.txt"
 MAX_LOST = 0.01     # fraction of the files that may be photos but can't be read; more of them suggest a wrong folder
@@ -128,7 +127,7 @@ def list_photos(source):
     if len(people) < 2:
         where = ", because they are not in folders" if paths and not level else ""
         left_out = f"; left out: {source.scan.left_out()}" if source.scan.left_out() else ""
-        found = f"{count_of(len(paths), 'photo~')} of {people_count(len(people))}" if paths else "no photos"
+        found = f"{count_of(len(paths), 'photo~')} of {count_of(len(people), 'person')}" if paths else "no photos"
         raise InputError(f"{source} has {found}{where}; pass a folder with one folder per person, such as "
                          f"0000045/001.jpg, of several people{left_out}.")
     refuse_lfw(source, paths)
@@ -155,7 +154,7 @@ def refuse_lfw(source, paths):
 def _open(root):
     root = Path(root).expanduser()
     if not is_zip(root):
-        root = folder(root, "CASIA-WebFace")
+        root = existing_folder(root, "CASIA-WebFace")
         if (root / "train.rec").is_file():
             return Records(root)
     return open_source(root)
@@ -184,7 +183,7 @@ def _layout_notes(source, people):
     parents, names = {name.rpartition("/")[0] for name in people}, {name.rpartition("/")[2] for name in people}
     notes = ()
     if len(parents) == 1 and "" not in parents:
-        notes += (f"the person folders are in {source}/{printable(parents.pop())}",)
+        notes += (f"the person folders are in {source}/{parents.pop()}",)
     if len(names) < len(people):
         notes += (f"{len(people):,} person folders have only {count_of(len(names), 'different name~')}; folders "
                   "of the same name in different folders count as different people",)

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from tqdm import tqdm
 
-from faces.files import InputError, ZipReader
+from faces.files import InputError
 from faces.images import EXTENSIONS, MAX_BYTES, Scan, UnreadableImage, is_system_name, scan_images, sort_in
 from faces.landmarks import normal_form
 
@@ -68,7 +68,7 @@ class Zip:
     def __init__(self, path):
         self.path = Path(path)
         try:
-            self.archive = zipfile.ZipFile(ZipReader(self.path))
+            self.archive = zipfile.ZipFile(self.path)
         except InputError:
             raise
         except OSError as error:
@@ -136,6 +136,7 @@ class Zip:
 
 def open_source(root):
     """Return the Zip or Folder at a path that exists."""
+    root = Path(root).expanduser()
     return Zip(root) if is_zip(root) else Folder(root)
 
 
