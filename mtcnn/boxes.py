@@ -1,35 +1,35 @@
-"""Operations on boxes (n, 4), x1, y1, x2, y2, from several images; `image_index`, int (n,), is the image of each."""
+"""Operations on boxes (n, 4), x1, y1, x2, y2, from several images; `owner`, int (n,), is the index of each box's image.
+
+Coordinates are distances from the upper left corner of the image: pixel k covers k to k + 1, and a box's width is
+x2 - x1. Nothing is rounded. The authors' release truncates and adds or subtracts 1 in places, which shifts its boxes by
+a fraction of a pixel of the resized image, up to a twelfth of the face at the far border.
+"""
 import numpy as np
 import torch
 
 
-def squares(boxes, image_index, sizes):
+def squares(boxes: np.ndarray, owner: np.ndarray, sizes) -> tuple[np.ndarray, np.ndarray]:
     """Extend boxes to squares with the same center and the longer side, and drop those outside their image.
 
-    Args:
-        sizes: (height, width) of each image.
-
-    Returns:
-        (boxes, image_index) of those that remain.
+    `sizes` has the (height, width) of each image. Returns the remaining (boxes, owner).
     """
     side = (boxes[:, 2:] - boxes[:, :2]).max(1, initial=0)[:, None]
     corner = (boxes[:, :2] + boxes[:, 2:] - side) / 2
-    limit = np.array(sizes, np.float32).reshape(-1, 2)[image_index, ::-1]
+    limit = np.array(sizes, np.float32).reshape(-1, 2)[owner, ::-1]
     keep = ((side >= 1) & (corner < limit) & (corner + side > 0)).all(1)
-    return np.concatenate((corner, corner + side), 1)[keep], image_index[keep]
+    return np.concatenate((corner, corner + side), 1)[keep], owner[keep]
 
 
-def regress(boxes, offsets):
+def regress(boxes: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """Move the sides of boxes by `offsets` (n, 4), which are fractions of the width or height."""
     size = boxes[:, 2:] - boxes[:, :2]
     return boxes + offsets * np.concatenate((size, size), 1)
 
 
-def nms(boxes, scores, image_index, threshold):
-    """Apply non-maximum suppression within each image; overlap is intersection over union.
+def nms(boxes: np.ndarray, scores: np.ndarray, owner: np.ndarray, threshold: float) -> np.ndarray:
+    """Apply non-maximum suppression by intersection over union within each image.
 
-    Returns:
-        Rows to keep, int, ordered by image and, within an image, by decreasing score.
+    Returns the rows to keep, int, ordered by image and, within an image, by decreasing score.
     """
     from torchvision import ops  # imported here because it takes seconds, and most commands don't detect faces
 
@@ -37,11 +37,11 @@ def nms(boxes, scores, image_index, threshold):
         return rows[ops.nms(torch.from_numpy(boxes[rows]), torch.from_numpy(scores[rows]), threshold).numpy()]
 
     scores = scores.astype(boxes.dtype, copy=False)
-    return _for_each_image(image_index, keep)
+    return _for_each_image(owner, keep)
 
 
-def nms_of_smaller(boxes, scores, image_index, threshold):
-    """Apply nms() with the intersection over the smaller area, which also suppresses a box inside another."""
+def nms_of_smaller(boxes: np.ndarray, scores: np.ndarray, owner: np.ndarray, threshold: float) -> np.ndarray:
+    """Apply nms() with the intersection over the smaller area, "Min" in the authors' release."""
     low, high = boxes[:, :2], boxes[:, 2:]
     area = (high - low).prod(1)
 
@@ -54,11 +54,11 @@ def nms_of_smaller(boxes, scores, image_index, threshold):
             kept.append(best)
         return np.array(kept)
 
-    return _for_each_image(image_index, keep)
+    return _for_each_image(owner, keep)
 
 
-def _for_each_image(image_index, keep):
+def _for_each_image(owner, keep):
     """Return the concatenation of keep(rows) over the rows of each image."""
-    order = np.argsort(image_index, kind="stable")
-    borders = np.flatnonzero(np.diff(image_index[order])) + 1
-    return np.concatenate([keep(rows) for rows in np.split(order, borders)]) if len(image_index) else np.empty(0, int)
+    order = np.argsort(owner, kind="stable")
+    borders = np.flatnonzero(np.diff(owner[order])) + 1
+    return np.concatenate([keep(rows) for rows in np.split(order, borders)]) if len(owner) else np.empty(0, int)

@@ -11,42 +11,34 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from faces.signals import end_quietly
+import numpy as np
 
-end_quietly(__name__)    # Ctrl-C during the slow imports below prints no traceback
 from faces.data.casia import LANDMARK_LIST, list_photos, person
 from faces.data.sources import Folder
-from faces.files import command, folder, script_parser
-from faces.landmarks import default_list, write_landmarks
-from faces.text import people_count, printable
-from mtcnn import landmark_lists as lists
+from faces.files import command, count_of, existing_folder, path, script_parser, shorten
+from mtcnn.landmark_lists import list_parser, make_list
+from mtcnn.search import NO_FACE
 
 
 @command
 def main(argv=None):
-    parser = script_parser(__doc__)
-    parser.add_argument("--casia", type=Path, required=True, metavar="DIR",
+    parser = list_parser(script_parser(__doc__))
+    parser.add_argument("--casia", type=path, required=True, metavar="DIR",
                         help="folder that holds one folder per person, such as 0000045/001.jpg")
-    lists.add_list_options(parser)
     args = parser.parse_args(argv)
-    detector = lists.list_detector(args)    # checks the options, too
-    root = folder(args.casia, "one folder of photos per person, such as 0000045/001.jpg")
-    paths, notes = list_photos(Folder(root))    # the same that training takes
-    for note in notes:
-        print(note)
-    output = args.output or default_list(root, LANDMARK_LIST)
-    with lists.reserved(output):
-        journal, unreadable = lists.find_all(root, paths, output, detector, args)
-        lists.median_or_stop(journal.finds(), root)
-        people = sorted({person(paths[find.index]) for find in journal.finds() if find.points})
-        label = {name: i for i, name in enumerate(people)}
-        write_landmarks(output, ((paths[find.index], label[person(paths[find.index])], find.points)
-                                 for find in journal.finds() if find.points))
-        lists.report(paths, journal, unreadable, output, "left out")
-        lost = sorted({person(path) for path in paths} - set(people))
-        names = printable(" ".join(lost[:10]))
-        print(f"{people_count(len(people))}; people without any image left: {len(lost)} {names}".rstrip())
-        journal.remove()
+    source = Folder(existing_folder(args.casia, "one folder of photos per person, such as 0000045/001.jpg"))
+    photos, notes = list_photos(source)    # the same as in training
+    print(*notes, sep="\n", end="\n" if notes else "")
+
+    def rows(found, _):
+        listed = np.flatnonzero(found["attempt"] > NO_FACE)
+        people = sorted({person(photos[i]) for i in listed})
+        lost = sorted(set(map(person, photos)) - set(people))
+        print(f"{count_of(len(people), 'person')}; people without any image left: {len(lost):,}", shorten(lost))
+        label = {name: number for number, name in enumerate(people)}
+        return ((photos[i], label[person(photos[i])], found["points"][i]) for i in listed)
+
+    make_list(source, photos, LANDMARK_LIST, args, rows, "left out")
 
 
 if __name__ == "__main__":

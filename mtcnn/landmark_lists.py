@@ -1,40 +1,37 @@
-"""Find the landmarks of all images in a folder; shared by lfw_landmark.py and casia_landmark.py.
+"""Find the landmarks of all images of a data set; shared by lfw_landmark.py and casia_landmark.py.
 
-Results are appended to a journal beside the list, from which an interrupted or killed run continues. The list itself is
-written atomically at the end.
+Results are appended to `.NAME.partial` beside the list, from which an interrupted or killed run continues. The list
+itself is written at the end.
 """
-import contextlib
-import hashlib
+import argparse
+import io
+import json
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
-from faces.files import InputError, atomic_write, locked, remove_partial, version
-from faces.landmarks import is_landmark_list
-from faces.signals import resumable
-from faces.text import count_of, printable
+from faces.data.sources import Folder
+from faces.files import InputError, at_least, atomic_write, check_writable, count_of, locked, path, reading, shorten
+from faces.images import summarize
+from faces.landmarks import default_list, photos_digest, write_landmarks
 from mtcnn.detector import Detector, add_options, make_detector
-from mtcnn.journal import Journal
-from mtcnn.search import ATTEMPTS, RULES, fastest_device, normalize_rule, search
+from mtcnn.search import ATTEMPTS, NO_FACE, RULES, search
 
 MAX_UNREADABLE = 0.01    # fraction of the images; a run with more of them stops
-MAX_SHOWN = 20           # names to print per kind of failure; .failed.txt lists all of them
+UNKNOWN = -2
 
 
-def median_points(finds):
-    """Return the median landmarks of all faces, as fractions of width and height: float (5, 2), or None."""
-    fractions = [(np.reshape(f.points, (5, 2)) / f.size).astype(np.float32) for f in finds if f.points]
-    return np.median(fractions, axis=0) if fractions else None
+# What was found in an image: (width, height); index into ATTEMPTS, NO_FACE, or UNKNOWN if it can't be read; landmarks.
+FOUND = np.dtype([("size", np.int32, 2), ("attempt", np.int8), ("points", np.float64, (5, 2))])
 
 
-def find_landmarks(root, paths, device="auto"):
-    """Detect the landmarks of some images without writing a list.
-
-    Args:
-        root: the folder.
-        paths: N paths below it.
-        device: where the networks run, as mtcnn.detector.Detector takes it.
+def find_landmarks(root: Path | str, paths: list[str], device="auto") -> tuple[np.ndarray, int]:
+    """Detect the landmarks of the images `paths` below `root` without writing a list.
 
     Returns:
         float32 (N, 5, 2), pixels of the whole images; and the number of images without a face, which get the median
@@ -43,147 +40,124 @@ def find_landmarks(root, paths, device="auto"):
     Raises:
         InputError: an image can't be read, or none of them has a face.
     """
-    detector, finds = Detector(device=device), []
-    workers = None if detector.device.type == "cpu" else 0  # starting processes on a GPU would take as long as it saves
-    with tqdm(desc="detecting landmarks", total=len(paths), unit=" images") as bar:
-        for batch, unreadable in search(root, paths, range(len(paths)), detector, "center", workers=workers):
-            if unreadable:
-                i, reason = next(iter(unreadable.items()))
-                raise InputError(f"can't read {Path(root) / paths[i]}: {reason}; replace it.")
-            finds += batch
-            bar.update(len(batch))
-    median = median_or_stop(finds, root)
-    points = [np.reshape(f.points, (5, 2)) if f.points else median * f.size for f in finds]
-    return np.array(points, np.float32).reshape(-1, 5, 2), sum(f.points is None for f in finds)
+    detector = Detector(device=device)
+    workers = None if detector.device.type == "cpu" else 0    # starting processes on a GPU takes as long as it saves
+    found, _ = find_all(root, paths, detector, "center", workers, max_unreadable=0)
+    return median_filled(found).astype(np.float32), int((found["attempt"] == NO_FACE).sum())
 
 
-def median_or_stop(finds, root):
-    """Return median_points(finds).
-
-    Raises:
-        InputError: no image has a face.
-    """
-    median = median_points(finds)
-    if median is None:
-        raise InputError(f"no face was found in any image in {root}; pass a folder with photos of faces.")
-    return median
+def median_filled(found: np.ndarray) -> np.ndarray:
+    """Return the points of an array of FOUND, with the median landmarks of all faces where no face was found."""
+    points, has_face = found["points"].copy(), found["attempt"] > NO_FACE
+    relative = (points[has_face] / found["size"][has_face, None]).astype(np.float32)
+    points[~has_face] = np.median(relative, axis=0) * found["size"][~has_face, None]
+    return points
 
 
-def add_list_options(parser):
-    """Add the options that both scripts have."""
-    parser.add_argument("--output", type=Path, metavar="FILE",
-                        help="the list (default: in cache/ of this clone, where training and evaluation look for it)")
-    parser.add_argument("--select", type=normalize_rule, choices=RULES, default="center",
-                        help="which face of several: nearest the center of the image (default; right for LFW and "
-                             "CASIA), the largest, or the one with the highest score")
-    parser.add_argument("--batch-size", type=int, default=32, metavar="IMAGES",
-                        help="images per batch for a worker process, at least 1 (default: 32)")
-    parser.add_argument("--workers", type=int, metavar="N",
-                        help="worker processes (default: one per core, but at most 8 with CUDA, which they share; 0 "
-                             "with mps)")
-    add_options(parser, auto="CUDA if available, else the CPU; also the CPU if it has 32 cores or more, which should "
-                             "be as fast as a GPU")
+def list_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the options of both scripts to a parser, and return it."""
+    parser.add_argument("--output", type=path, metavar="FILE",
+                        help="the list (default: in cache/, where training and evaluation look for it)")
+    parser.add_argument("--select", choices=RULES, default="center", help="which face to keep if several are found")
+    parser.add_argument("--workers", type=at_least(0), metavar="N",
+                        help="worker processes (default: one per core, at most 8 with CUDA, 0 with mps)")
+    add_options(parser)
+    return parser
 
 
-def list_detector(args):
-    """Return the Detector that the options ask for; `--device auto` is the device that is likely to be fastest.
-
-    Raises:
-        InputError: an option is out of range, or the device is not available.
-    """
-    if args.batch_size < 1:
-        raise InputError(f"--batch-size {args.batch_size} is out of range; it must be at least 1.")
-    if args.workers is not None and args.workers < 0:
-        raise InputError(f"--workers {args.workers} is out of range; it must be 0 or more.")
-    return make_detector(args, fastest_device(args.device))
-
-
-@contextlib.contextmanager
-def reserved(output):
-    """Keep other processes from making the list `output` in a `with` block.
-
-    Raises:
-        InputError: another process is making it, it is a folder, or it exists and is not a landmark list.
-    """
-    if output.is_dir():
-        raise InputError(f"{output} is a folder; pass a file as --output, such as {output / 'landmarks.txt'}.")
-    with resumable(), locked(output.with_name(f".{output.name}.lock"), f"making {output}", wait=False,
-                             advice="choose another --output, on a writable local disk"):
-        if output.exists() and output.stat().st_size and not is_landmark_list(output):
-            raise InputError(f"{output} exists and is not a landmark list; pass another file as --output.")
-        remove_partial(output, _failed_list(output))
-        yield
-
-
-def find_all(root, paths, output, detector, args):
-    """Find the faces in all images of a folder, continuing the journal beside `output`.
+def make_list(source: Folder, paths: list[str], name: str, args: argparse.Namespace, rows: Callable, fate: str):
+    """Find the landmarks of photos, write their list, and print a summary.
 
     Args:
-        root: the folder.
-        paths: N paths below it.
-        output: the list that is being made.
-        detector: mtcnn.detector.Detector.
-        args: has select, batch_size and workers; see add_list_options().
+        source, paths: the photos.
+        name: default name of the list.
+        args: the options of list_parser().
+        rows: takes what find_all() returns, and returns the rows for write_landmarks().
+        fate: what happens to images without a face, for the summary.
+    """
+    on_cpu = args.device == "auto" and not torch.cuda.is_available()    # many processes are faster than MPS
+    detector, output = make_detector(args, "cpu" if on_cpu else None), args.output or default_list(source.root, name)
+    check_writable(output.parent)
+    with locked(output.with_name(f".{output.name}.lock"), f"making {output}", wait=False):
+        digest, partial = photos_digest(source), output.with_name(f".{output.name}.partial")
+        settings = {"photos": digest, "select": args.select, "min_face_size": detector.min_face_size,
+                    "attempts": ATTEMPTS, "device": detector.device.type}    # rounding depends on the device
+        with open(partial, "a+b") as file:
+            found, problems = find_all(source.root, paths, detector, args.select, args.workers, file, settings)
+        write_landmarks(output, rows(found, problems), made_from=digest)
+        report(paths, found["attempt"], problems, output, fate)
+        partial.unlink()
+
+
+def find_all(root, paths: list[str], detector: Detector, select: str, workers: int | None, partial=None, settings=None,
+             max_unreadable: float = MAX_UNREADABLE) -> tuple[np.ndarray, dict[int, str]]:
+    """Find the landmarks of the images `paths` below `root`.
+
+    Args:
+        select, workers: see mtcnn.search.search().
+        partial: file with the results so far, which is continued if it was begun with the same settings.
+        max_unreadable: fraction of the images that may be unreadable.
 
     Returns:
-        Journal, complete except for unreadable images, and {index: reason} of those.
+        FOUND (N,), and for each unreadable image the reason.
 
     Raises:
-        InputError: more than MAX_UNREADABLE of the images can't be read.
+        InputError: more images can't be read, or none has a face.
     """
-    settings = {"folder": str(root.resolve()), "images": digest(paths),
-                "photos": digest(version(root / path) for path in paths),
-                "select": args.select, "min_face_size": detector.min_face_size, "factor": detector.factor,
-                "attempts": ATTEMPTS, "device": detector.device.type}    # a GPU adds in another order
-    journal, unreadable = Journal(output, settings, len(paths)), {}
-    indices = journal.missing()
-    if 0 < len(indices) < len(paths):
-        print(f"continuing: {len(paths) - len(indices):,} of {count_of(len(paths), 'image~')} already done")
-    with tqdm(desc="landmarks", total=len(paths), initial=len(paths) - len(indices), unit=" images") as bar:
-        for finds, bad in search(root, paths, indices, detector, args.select, args.batch_size, args.workers):
-            journal.add(finds)
-            unreadable.update(bad)
-            if len(unreadable) > MAX_UNREADABLE * len(paths):
-                examples = "; ".join(f"{printable(paths[i])}: {why}" for i, why in list(unreadable.items())[:5])
-                raise InputError(f"{len(unreadable):,} of {count_of(len(paths), 'image~')} in {root} can't be read, "
-                                 f"more than {MAX_UNREADABLE:.0%} ({examples}); replace or remove them and run the "
-                                 "command again.")
-            bar.update(len(finds) + len(bad))
-    if journal.missing() != sorted(unreadable):
-        raise InputError(f"{journal.path} is incomplete; run the command again.")
-    return journal, unreadable
+    found, problems, partial = np.zeros(len(paths), FOUND), {}, partial or io.BytesIO()
+    found["attempt"] = UNKNOWN
+    for i, *values in read_partial(partial, json.dumps(settings).encode() + b"\n"):
+        found[i] = tuple(values)
+    missing = np.flatnonzero(found["attempt"] == UNKNOWN).tolist()
+    done = len(paths) - len(missing)
+    if done:
+        print(f"continuing: {done:,} of {count_of(len(paths), 'image~')} already done")
+    with tqdm(desc="landmarks", total=len(paths), initial=done, unit=" images", disable=sys.stderr is None) as bar:
+        for batch in search(root, [(i, paths[i]) for i in missing], detector, select, workers):
+            problems |= {find.index: find.problem for find in batch if find.problem}    # a later run tries them again
+            for i, size, attempt, points, _ in (find for find in batch if not find.problem):
+                found[i] = size, attempt, points
+                partial.write(json.dumps((i, size, attempt, points)).encode() + b"\n")
+            partial.flush()
+            bar.update(len(batch))
+            if len(problems) > max_unreadable * len(paths):
+                raise InputError(f"{len(problems):,} of {count_of(len(paths), 'image~')} in {root} can't be read "
+                                 f"({summarize([(paths[i], why) for i, why in problems.items()])}); replace or remove "
+                                 "them and run the command again.")
+    if (found["attempt"] <= NO_FACE).all():
+        raise InputError(f"no face was found in any image in {root}; pass a folder with photos of faces.")
+    return found, problems
 
 
-def _failed_list(output):
-    return output.with_name(f"{output.stem}.failed.txt")
+def read_partial(file: BinaryIO, header: bytes) -> Iterator[list]:
+    """Yield the lines of a partial file and drop an incomplete one at its end; empty it if its header is another."""
+    file.seek(0)
+    first, end = file.readline(), len(header)
+    if first != header:
+        if first:
+            print("starting over, because the photos or the options have changed")
+        file.truncate(0)
+        file.write(header)
+        return
+    with reading(file.name, "record of an interrupted run", "delete it and run the same command again"):
+        for line in file:
+            if line.endswith(b"\n"):
+                yield json.loads(line)
+                end += len(line)
+    file.truncate(end)
 
 
-def digest(lines):
-    """Return a hash of some lines, joined by newlines."""
-    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
-
-
-def report(paths, journal, unreadable, output, fate):
-    """Print a summary; list the images that needed a retry or failed on the terminal and in .failed.txt.
-
-    Args:
-        fate: what happened to images without a face, such as "median landmarks".
-    """
-    retried = [paths[find.index] for find in journal.finds() if find.attempt > 0]
-    faceless = [paths[find.index] for find in journal.finds() if find.attempt < 0]
-    bad = [f"{paths[i]}: {unreadable[i]}" for i in sorted(unreadable)]
-    kinds = {"found only in a frame or with lower thresholds": retried, f"no face found, {fate}": faceless,
-             "unreadable, left out": bad}
-    failed = _failed_list(output)
+def report(paths: list[str], attempts: np.ndarray, problems: dict[int, str], output: Path, fate: str):
+    """Print a summary; name the images that needed a retry or failed in NAME.failed.txt beside the list."""
+    kinds = {"found only in a frame or with lower thresholds": [paths[i] for i in np.flatnonzero(attempts > 0)],
+             f"no face found, {fate}": [paths[i] for i in np.flatnonzero(attempts == NO_FACE)],
+             "unreadable, left out": [f"{paths[i]}: {problem}" for i, problem in sorted(problems.items())]}
+    failed = output.with_name(f"{output.stem}.failed.txt")
     failed.unlink(missing_ok=True)
-    if retried or faceless or bad:
-        with atomic_write(failed, "w", encoding="utf-8") as file:
-            file.writelines(f"{kind}\t{printable(name)}\n" for kind, names in kinds.items() for name in names)
-    print(f"{count_of(len(paths), 'image~')}: a face in {len(paths) - len(faceless) - len(bad)}")
+    if any(kinds.values()):
+        with atomic_write(failed, "w") as file:
+            file.writelines(f"{kind}\t{name}\n" for kind, names in kinds.items() for name in names)
+    print(f"{count_of(len(paths), 'image~')}: a face in {(attempts > NO_FACE).sum():,}")
     for kind, names in kinds.items():
-        print(f"  {kind}: {len(names)}")
-        for name in names[:MAX_SHOWN]:
-            print(f"    {printable(name)}")
-        if len(names) > MAX_SHOWN:
-            print(f"    and {len(names) - MAX_SHOWN} more, see {failed}")
+        print(f"  {kind}: {len(names):,}" + (f" ({shorten(names)}; all are in {failed})" if names else ""))
     print(f"landmarks: {output}")

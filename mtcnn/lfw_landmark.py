@@ -8,61 +8,29 @@ An image without a face gets the median landmarks of the others; such images are
 continues where it stopped.
 """
 import sys
-from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from faces.signals import end_quietly
-
-end_quietly(__name__)    # Ctrl-C during the slow imports below prints no traceback
-import numpy as np
-
-from faces.files import InputError, command, folder, script_parser
-from faces.images import list_images
-from faces.landmarks import default_list, write_landmarks
-from mtcnn import landmark_lists as lists
-
-
-def list_photos(root):
-    """Return the sorted paths of all images in a folder that holds one folder of photos per person.
-
-    Raises:
-        InputError: there are no images, or most of them are in `root` itself or in folders further down.
-    """
-    paths = list_images(root)
-    wanted = "the folder that holds one folder of photos per person, such as Name/Name_0001.jpg"
-    if not paths:
-        raise InputError(f"{root} contains no images; pass {wanted}.")
-    depths = Counter(path.count("/") for path in paths)
-    if 2 * depths[0] > len(paths):
-        raise InputError(f"the photos in {root} are not in a person folder; pass {wanted}"
-                         + (f", perhaps {root.resolve().parent}." if depths[0] == len(paths) else "."))
-    if 2 * (depths[0] + depths[1]) < len(paths):
-        above = sorted({path.rsplit("/", 2)[0] for path in paths if path.count("/") > 1})  # the person folders
-        if len(above) == 1:
-            raise InputError(f"the person folders are not in {root} but further down; pass {root / above[0]}.")
-        raise InputError(f"the person folders are not in {root} but in {len(above)} folders below it; pass one of "
-                         f"them, such as {root / above[0]}, or move all person folders into one.")
-    return paths
+from faces.data.sources import Folder
+from faces.files import InputError, command, existing_folder, path, script_parser
+from mtcnn.landmark_lists import list_parser, make_list, median_filled
 
 
 @command
 def main(argv=None):
-    parser = script_parser(__doc__)
-    parser.add_argument("--lfw", type=Path, required=True, metavar="DIR",
+    parser = list_parser(script_parser(__doc__))
+    parser.add_argument("--lfw", type=path, required=True, metavar="DIR",
                         help="folder of Name/Name_0001.jpg, or any set with the same layout")
-    lists.add_list_options(parser)
     args = parser.parse_args(argv)
-    detector = lists.list_detector(args)    # checks the options, too
-    root = folder(args.lfw, "LFW images as Name/Name_0001.jpg")
-    paths = list_photos(root)
-    output = args.output or default_list(root, "lfw_landmark.txt")
-    with lists.reserved(output):
-        journal, unreadable = lists.find_all(root, paths, output, detector, args)
-        median = lists.median_or_stop(journal.finds(), root)
-        write_landmarks(output, ((paths[f.index], f.points or median * np.array(f.size)) for f in journal.finds()))
-        lists.report(paths, journal, unreadable, output, "median landmarks")
-        journal.remove()
+    source = Folder(existing_folder(args.lfw, "LFW images as Name/Name_0001.jpg"))
+    photos = source.names()
+    if not photos:
+        raise InputError(f"{source} contains no images; pass the folder that holds one folder of photos per person.")
+
+    def rows(found, problems):
+        return ((photos[i], points) for i, points in enumerate(median_filled(found)) if i not in problems)
+
+    make_list(source, photos, "lfw_landmark.txt", args, rows, "median landmarks")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """Image pyramid: the levels that P-Net searches, and from which crops for R-Net and O-Net are sampled."""
+import math
 from bisect import bisect_right
 
 import cv2
@@ -17,30 +18,26 @@ class Pyramid:
     Attributes:
         size: (height, width) of the image.
         levels: uint8 arrays, starting with the image.
-        first_searched: index of the largest level that P-Net searches; it searches all that follow.
+        searched: the levels that P-Net searches, the smaller ones.
     """
 
-    def __init__(self, image, min_face_size, factor):
+    def __init__(self, image: np.ndarray, min_face_size: float, factor: float):
         self.size = image.shape[:2]
-        sizes, self.first_searched = level_sizes(*self.size, min_face_size, factor)
+        sizes, first = level_sizes(*self.size, min_face_size, factor)
         self.levels = [image]
         for rows, columns in sizes[1:]:
             self.levels.append(cv2.resize(self.levels[-1], (columns, rows), interpolation=cv2.INTER_LINEAR))
+        self.searched = self.levels[first:]
         # The first is not computed, because an empty image has no rows or columns to divide by.
         self.scales = [1.0] + [min(rows / self.size[0], columns / self.size[1]) for rows, columns in sizes[1:]]
 
-    def searched(self):
-        """Return the levels that P-Net searches."""
-        return self.levels[self.first_searched:]
-
-    def crop(self, box, target):
+    def crop(self, box: list, target: np.ndarray):
         """Resample a box into `target`, uint8 (size, size, 3), bilinearly; pixels outside the image are black.
 
-        The crop is taken from the smallest level that has at least one pixel per pixel of the target. The box is not
-        rounded to whole pixels, because what a network finds in the crop is relative to the box itself.
+        The crop is taken from the smallest level that has at least one pixel per pixel of the target.
 
         Args:
-            box: four floats, a square, in pixels of the image; pixel k covers k to k + 1.
+            box: four floats, a square, in pixels of the image, not rounded; pixel k covers k to k + 1.
         """
         size = target.shape[0]
         step = (box[2] - box[0]) / size                               # pixels of the image per pixel of the target
@@ -56,7 +53,7 @@ class Pyramid:
         cv2.warpAffine(near, to_level, (size, size), dst=target, flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
 
 
-def level_sizes(height, width, min_face_size, factor):
+def level_sizes(height: int, width: int, min_face_size: float, factor: float) -> tuple[list, int]:
     """Return the sizes (rows, columns) of all levels, starting with the image, and the index of the first to search.
 
     At the first level to search, a face of min_face_size has 12 pixels; the last has at least 12 rows and columns. The
@@ -70,11 +67,6 @@ def level_sizes(height, width, min_face_size, factor):
         half /= 2
     first = len(sizes)
     while min(height, width) * scale >= CELL:
-        sizes.append((round_up_to_even(height * scale), round_up_to_even(width * scale)))
+        sizes.append((2 * math.ceil(height * scale / 2), 2 * math.ceil(width * scale / 2)))
         scale *= factor
     return sizes, first
-
-
-def round_up_to_even(number):
-    """Round up to an even integer."""
-    return 2 * int(np.ceil(number / 2))
