@@ -11,12 +11,13 @@ TEMPLATE = np.array([[30.2946, 51.6963], [65.5318, 51.5014], [48.0252, 71.7366],
                      [33.5493, 92.3655], [62.7299, 92.2041]])
 TEMPLATE.flags.writeable = False
 SQUARE_SHIFT = 8
+MAX_SIDE = 2**15 - 1    # pixels; cv2.warpAffine takes no larger image
 # Bounds on the fit to the template. Of 18,000 real photos, the lowest correlation is 0.81.
 MIN_CORRELATION, MIN_SCALE = 0.6, 0.05     # a face with 2 pixels between the eyes has the scale 0.057
 MIN_TYPICAL = 0.8                          # correlation of upright faces, median of a list; real lists have 0.99
 
 
-def similarity_transform(source, target=TEMPLATE):
+def similarity_transform(source: np.ndarray, target: np.ndarray = TEMPLATE) -> np.ndarray:
     """Return the least-squares similarity transform from `source` to `target`: rotation, scale, translation.
 
     A reflection is never returned. This is the closed form of Umeyama (PAMI 1991) in two dimensions: in complex
@@ -39,7 +40,7 @@ def similarity_transform(source, target=TEMPLATE):
     return matrix
 
 
-def similarity_transforms(source, target=TEMPLATE):
+def similarity_transforms(source: np.ndarray, target: np.ndarray = TEMPLATE) -> tuple[np.ndarray, list[str | None]]:
     """Return the similarity transforms of many faces at once; see similarity_transform().
 
     Args:
@@ -66,7 +67,7 @@ def similarity_transforms(source, target=TEMPLATE):
     return np.stack([a.real, -a.imag, b.real, a.imag, a.real, b.imag], axis=1).reshape(-1, 2, 3), reasons
 
 
-def arrangement_problem(points):
+def arrangement_problem(points: np.ndarray) -> str | None:
     """Return what is wrong with the order of the numbers in a landmark list, or None.
 
     A single face can have any pose, but most faces in a list are upright. If they are not, other orders are tried.
@@ -95,7 +96,7 @@ def arrangement_problem(points):
     return None if typical > MIN_TYPICAL else "most of its points are not arranged like those of an upright face"
 
 
-def position_problem(centers):
+def position_problem(centers: np.ndarray) -> str | None:
     """Return where the landmarks of a set of images are, to follow "are in", if they belong to copies of another size.
 
     In most photos of a set, the face is near the center; in those of CASIA-WebFace and LFW, it always is.
@@ -114,7 +115,7 @@ def position_problem(centers):
     return None
 
 
-def check_inside(landmarks, shape):
+def check_inside(landmarks: np.ndarray, shape: tuple):
     """Raise ValueError if most landmarks, float (5, 2), are outside an image of the shape (height, width, ...).
 
     A face may extend past its border.
@@ -141,7 +142,7 @@ def _typical_correlation(points):
     return float(np.median((s.conj() @ t).real / np.maximum(norms, 1e-9)))
 
 
-def align(image, landmarks):
+def align(image: np.ndarray, landmarks: np.ndarray) -> np.ndarray:
     """Return the aligned face of an image, given its landmarks.
 
     Args:
@@ -158,7 +159,7 @@ def align(image, landmarks):
     return warp(image, similarity_transform(landmarks))
 
 
-def warp(image, transform, out=None):
+def warp(image: np.ndarray, transform: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     """Return the aligned face of an image, given its transform.
 
     Args:
@@ -168,16 +169,24 @@ def warp(image, transform, out=None):
 
     Returns:
         uint8 (HEIGHT, WIDTH, 3), which is `out` if that was given; pixels outside the image are black.
-
-    Raises:
-        ValueError: the image is too wide or too tall for OpenCV.
     """
-    if max(image.shape) >= 2**15 - 1:
-        raise ValueError(f"an image of {image.shape[1]} x {image.shape[0]} pixels is too large to align")
+    if max(image.shape) >= MAX_SIDE:
+        image, transform = _part(image, transform)
     return cv2.warpAffine(image, transform, (WIDTH, HEIGHT), dst=out, flags=cv2.INTER_LINEAR)
 
 
-def crop_aligned(image):
+def _part(image, transform):
+    """Return the part of a large image that a face needs, and the transform of that part; OpenCV counts in 16 bits."""
+    corners = np.array([[0, 0, 1], [WIDTH, 0, 1], [0, HEIGHT, 1], [WIDTH, HEIGHT, 1]]).T
+    corners = cv2.invertAffineTransform(transform) @ corners
+    low, high = corners.min(1).astype(int) - 2, corners.max(1).astype(int) + 3
+    (left, top), (right, bottom) = np.clip((low, high), 0, image.shape[1::-1])
+    step = int(max(right - left, bottom - top)) // MAX_SIDE + 1    # of a face this large, few pixels are used
+    scale = np.array([[step, 0, left], [0, step, top], [0, 0, 1]])
+    return np.ascontiguousarray(image[top:bottom:step, left:right:step]), transform @ scale
+
+
+def crop_aligned(image: np.ndarray) -> np.ndarray:
     """Return a face that is already aligned, 112x96 or 112x112, cropped to 112x96.
 
     Args:
@@ -198,7 +207,7 @@ def crop_aligned(image):
                      f"and {WIDTH} or {HEIGHT} columns, so landmarks are needed")
 
 
-def load_face(source, landmarks=None):
+def load_face(source, landmarks: np.ndarray | None = None) -> np.ndarray:
     """Read an image and return its aligned face; without landmarks, the image must already be aligned.
 
     Args:

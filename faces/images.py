@@ -7,7 +7,6 @@ import contextlib
 import io
 import os
 import re
-import zlib
 from collections import Counter
 from typing import NamedTuple
 
@@ -32,19 +31,17 @@ MAX_PIXELS = 128_000_000
 MAX_BYTES = 384_000_000      # an uncompressed file of that many pixels
 MAX_MEMORY = 1_000_000_000   # for the file, the image, and whatever else the decoder needs
 MAX_SCAN_PIXELS = 850_000_000    # in all scans of a progressive JPEG, which usually has ten scans
-# Bytes per pixel: 3 for the image, 3 for a rotated copy, and the decoder's own.
-LEAN, JPEG_WITH_SCANS, GREEDY = 6, 12, 17
-ORIENTATION = 0x0112         # EXIF tag
-
-START_OF_FRAME = frozenset({*range(0xc0, 0xd0)} - {0xc4, 0xc8, 0xcc})
-SOF_PROGRESSIVE, DHT, SOI, EOI, SOS, APP0, APP1, APP14 = 0xc2, 0xc4, 0xd8, 0xd9, 0xda, 0xe0, 0xe1, 0xee
-DECODED = START_OF_FRAME | {DHT, 0xcc, 0xdb, 0xdd, SOS, APP0, APP14, EOI}     # segments that the pixels depend on
-MARKER = re.compile(rb"\xff[^\x00-\x01\xd0-\xd7\xff]")    # in compressed data, the others are no markers or restarts
-MAX_SEGMENTS = 10_000                                     # an ordinary JPEG has a few dozen
-# Zeros before a restart marker or at the end of a scan; in compressed data, ff is followed by a zero of its own.
+LEAN, JPEG_WITH_SCANS, GREEDY = 6, 12, 18    # bytes per pixel, with those of a rotated copy and of the decoder
+ORIENTATION = 0x0112                         # EXIF tag
+# Markers of JPEG. In compressed data, MARKER finds none but the one that ends them.
+START_OF_FRAME = frozenset(range(0xc0, 0xd0)) - {0xc4, 0xc8, 0xcc}
+PROGRESSIVE, SOI, EOI, SOS, APP1, APP14 = 0xc2, 0xd8, 0xd9, 0xda, 0xe1, 0xee
+NEEDED = START_OF_FRAME | {0xc4, 0xcc, 0xdb, 0xdd, SOS, EOI}    # tables, frames and scans: what pixels depend on
+MARKER = re.compile(rb"\xff[^\x00-\x01\xd0-\xd7\xff]")
+MAX_SEGMENTS = 10_000        # an ordinary JPEG has a few dozen
+# Zeros before a restart marker or at the end of a scan, but not the one that follows each ff in compressed data.
 PADDING = re.compile(rb"(?:(?<![\x00\xff])|(?<=\xff\x00))\x00+(?=\xff+[\xd0-\xd7]|\Z)")
-MAX_UNKNOWN = 16             # unknown bytes that may follow complete data
-READ_AHEAD = 8               # bytes after the data that the decoder does not count
+MAX_UNKNOWN = 16             # other bytes that may follow complete data; after damage, more of them are left over
 
 
 class UnreadableImage(ValueError):
@@ -236,24 +233,13 @@ def _from_pillow(image):
 
 
 def _to_8_bits(image):
-    """Return pixels with more than 8 bits as uint8 RGB.
+    """Return pixels as uint8 RGB; of more than 8 bits, the 8 from the highest one that is used.
 
-    Files of 16 bits often hold 10 or 12 bits of a sensor, which would be almost black if the 8 highest bits were kept.
+    Files of 16 bits often hold the 10 or 12 bits of a sensor, which would be almost black otherwise.
     """
-    shift = max(0, int(image.max()).bit_length() - 8)
-    image = np.clip(image.astype(np.int32) >> shift, 0, 255).astype(np.uint8)
+    if image.dtype != np.uint8:
+        image = np.clip(image >> max(0, int(image.max()).bit_length() - 8), 0, 255).astype(np.uint8)
     return np.repeat(image[..., None], 3, axis=2) if image.ndim == 2 else image
-
-
-def _turned(image, orientation):
-    """Return an array as EXIF's orientation says, 1 to 8; anything else leaves it unchanged."""
-    if orientation in (5, 6, 7, 8):
-        image = image.swapaxes(0, 1)
-    if orientation in (2, 3, 6, 7):
-        image = image[:, ::-1]
-    if orientation in (3, 4, 7, 8):
-        image = image[::-1]
-    return np.ascontiguousarray(image)
 
 
 def _check_size(size, width, height, bytes_per_pixel):
@@ -265,145 +251,116 @@ def _check_size(size, width, height, bytes_per_pixel):
         raise UnreadableImage(f"{width} x {height} needs over {MAX_MEMORY // 10**9} GB to decode in this format")
 
 
-# JPEG. The decoder's strict mode ends at the first irregularity, also at one that does no harm. Then the file is put
-# in order and decoded again.
+def _decode_jpeg(data):
+    segments = _segments(data)
+    kinds = [kind for kind, _, _ in segments]
+    frames = [(kind, data[start:end]) for kind, start, end in segments if kind in START_OF_FRAME]
+    if not frames or len(frames[0][1]) < 9:
+        raise UnreadableImage("truncated JPEG")
+    kind, frame = frames[0]
+    height, width = (int.from_bytes(frame[i:i + 2], "big") for i in (5, 7))
+    several = kind == PROGRESSIVE or kinds.count(SOS) != 1    # then the decoder keeps all coefficients, of two bytes
+    _check_size(len(data), width, height, JPEG_WITH_SCANS if several else LEAN)
+    if kinds.count(SOS) * width * height > MAX_SCAN_PIXELS:    # a scan of a few bytes can take a pass over the image
+        raise UnreadableImage(f"{width} x {height} in {kinds.count(SOS)} scans takes too long to decode")
+    if several and kinds[-1] != EOI:    # a single scan may be whole without an end marker
+        raise UnreadableImage("truncated JPEG")
+    try:
+        image = simplejpeg.decode_jpeg(data if kinds[-1] == EOI else b"", "RGB")
+    except ValueError:
+        image = _decode_in_order(data, segments, kind == PROGRESSIVE)
+    return _turned(image, _orientation(data)) if APP1 in kinds else image
+
 
 def _segments(data):
     """Return the (marker, start, end) of a JPEG's segments up to the end marker; a scan's include its compressed data.
 
-    What follows the end marker, such as the film of a motion photo, or stands between segments, is not part of them.
+    Bytes between the segments, or after the end marker, such as the film of a motion photo, are not in any of them.
     """
     segments, position = [], 2
     while len(segments) < MAX_SEGMENTS and (found := MARKER.search(data, position)):
         start, kind = found.start(), data[found.start() + 1]
         position = start + 2
-        if kind == EOI:
-            segments.append((kind, start, position))
-            break
-        if kind >= 0xc0 and kind != SOI:    # the others have no length
+        if kind > 0xbf and kind not in (SOI, EOI):    # the others have no length
             position += int.from_bytes(data[position:position + 2], "big")
-            if kind == SOS:
-                next_marker = MARKER.search(data, position)
-                position = next_marker.start() if next_marker else len(data)
-            segments.append((kind, start, position))
+        if kind == SOS:
+            after = MARKER.search(data, position)
+            position = after.start() if after else len(data)
+        segments.append((kind, start, position))
+        if kind == EOI:
+            break
     return segments
 
 
-def _decode_jpeg(data):
-    segments = _segments(data)
-    kinds = [kind for kind, _, _ in segments]
-    frames = [(kind, start) for kind, start, _ in segments if kind in START_OF_FRAME]
-    if not frames or len(data) < frames[0][1] + 9:
-        raise UnreadableImage("truncated JPEG")
-    frame, start = frames[0]
-    height, width = (int.from_bytes(data[start + i:start + i + 2], "big") for i in (5, 7))
-    # If a file has several scans, the decoder keeps all coefficients, of two bytes each.
-    scans, progressive = kinds.count(SOS), frame == SOF_PROGRESSIVE
-    _check_size(len(data), width, height, JPEG_WITH_SCANS if progressive or scans > 1 else LEAN)
-    if scans * width * height > MAX_SCAN_PIXELS:    # each scan of a few bytes can take a pass over the whole image
-        raise UnreadableImage(f"{width} x {height} in {scans} scans takes too long to decode")
-    if kinds[-1] != EOI and (progressive or scans != 1):    # one scan may be whole without an end marker
-        raise UnreadableImage("truncated JPEG")
-    image = _strictly(data) if kinds[-1] == EOI else None
-    if image is None:
-        image = _strictly(_in_order(data, segments, progressive), last=True)
-    return _turned(image, _orientation(data)) if APP1 in kinds else image
+def _decode_in_order(data, segments, progressive):
+    """Decode a JPEG without its padding, its unknown bytes and segments, and values that the decoder warns about.
 
-
-def _strictly(data, last=False):
-    """Return the decoded JPEG; None, or if it is the `last` attempt UnreadableImage, for anything but padding."""
+    The decoder stops at the first irregularity, which may be one that does no harm, so it has to see none of these.
+    """
+    parts = [b"\xff\xd8"]
+    for kind, start, end in segments:
+        part = data[start:end]
+        if kind == SOS:
+            if not progressive:    # its range of coefficients is always the same, but some write another one
+                part = part[:5 + 2 * part[4]] + b"\0\x3f\0" + part[8 + 2 * part[4]:]
+            part = PADDING.sub(b"", part)
+        if kind in NEEDED or kind == APP14 and part[4:9] == b"Adobe" and part[15:16] <= b"\2":
+            parts.append(part)
+    data = b"".join(parts) + (b"" if kind == EOI else b"\xff\xd9")
     try:
         return simplejpeg.decode_jpeg(data, "RGB")
     except ValueError as error:
-        message = str(error)
-    if _only_padding(message, data):
-        return simplejpeg.decode_jpeg(data, "RGB", strict=False)
-    if "subsampling" in message:    # a rare ratio, which this decoder does not know; no other one reports damage
-        with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
-            image.getexif().clear()
-            return _from_pillow(image)
-    if last:
-        raise UnreadableImage(message)
-
-
-def _only_padding(message, data):
-    """Return whether all that is wrong with a JPEG are bytes between the end of its data and the end marker.
-
-    More than a few of them must be equal. But a file that was filled up with zeros after half of its data has more of
-    them than are left over, because the decoder has taken some for data.
-    """
-    found = re.search(r"(\d+) extraneous bytes before marker 0xd9", message)
-    if not found:
-        return False
-    extra, end = int(found[1]), next(start for kind, start, _ in reversed(_segments(data)) if kind == EOI)
-    equal = end - len(data[:end].rstrip(data[end - 1:end]))
-    return equal <= extra + READ_AHEAD and (extra <= MAX_UNKNOWN or equal >= extra)
-
-
-def _in_order(data, segments, progressive):
-    """Return a JPEG with only what its pixels depend on, and without padding or values that only cause warnings."""
-    parts, components = [b"\xff\xd8"], 3
-    for kind, start, end in segments:
-        part = data[start:end]
-        if kind in START_OF_FRAME:
-            components = part[9]
-        if kind == SOS:
-            if not progressive:
-                part = part[:5 + 2 * part[4]] + b"\0\x3f\0" + part[8 + 2 * part[4]:]
-            part = PADDING.sub(b"", part)
-        elif kind == APP0 and part[4:9] == b"JFIF\0":
-            part = part[:9] + b"\1\1" + part[11:]                         # the version
-        elif kind == APP14 and part[4:9] == b"Adobe" and part[15:16] > b"\2":
-            part = part[:15] + (b"\2" if components == 4 else b"\1") + part[16:]    # an unknown color transform
-        if kind in DECODED:
-            parts.append(part)
-    return b"".join(parts) + (b"" if segments[-1][0] == EOI else b"\xff\xd9")
+        extra = re.search(r"(\d+) extraneous bytes before marker 0xd9", str(error))
+        if "subsampling" in str(error):    # a rare ratio, which this decoder does not take
+            return _from_pillow(_open(data))
+        if not extra or int(extra[1]) > MAX_UNKNOWN:
+            raise UnreadableImage(str(error)) from None
+    return simplejpeg.decode_jpeg(data, "RGB", strict=False)
 
 
 def _orientation(data):
     try:
-        with Image.open(io.BytesIO(data), formats=["JPEG", "MPO"]) as image:
-            return image.getexif().get(ORIENTATION, 1)
+        with Image.open(io.BytesIO(data)) as image:
+            return image.getexif().get(ORIENTATION)
     except Exception:    # damaged metadata, which say nothing about the pixels
-        return 1
+        return None
 
 
-# Other formats
+def _turned(image, orientation):
+    """Return an array turned as EXIF's orientation says, which is 1 to 8 if it is valid."""
+    if orientation in (5, 6, 7, 8):
+        image = image.swapaxes(0, 1)
+    if orientation in (2, 3, 6, 7):
+        image = image[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        image = image[::-1]
+    return np.ascontiguousarray(image)
 
-def _decode_other(data):
+
+def _open(data):
+    """Return a PIL image whose pixels are not decoded yet."""
     try:
         Image.init()
-        image = Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
+        formats = [name for name in FORMATS if name in Image.OPEN]
+        Image.open(io.BytesIO(data), formats=formats).verify()    # the checksums of a PNG
+        return Image.open(io.BytesIO(data), formats=formats)
     except Image.DecompressionBombError:
         raise UnreadableImage(f"over {MAX_PIXELS // 10**6} megapixels") from None
     except Exception as error:    # Pillow's plugins raise any exception on malformed data
-        raise UnreadableImage("not an image") from error
+        raise UnreadableImage("not an image, or damaged") from error
+
+
+def _decode_other(data):
+    image = _open(data)
     with image:
-        _check_size(len(data), *image.size, LEAN if image.format in ("PNG", "BMP", "PPM", "WEBP") else GREEDY)
-        if image.format == "PNG":
-            _check_png(data)
-        deep = image.mode == "RGB" and ";16" in str(image.tile)    # of which Pillow keeps the 8 highest bits
-        if not deep:
+        deep = ";16" in str(image.tile)    # 16 bits per channel, of which Pillow keeps the 8 highest ones
+        _check_size(len(data), *image.size, LEAN if image.format == "PNG" and not deep else GREEDY)
+        if image.format != "PNG" and not deep:
             return _from_pillow(image)
-        orientation = image.getexif().get(ORIENTATION, 1)
-        image.load()    # notices damage
+        orientation = image.getexif().get(ORIENTATION)
+    flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
     with contextlib.suppress(cv2.error):
-        flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
         if pixels is not None:
             return _turned(_to_8_bits(pixels), orientation)
-    raise UnreadableImage("can't be decoded")
-
-
-def _check_png(data):
-    """Check the lengths and the checksums of all chunks; decoders ignore some of them or allocate what they claim."""
-    position, kind = 8, None
-    while kind != b"IEND":
-        length, kind = int.from_bytes(data[position:position + 4], "big"), data[position + 4:position + 8]
-        end = position + 8 + length
-        if end + 4 > len(data):
-            raise UnreadableImage("truncated PNG")
-        optional = kind[0] & 32
-        if not optional and zlib.crc32(memoryview(data)[position + 4:end]) != int.from_bytes(data[end:end + 4], "big"):
-            raise UnreadableImage("damaged PNG")
-        position = end + 4
+    raise UnreadableImage(f"damaged {image.format}")

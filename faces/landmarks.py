@@ -1,9 +1,11 @@
 """Read and write lists of images.
 
-A landmark list is tab-separated, `path x1 y1 ... x5 y5` (LFW) or `path label x1 y1 ... x5 y5` (CASIA-WebFace). A list
-of aligned faces has lines of `path label`.
+A landmark list has lines of `path x1 y1 ... x5 y5` (LFW) or `path label x1 y1 ... x5 y5` (CASIA-WebFace), a list of
+aligned faces lines of `path label`. Fields are separated by tabs or spaces and read from the right, so that a path may
+contain spaces. Beside a list that our scripts made is a record of the photos that it was made from.
 """
 import codecs
+import contextlib
 import hashlib
 import io
 import itertools
@@ -11,18 +13,17 @@ import math
 import os
 import unicodedata
 from array import array
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
 import numpy as np
 
 from faces.align import arrangement_problem
-from faces.files import CACHE, InputError, atomic_write, read_json, write_json
+from faces.files import CACHE, InputError, atomic_write, read_json, reading, write_json
 
-# Error messages use these: the name of the kind of list, and how to get one.
-LANDMARKS = "landmark list", "create one with mtcnn/lfw_landmark.py or mtcnn/casia_landmark.py"
-ALIGNED = "list", "pass a text file with lines of `path label`"
-MAX_LINE = 20_000    # characters of a line; a path has at most 4,096 bytes
+ADVICE = "create one with mtcnn/lfw_landmark.py or mtcnn/casia_landmark.py"
+MAX_LINE = 20_000    # characters; a path has at most 4,096 bytes
 
 
 class LandmarkList(NamedTuple):
@@ -37,139 +38,107 @@ class LandmarkList(NamedTuple):
     points: np.ndarray
 
 
-def read_landmarks(path, labeled):
+def read_landmarks(path, labeled: bool, root=None) -> LandmarkList:
     """Read a landmark list.
 
     Args:
-        path: the file. A trailing tab is accepted; numbers may be integers or decimals.
+        path: the file. Numbers may be integers or decimals.
         labeled: whether a label follows the path (CASIA) or not (LFW).
-
-    Returns:
-        LandmarkList.
+        root: folder of the images; absolute paths below it become relative.
 
     Raises:
-        InputError: the file can't be read or is empty; a line has the wrong number of fields, a value that is not a
-            finite number, or a path that leaves the folder or occurs twice; or the landmarks can't be those of faces.
+        InputError: the file can't be read or is empty; a line has the wrong fields, or a path that leaves the folder or
+            occurs twice; or the landmarks can't be those of faces.
     """
-    columns = 12 if labeled else 11
-    paths, labels, points = [], array("q"), array("f")    # an array per line would take most of the memory and time
-    for number, line in _lines(path, *LANDMARKS):
-        fields = line.rstrip().split("\t")
-        if len(fields) != columns:
-            raise InputError(f"{path}, line {number}: expected {columns} tab-separated fields (path, "
-                             f"{'label, ' if labeled else ''}ten numbers) but found {len(fields)}; correct the line.")
-        try:
-            name = _relative_path(path, number, fields[0])
-            label = _label(fields[1]) if labeled else 0
-            values = array("f", map(float, fields[columns - 10:]))
-            if not all(map(math.isfinite, values)):
-                raise ValueError
-        except ValueError:
-            what = "a label that is a whole number from 0, and " if labeled else ""
-            raise InputError(f"{path}, line {number}: expected {what}ten finite numbers as coordinates; correct the "
-                             "line.") from None
-        paths.append(name)
-        labels.append(label)
-        points += values
-    _check_paths(paths, path, *LANDMARKS)
-    points = np.array(points, np.float32).reshape(-1, 5, 2)
+    with reading(path, "landmark list", ADVICE):
+        paths, labels, values = _read(path, root, labeled, 10)
+    points = np.array(values, np.float32).reshape(-1, 5, 2)
     problem = arrangement_problem(points)
     if problem:
         raise InputError(f"{path} is not a usable landmark list: {problem}; expected x1 y1 ... x5 y5 in pixels for "
-                         f"the image-left eye, the other eye, the nose, and both corners of the mouth; {LANDMARKS[1]}.")
+                         f"the image-left eye, the other eye, the nose, and both corners of the mouth; {ADVICE}.")
     return LandmarkList(paths, np.array(labels, np.int64) if labeled else None, points)
 
 
-def is_landmark_list(path):
-    """Return whether the first line of an existing file is one of a landmark list."""
-    try:
-        _, line = next(read_lines(Path(path)))
-        return len(line.rstrip().split("\t")) in (11, 12)
-    except (OSError, ValueError, StopIteration):
-        return False
-
-
-def read_labels(path):
-    """Read a list of aligned faces: one `path label` per line, separated by a tab or spaces.
+def read_labels(path, root=None) -> tuple[list[str], np.ndarray]:
+    """Read a list of aligned faces.
 
     Args:
-        path: the file. A path may contain spaces, because the label follows the last space or tab.
+        path: the file.
+        root: folder of the images; absolute paths below it become relative.
 
     Returns:
         (list of N relative paths, int64 (N,) labels).
 
     Raises:
-        InputError: the file can't be read or is empty; a label is not a whole number; a path leaves the folder or
-            occurs twice.
+        InputError: see read_landmarks().
     """
-    paths, labels = [], []
-    for number, line in _lines(path, *ALIGNED):
-        name, *label = line.strip().rsplit(maxsplit=1)
-        try:
-            paths.append(_relative_path(path, number, name))
-            labels.append(_label(*label))
-        except (ValueError, TypeError):
-            raise InputError(f"{path}, line {number}: expected a path and a whole number as its label; correct the "
-                             "line.") from None
-    _check_paths(paths, path, *ALIGNED)
+    with reading(path, "list", "pass a text file with lines of `path label`"):
+        paths, labels, _ = _read(path, root, True, 0)
     return paths, np.array(labels, np.int64)
 
 
-def write_landmarks(path, rows, made_from=None):
+def write_landmarks(path, rows: Iterable[tuple], made_from: str | None = None):
     """Write a landmark list, atomically.
 
     Args:
         path: the file.
-        rows: iterable of (path, points) or (path, label, points); points float (5, 2).
-        made_from: photos_digest() of the photos, for found_list().
+        rows: (path, points) or (path, label, points); points float (5, 2). Coordinates get two decimals, which is more
+            precise than any detector.
+        made_from: photos_digest() of the set, for found_list().
     """
+    _record(path).unlink(missing_ok=True)    # the old one does not describe the new list
+    with atomic_write(path, "w") as file:
+        for name, *label, points in rows:
+            file.write("\t".join([name, *map(str, label), *(f"{v:.2f}" for v in np.ravel(points))]) + "\n")
     if made_from:
-        write_json(Path(path).with_suffix(".json"), {"photos": made_from})
-    with atomic_write(path, "w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(format_line(*row))
+        write_json(_record(path), {"photos": made_from})
 
 
-def default_list(root, name):
-    """Return the default path of the list `name` for the images in `root`.
+def default_list(root, name: str) -> Path:
+    """Return where our scripts write the list `name` for the images in `root`.
 
-    The list is stored in cache/ of this clone, because data sets are often read-only. A hash distinguishes folders that
-    have the same name.
+    It is in cache/ of this clone, because data sets are often read-only. A hash distinguishes folders of the same name.
     """
     root = Path(root).expanduser().resolve()
     return CACHE / f"{root.name}-{hashlib.sha256(os.fsencode(root)).hexdigest()[:8]}" / name
 
 
-def photos_digest(source, names=None):
-    """Return a digest of the names, sizes and times of photos in a faces.data.sources source, by default of all."""
+def photos_digest(source, names: list[str] | None = None) -> str:
+    """Return a digest of photos, which changes with their names, sizes and modification times.
+
+    Args:
+        source: faces.data.sources.Folder or Zip.
+        names: the photos; None takes all.
+    """
     names = source.names() if names is None else names
-    digest = hashlib.sha256("\n".join(names).encode(errors="surrogateescape"))
+    digest = hashlib.sha256("\n".join(names).encode(errors="surrogateescape"))    # names need not be UTF-8
     digest.update(source.versions(names).tobytes())
     return digest.hexdigest()
 
 
-def found_list(source, name):
-    """Return the path of the list `name` of a source, if there is one that fits its photos, or None."""
-    for file in (Path(str(source)) / name, default_list(str(source), name)):
-        if file.is_file():
-            record = read_json(file.with_suffix(".json"))
-            own = file.parent == Path(str(source))
-            if own if record is None else record["photos"] == photos_digest(source):
-                return file
-            print(f"the photos in {source} have changed since {file} was made; it is not used")
+def found_list(source, name: str) -> Path | None:
+    """Return the list `name` that belongs to a set, or None.
+
+    It is in the set's own folder, or else where our scripts write it. A list made for other photos than those that are
+    there now is not used, and that is printed.
+
+    Args:
+        source: faces.data.sources.Folder or Zip.
+        name: such as "casia_landmark.txt".
+    """
+    own = Path(source.root) / name
+    for file in (own, default_list(source.root, name)):
+        if not file.is_file():
+            continue
+        record = read_json(_record(file))
+        if record["photos"] == photos_digest(source) if record else file == own:
+            return file
+        print(f"not using {file}: the photos in {source} have changed since it was made, or it has no record of them")
     return None
 
 
-def format_line(path, *label_and_points):
-    """Return one line of a landmark list.
-
-    Coordinates get two decimals, which is more precise than any detector.
-    """
-    *label, points = label_and_points
-    return "\t".join([path, *map(str, label), *(f"{v:.2f}" for v in np.ravel(points))]) + "\n"
-
-
-def read_lines(path):
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yield the lines of a text file in UTF-8, or in UTF-16 if it starts with a byte-order mark, one at a time.
 
     Names of files are not always UTF-8; their bytes are kept, as os.fsdecode() does.
@@ -200,56 +169,90 @@ def read_lines(path):
                 break
 
 
-def normal_form(name):
+def normal_form(name: str) -> str:
     """Return a name for comparisons: macOS may store an accented letter as two characters, most lists have one.
 
     Where Python takes names of files for ASCII, they are read as the UTF-8 that they usually are.
     """
     if not name.isascii():
-        try:
+        with contextlib.suppress(UnicodeError):
             name = name.encode(errors="surrogateescape").decode()
-        except UnicodeError:
-            pass
     return unicodedata.normalize("NFC", name)
 
 
-def _lines(path, kind, advice):
-    """Yield what read_lines() does; its errors become InputError."""
-    try:
-        yield from read_lines(Path(path))
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "not a text file"
-        raise InputError(f"can't read the {kind} {path}: {reason}; {advice}.") from None
+def _record(path):
+    return Path(path).with_suffix(".json")
 
 
-def _relative_path(path, number, name):
-    """Return a path in a line of the list `path`, with forward slashes; raise InputError if it leaves the folder."""
-    name = name.replace("\\", "/")
-    if ".." in name or ":" in name or name.startswith("/"):    # making a Path of each name would be slow
+def _read(path, root, labeled, numbers):
+    """Return the paths, labels and other numbers of a list's lines."""
+    paths, labels, values = [], array("q"), array("f")    # an array per line would take most of the memory and time
+    relative = _Relative(root)
+    for number, line in read_lines(Path(path)):
+        text, *fields = line.rsplit(maxsplit=labeled + numbers)
         try:
-            _inside(name)
+            coordinates = array("f", map(float, fields[labeled:]))
+            label = int(fields[0]) if labeled else 0
+            if len(fields) != labeled + numbers or "\t" in text or not 0 <= label < 2**31 \
+                    or not all(map(math.isfinite, coordinates)):
+                raise ValueError
+        except (ValueError, IndexError):
+            expected = ", ".join(["a path", *["a label from 0"] * labeled, *["ten finite numbers"] * (numbers > 0)])
+            raise InputError(f"{path}, line {number}: expected {expected}; correct the line.") from None
+        try:
+            paths.append(relative(text))
         except InputError as error:
             raise InputError(f"{path}, line {number}: {error}") from None
-    return name
-
-
-def _inside(name):
-    relative = Path(name)
-    if relative.drive or relative.root or ".." in relative.parts:
-        raise InputError(f"the path {name!r} leaves the folder of the images; lists may only name files below it.")
-
-
-def _label(text):
-    label = int(text)
-    if not 0 <= label < 2**31:
-        raise ValueError
-    return label
-
-
-def _check_paths(paths, path, kind, advice):
+        labels.append(label)
+        values += coordinates
     if not paths:
-        raise InputError(f"the {kind} {path} is empty; {advice}.")
+        raise InputError(f"{path} is an empty list.")
     if len(set(paths)) != len(paths):
         seen = set()
         duplicate = next(p for p in paths if p in seen or seen.add(p))
         raise InputError(f"{path} lists {duplicate} twice; remove one of the lines.")
+    return paths, labels, values
+
+
+class _Relative:
+    """Turns the paths of a list into relative ones with forward slashes, and refuses those outside the folder `root`.
+
+    Absolute paths may name the folder, or a person's folder in it, in any way: links have the identity of their target.
+    """
+
+    def __init__(self, root):
+        self.known, self.folders = {}, {}    # identity of a folder: path below `root`; text of a folder: the same
+        if root is not None and os.path.isdir(root):
+            links = [entry for entry in os.scandir(root) if entry.is_symlink() and os.path.isdir(entry)]
+            self.known = {self._identity(entry): PurePath(entry.name) for entry in links}
+            self.known[self._identity(root)] = PurePath()
+
+    def __call__(self, text):
+        name = text.lstrip(" \t").replace("\\", "/")
+        while name.startswith("./"):
+            name = name[2:]
+        if name.startswith("/") or os.path.splitdrive(name)[0]:
+            folder, _, file = name.rpartition("/")
+            if folder not in self.folders:
+                self.folders[folder] = self._locate(folder)
+            return f"{self.folders[folder]}{file}"
+        if ".." in name and ".." in name.split("/"):
+            self._refuse(name)
+        return name
+
+    def _locate(self, folder):
+        path = PurePath(folder)
+        for parent in (path, *path.parents):
+            with contextlib.suppress(OSError):
+                below = self.known.get(self._identity(parent))
+                if below is not None:
+                    inner = (below / path.relative_to(parent)).as_posix()
+                    return "" if inner == "." else f"{inner}/"
+        self._refuse(folder)
+
+    def _identity(self, path):
+        status = os.stat(path)
+        return status.st_dev, status.st_ino
+
+    def _refuse(self, name):
+        raise InputError(f"the path {name!r} leaves the folder of the images; lists may only name files below it.")

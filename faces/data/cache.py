@@ -1,20 +1,15 @@
 """The aligned-face cache: every face is read, decoded and aligned once, and memory-mapped from then on.
 
-A cache is a folder. faces.u8 holds N faces of 112x96x3 bytes in the order of the list, and failed.txt lists the images
-that could not be used. During the build, journal.jsonl records which chunks of faces.u8 are done, so a killed build
-continues where it stopped. cache.json is written last and marks the cache as complete. The folder's name contains a
-hash of the list and the template, and another one of the sizes and modification times of the images, so each list has
-its own cache, and a changed image makes a new one.
+A cache is a folder. faces.u8 holds N faces of 112x96x3 bytes in the order of the list, and gets its name when all else
+is done; failed.txt lists the images that could not be used. The folder's name contains a hash of the list and the
+template, and another one of the sizes and times of the images: each list has its own cache, a changed image a new one.
 """
 import hashlib
-import json
-import os
-import re
 import shutil
+import sys
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -30,22 +25,14 @@ from faces.align import (
     similarity_transforms,
     warp,
 )
-from faces.data.casia import Folder, list_casia, without_lfw_overlap
+from faces.data.casia import TrainingList, list_casia, without_lfw_overlap
+from faces.data.sources import Folder
 from faces.device import count_cpus
-from faces.files import (
-    CACHE,
-    InputError,
-    atomic_write,
-    count_of,
-    locked,
-    read_bytes,
-    read_json,
-    write_json,
-)
+from faces.files import CACHE, InputError, atomic_write, check_writable, count_of, locked, path, reading
 from faces.images import UnreadableImage, one_opencv_thread, read_image, summarize
 
 FACE_SHAPE, FACE_BYTES = (HEIGHT, WIDTH, 3), HEIGHT * WIDTH * 3
-CHUNK = 1024                # faces per line of the journal; a build that was killed repeats its unfinished chunks
+CHUNK = 1024                # faces that are written at a time
 BLOCK = 32                  # faces per task of a thread
 MAX_FAILED = 0.01           # fraction of the list; more failures suggest a wrong folder or list
 
@@ -54,14 +41,14 @@ class AlignedFaces:
     """Aligned faces with labels.
 
     Attributes:
-        images: uint8 (M, 112, 96, 3) memory map, RGB, which may contain more faces than this set.
+        images: uint8 (M, 112, 96, 3), RGB, usually a memory map, which may contain more faces than this set.
         rows: int64 (N,), the rows of `images` that belong to this set.
         labels: int64 (N,), 0..classes-1.
         classes: number of identities.
         fingerprint: hash of everything that training depends on: names, landmarks and labels of the images.
     """
 
-    def __init__(self, images, listing, rows, summary=""):
+    def __init__(self, images: np.ndarray, listing: TrainingList, rows: np.ndarray, summary: str = ""):
         self.images, self.rows, self.summary = images, rows, summary
         # People without any image left would leave gaps in the labels, so they are renumbered.
         people, self.labels = np.unique(listing.labels[rows], return_inverse=True)
@@ -69,13 +56,13 @@ class AlignedFaces:
         self.fingerprint = _hash_list([listing.paths[row] for row in rows], self.labels,
                                       None if listing.points is None else listing.points[rows])
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.rows)
 
-    def __str__(self):
+    def __str__(self) -> str:
         return self.summary
 
-    def batch(self, index, out=None):
+    def batch(self, index: np.ndarray, out: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Return the faces and labels at an int array of B positions.
 
         Args:
@@ -89,7 +76,7 @@ class AlignedFaces:
         return np.take(self.images, self.rows[index], axis=0, out=out, mode="clip"), self.labels[index]
 
 
-def load_casia(root, landmarks=None, cache=CACHE, drop_lfw_overlap=False, label_list=None):
+def load_casia(root, landmarks=None, cache=CACHE, drop_lfw_overlap: bool = False, label_list=None) -> AlignedFaces:
     """Return the aligned faces of a training set, from its cache, which is built on first use.
 
     Images that can't be used are counted, listed in the cache's failed.txt and left out; people without any image left
@@ -105,6 +92,7 @@ def load_casia(root, landmarks=None, cache=CACHE, drop_lfw_overlap=False, label_
     """
     listing = list_casia(root, landmarks, label_list)
     images, failed = build(listing, cache)
+    folder = _folder(listing, cache)
     keep = np.ones(len(listing.paths), bool)
     keep[[row for row, _ in failed]] = False
     overlap = ~without_lfw_overlap(listing) if drop_lfw_overlap else np.zeros_like(keep)
@@ -118,68 +106,48 @@ def load_casia(root, landmarks=None, cache=CACHE, drop_lfw_overlap=False, label_
         summary += f"; {count_of(len(failed), 'unusable image~')} left out, see failed.txt in the cache"
     if drop_lfw_overlap:
         summary += f"; {count_of(overlap.sum(), 'image~')} of people in LFW dropped"
-    return AlignedFaces(images, listing, rows, "\n  ".join((summary, *listing.notes, _describe(images))))
+    finished = time.strftime("%Y-%m-%d at %H:%M", time.localtime((folder / "faces.u8").stat().st_mtime))
+    lines = summary, *listing.notes, f"aligned on {finished}, cache {folder}"
+    return AlignedFaces(images, listing, rows, "\n  ".join(lines))
 
 
-def build(listing, cache=CACHE):
-    """Build the cache of a faces.data.casia.TrainingList, unless it exists.
-
-    Args:
-        listing: the TrainingList.
-        cache: the folder of all caches.
+def build(listing: TrainingList, cache=CACHE) -> tuple[np.ndarray, list[tuple[int, str]]]:
+    """Build the cache of a training set in the folder of all caches, unless it exists.
 
     Returns:
-        (uint8 (N, 112, 96, 3) read-only memory map, list of (row, reason) of unusable images).
+        (uint8 (N, 112, 96, 3), not to be changed; list of (row, reason) of unusable images).
     """
-    name = Path(str(listing.source)).resolve()
+    folder = _folder(listing, cache)
+    faces, shape = folder / "faces.u8", (len(listing.paths), *FACE_SHAPE)
+    if not faces.is_file():
+        check_writable(folder, "--cache")
+        with locked(folder / ".lock", f"aligning the faces of {listing.source} into {folder}"):
+            if not faces.is_file():    # another process may have built it while this one waited
+                _build(listing, folder)
+    with reading(faces, "cache of aligned faces", f"delete {folder} and start again"):
+        if faces.stat().st_size != np.prod(shape):
+            raise ValueError("wrong size")
+        rows = {name: row for row, name in enumerate(listing.paths)}
+        with open(folder / "failed.txt", encoding="utf-8", errors="surrogateescape", newline="\n") as lines:
+            failed = [(rows[name], reason.rstrip()) for name, _, reason in (line.rpartition("\t") for line in lines)]
+        return _map(faces, shape), failed
+
+
+def _map(file, shape):
+    """Map a file into memory; some network disks can only do so privately, or not at all, so that it has to be read."""
+    for mode in ("r", "c"):
+        try:
+            return np.memmap(file, np.uint8, mode, shape=shape)
+        except OSError:
+            pass
+    return np.fromfile(file, np.uint8).reshape(shape)
+
+
+def _folder(listing, cache):
+    name = Path(listing.source.root).resolve()
     key = _hash_list([str(name), *listing.paths], None, listing.points)[:12]
     versions = hashlib.sha256(listing.source.versions(listing.paths).tobytes()).hexdigest()[:8]
-    folder = Path(cache).expanduser() / f"{name.stem}-{key}-{versions}"
-    shape = (len(listing.paths), *FACE_SHAPE)
-    failed = _read_failed(folder, shape[0])
-    if failed is None:
-        with locked(folder / ".lock", f"aligning the faces of {listing.source} into {folder}"):
-            failed = _read_failed(folder, shape[0])    # another process may have built it while this one waited
-            if failed is None:
-                failed = _build(listing, folder)
-    faces = folder / "faces.u8"
-    if not faces.is_file() or faces.stat().st_size != np.prod(shape):
-        raise InputError(f"{folder} is damaged (faces.u8 is missing or has the wrong size); delete the folder and "
-                         "start again.")
-    return np.memmap(faces, np.uint8, "r", shape=shape), failed
-
-
-def _read_failed(folder, total):
-    """Return the unusable images that cache.json lists, or None if the cache is not complete.
-
-    Raises:
-        InputError: cache.json is damaged, or is that of another list.
-    """
-    advice = "delete it, and the faces are aligned again"
-    content = read_json(folder / "cache.json")
-    if content is None:
-        return None
-    failed = content.get("failed")
-    rows = isinstance(failed, list) and all(
-        isinstance(item, list) and [type(value) for value in item] == [int, str] and 0 <= item[0] < total
-        for item in failed)
-    if not rows or content.get("faces") != total:
-        raise InputError(f"{folder / 'cache.json'} is damaged; {advice}.")
-    return failed
-
-
-def _describe(images):
-    """Return when a cache was built, and where it is."""
-    folder = Path(images.filename).parent
-    finished = time.localtime((folder / "cache.json").stat().st_mtime)
-    return f"aligned on {time.strftime('%Y-%m-%d at %H:%M', finished)}, cache {folder}"
-
-
-def _outdated(folder):
-    """Return the complete caches of the same list from before its images changed."""
-    list_name = folder.name.rpartition("-")[0]
-    return [other for other in sorted(folder.parent.iterdir()) if other != folder and (other / "cache.json").is_file()
-            and other.name.rpartition("-")[0] == list_name]
+    return path(cache) / f"{name.stem}-{key}-{versions}"
 
 
 def _hash_list(names, labels, points):
@@ -191,83 +159,50 @@ def _hash_list(names, labels, points):
 
 
 def _build(listing, folder):
-    """Align all faces into the cache, or continue a build; return a list of (row, reason) of unusable images."""
-    total = len(listing.paths)
-    for other in _outdated(folder):
-        print(f"the images have changed since the cache {other} was built; delete it unless you need it")
-    _allocate(folder, total * FACE_BYTES)
-    done, failed = _read_journal(folder), []
-    chunks = (range(start, min(start + CHUNK, total)) for start in range(0, total, CHUNK))
-    missing = [rows for rows in chunks if rows not in done]
+    """Align all faces into the cache."""
+    total, size, failed = len(listing.paths), len(listing.paths) * FACE_BYTES, []
+    for other in folder.parent.glob(f"{folder.name.rpartition('-')[0]}-*/faces.u8"):
+        print(f"the images have changed since the cache {other.parent} was built; delete it unless you need it")
+    for leftover in folder.glob(".*.partial"):    # of a build that was killed
+        leftover.unlink()
+    if size > shutil.disk_usage(folder).free:
+        raise InputError(f"{folder} needs {size / 1e9:.1f} GB for the aligned faces, but less is free; free "
+                         "some space or choose a larger disk with --cache.")
     sizes = np.full((total, 2), np.nan, np.float32)    # width and height of every image
     print(f"aligning {count_of(total, 'face~')} of {listing.source} into the cache {folder}")
-    try:
-        # The pool already has a thread per CPU, with which OpenCV's own threads would compete.
-        with open(folder / "faces.u8", "r+b") as file, open(folder / "journal.jsonl", "a") as journal, \
-                one_opencv_thread(), ThreadPoolExecutor(count_cpus()) as pool, \
-                ThreadPoolExecutor(1) as writer, \
-                tqdm(total=total, unit=" images", unit_scale=True, dynamic_ncols=True) as bar, ExitStack() as stack:
-            stack.callback(pool.shutdown, cancel_futures=True)  # an interrupted build does not wait for what is queued
-            pending_write = writer.submit(int)  # returns at once: the first chunk has no write to wait for
-            bar.update(total - sum(map(len, missing)))
-            for rows, chunk, chunk_failed in _align(listing, missing, pool, sizes):
+    # The pool already has a thread per CPU, with which OpenCV's own threads would compete.
+    with one_opencv_thread(), ThreadPoolExecutor(count_cpus()) as pool, atomic_write(folder / "faces.u8") as file, \
+            tqdm(total=total, unit=" images", unit_scale=True, dynamic_ncols=True, disable=sys.stderr is None) as bar:
+        try:
+            for chunk, chunk_failed in _align(listing, total, pool, sizes):
                 failed += chunk_failed
-                if len(failed) > MAX_FAILED * total:
-                    raise InputError(_failure_message(listing, failed))
-                if listing.points is not None and (problem := position_problem(listing.points.mean(1) / sizes)):
-                    raise InputError(_position_message(listing, problem))
-                pending_write.result()  # a chunk is written while the next one is aligned; at most one write is pending
-                pending_write = writer.submit(_store, chunk, rows, file, None if chunk_failed else journal)
-                bar.update(len(rows))
-            pending_write.result()
-    except OSError as error:
-        raise _write_error(folder, error) from None
-    with atomic_write(folder / "failed.txt", "w", encoding="utf-8") as file:
-        file.writelines(f"{listing.paths[row]}\t{reason}\n" for row, reason in failed)
-    write_json(folder / "cache.json", {"faces": total, "failed": failed})
-    (folder / "journal.jsonl").unlink()
-    return failed
+                _check(listing, failed, sizes)
+                file.write(chunk)
+                bar.update(len(chunk))
+        finally:
+            pool.shutdown(cancel_futures=True)    # an interrupted build does not wait for what is queued
+        with atomic_write(folder / "failed.txt", "w") as report:
+            report.writelines(f"{listing.paths[row]}\t{' '.join(reason.split())}\n" for row, reason in failed)
 
 
-def _allocate(folder, size):
-    path = folder / "faces.u8"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        allocated = path.stat().st_size if path.exists() else 0
-        if size - allocated > shutil.disk_usage(folder).free:
-            raise InputError(f"{folder} needs {size / 1e9:.1f} GB for the aligned faces, but less is free; free "
-                             "some space or choose a larger disk with --cache.")
-        if allocated != size:    # what a journal says about another file, or about one that was deleted, is void
-            (folder / "journal.jsonl").unlink(missing_ok=True)
-        with open(path, "ab") as file:
-            file.truncate(size)
-    except OSError as error:
-        raise _write_error(folder, error) from None
-
-
-def _write_error(folder, error):
-    return InputError(f"can't write the cache {folder}: {error.strerror}; choose another folder with --cache, or free "
-                      "some space and start again, and the build will continue where it stopped.")
-
-
-def _align(listing, chunks, pool, sizes):
-    """Align chunks of rows; yield (rows, uint8 (len(rows), 112, 96, 3), list of (row, reason) of unusable images).
+def _align(listing, total, pool, sizes):
+    """Align chunks of rows; yield (uint8 (B, 112, 96, 3), list of (row, reason) of unusable images).
 
     Each chunk is submitted before the previous one is complete, so that the threads of the pool never run out of work.
     """
     pending = deque()
-    for rows in chunks:
-        chunk = np.empty((len(rows), *FACE_SHAPE), np.uint8)
-        blocks = [slice(start, start + BLOCK) for start in range(0, len(rows), BLOCK)]
-        tasks = [pool.submit(_fill_block, chunk[block], listing, rows[block], sizes) for block in blocks]
-        pending.append((rows, chunk, tasks))
+    for start in range(0, total, CHUNK):
+        chunk = np.empty((min(CHUNK, total - start), *FACE_SHAPE), np.uint8)
+        blocks = [slice(block, block + BLOCK) for block in range(0, len(chunk), BLOCK)]
+        rows = range(start, start + len(chunk))
+        pending.append((chunk, [pool.submit(_fill_block, chunk[b], listing, rows[b], sizes) for b in blocks]))
         if len(pending) > 1:
             yield _collect(*pending.popleft())
     yield from (_collect(*item) for item in pending)
 
 
-def _collect(rows, chunk, tasks):
-    return rows, chunk, sum((task.result() for task in tasks), [])
+def _collect(chunk, tasks):
+    return chunk, sum((task.result() for task in tasks), [])
 
 
 def _fill_block(faces, listing, rows, sizes):
@@ -302,42 +237,17 @@ def _fill(face, listing, row, transform, sizes):
         return str(error)
 
 
-def _store(chunk, rows, file, journal):
-    """Write a chunk to disk, then record it in the journal; a chunk with failures is tried again by the next build."""
-    file.seek(rows.start * FACE_BYTES)
-    file.write(chunk)
-    file.flush()
-    os.fsync(file.fileno())
-    if journal:
-        journal.write(json.dumps([rows.start, rows.stop]) + "\n")
-        journal.flush()
-
-
-def _read_journal(folder):
-    """Return the chunks that are on disk, as a set of ranges of rows."""
-    try:
-        lines = read_bytes(folder / "journal.jsonl", 10**7).decode("latin-1").split("\n")
-    except FileNotFoundError:
-        return set()
-    except OSError as error:
-        raise InputError(f"can't read {folder / 'journal.jsonl'}: {error.strerror or error}; delete it, and the "
-                         "faces are aligned again.") from None
-    # A build that was killed may have left an incomplete last line, which does not match and is ignored.
-    matches = (re.fullmatch(r"\[([0-9]{1,18}), ([0-9]{1,18})\]", line) for line in lines)
-    return {range(int(match[1]), int(match[2])) for match in matches if match}
-
-
-def _failure_message(listing, failed):
-    examples = summarize([(listing.paths[row], reason) for row, reason in failed])
-    total = len(listing.paths)
-    if listing.points is None and "landmarks are needed" in examples and isinstance(listing.source, Folder):
-        return (f"{listing.source} has photos that are not aligned faces ({examples}); run "
-                f"`python mtcnn/casia_landmark.py --casia {listing.source}` first.")
-    suspects = "folder" if listing.points is None else "folder and the landmark list"
-    return (f"more than {MAX_FAILED:.0%} of the {count_of(total, 'image~')} of {listing.source} can't "
-            f"be used ({examples}); check the {suspects}.")
-
-
-def _position_message(listing, problem):
-    return (f"the landmarks of {listing.source} are in {problem}; use the images that the landmark list was made for, "
-            "or create a list for these with mtcnn/casia_landmark.py.")
+def _check(listing, failed, sizes):
+    """Raise InputError if too many images have failed, or if the landmarks are those of copies of another size."""
+    source, total = listing.source, len(listing.paths)
+    if len(failed) > MAX_FAILED * total:
+        examples = summarize([(listing.paths[row], reason) for row, reason in failed])
+        if listing.points is None and "landmarks are needed" in examples and isinstance(source, Folder):
+            raise InputError(f"{source} has photos that are not aligned faces ({examples}); run "
+                             f"`python mtcnn/casia_landmark.py --casia {source}` first.")
+        suspects = "folder" if listing.points is None else "folder and the landmark list"
+        raise InputError(f"more than {MAX_FAILED:.0%} of the {count_of(total, 'image~')} of {source} can't be used "
+                         f"({examples}); check the {suspects}.")
+    if listing.points is not None and (problem := position_problem(listing.points.mean(1) / sizes)):
+        raise InputError(f"the landmarks of {source} are in {problem}; use the images that the landmark list was made "
+                         "for, or create a list for these with mtcnn/casia_landmark.py.")

@@ -1,48 +1,98 @@
-"""Where images are stored: a folder or a zip. Both list their images and open them by name."""
+"""Where the photos of a set are: a folder, a zip, or a RecordIO folder. All list their photos and open them by name."""
+import contextlib
+import io
 import os
 import stat
 import zipfile
 from collections import Counter
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from faces.files import InputError
+from faces.data.recordio import Records
+from faces.files import InputError, existing_folder, path, reading
 from faces.images import EXTENSIONS, MAX_BYTES, Scan, UnreadableImage, is_system_name, scan_images, sort_in
 from faces.landmarks import normal_form
 
-PIECE = 1 << 20
+PARTS = (".z01", ".001")
+MAX_ZIP_LIST = 64 << 20    # bytes of a zip's list of files; that of a zip of CASIA has 50 million
+
+
+def open_source(root, content: str = "one folder of photos per person"):
+    """Return the Folder, Zip or Records at a path.
+
+    Args:
+        root: the path.
+        content: what a folder should hold, for the error message.
+
+    Raises:
+        InputError: there is no such folder, or the zip or RecordIO can't be read.
+    """
+    root = path(root)
+    if root.is_file() and root.suffix.lower() in (".zip", *PARTS):
+        return Zip(root)
+    root = existing_folder(root, content)
+    return Records(root) if (root / "train.rec").is_file() else Folder(root)
+
+
+def person_root(folder) -> Path:
+    """Return the folder that holds the person folders: `folder`, or one inside, if it is all that `folder` holds.
+
+    Many sets are unpacked into a folder in a folder, such as lfw-deepfunneled/lfw-deepfunneled/Name/Name_0001.jpg.
+    """
+    folder = Path(folder)
+    while len(inner := _content(folder)) == 1 and inner[0].is_dir() and _content(inner[0]) \
+            and all(map(Path.is_dir, _content(inner[0]))):
+        folder = inner[0]
+    return folder
+
+
+def _content(folder):
+    """Return the folders and photos that are directly in a folder."""
+    try:
+        entries = [Path(entry) for entry in os.scandir(folder) if not is_system_name(entry.name)]
+        return [entry for entry in entries if entry.suffix.lower() in EXTENSIONS or entry.is_dir()]
+    except OSError:
+        return []
 
 
 class Folder:
-    """The images in a folder and its subfolders."""
+    """The photos in a folder and its subfolders.
 
-    def __init__(self, root):
-        self.root = Path(root)
+    Attributes:
+        root: the folder that holds the person folders, see person_root().
+        wrapper: how to get there from the folder that was passed, such as "lfw-deepfunneled/", or "". Lists may have
+            been made from there, so names may begin with it.
+    """
 
-    def __str__(self):
+    def __init__(self, folder):
+        self.root = person_root(path(folder))
+        inner = self.root.relative_to(path(folder)).as_posix()
+        self.wrapper = "" if inner == "." else f"{inner}/"
+
+    def __str__(self) -> str:
         return str(self.root)
 
     @cached_property
-    def scan(self):
+    def scan(self) -> Scan:
         """The faces.images.Scan of the folder, from when it was first needed."""
         return scan_images(self.root)
 
-    def names(self):
-        """Return the relative paths of all images, sorted."""
+    def names(self) -> list[str]:
+        """Return the relative paths of all photos, sorted."""
         return self.scan.paths
 
-    def open(self, name):
-        """Return the path of the image `name`, to pass to read_image(); the name was checked when the list was read."""
-        path = os.path.join(self.root, name)
-        if not name.isascii() and not os.path.lexists(path):
-            path = os.path.join(self.root, self._normalized.get(normal_form(name), name))
-        return path
+    def open(self, name: str) -> str:
+        """Return the path of a photo, to pass to read_image(); its name was checked when the list was read."""
+        file = os.path.join(self.root, name)
+        if not name.isascii() and not os.path.lexists(file):
+            file = os.path.join(self.root, self._normalized.get(normal_form(name), name))
+        return file
 
-    def versions(self, names):
-        """Return int64 (N, 2), which changes when one of the images `names` changes: its size and modification time."""
+    def versions(self, names: list[str]) -> np.ndarray:
+        """Return int64 (N, 2), which changes when one of these photos changes: its size and modification time."""
         versions = np.full((len(names), 2), -1, np.int64)
         for i, name in enumerate(tqdm(names, "looking for changes", unit=" images", unit_scale=True, dynamic_ncols=True,
                                       delay=2, leave=False)):
@@ -59,41 +109,40 @@ class Folder:
 
 
 class Zip:
-    """The images in a zip, read without unpacking it. Names omit a single top folder around everything.
+    """The photos in a zip, which is read without unpacking it. Names omit the folders around everything.
 
     Attributes:
+        root: path of the zip.
+        wrapper: the folders around everything, such as "CASIA-WebFace/", or "".
         scan: faces.images.Scan of the members.
+        members: {normal form of the name: zipfile.ZipInfo} of all files.
     """
 
-    def __init__(self, path):
-        self.path = Path(path)
-        try:
-            self.archive = zipfile.ZipFile(self.path)
-        except InputError:
-            raise
-        except OSError as error:
-            raise InputError(f"can't read {path}: {error.strerror or error}; check its permissions.") from None
-        except Exception as error:  # zipfile raises many kinds of exceptions on damaged files
-            raise InputError(f"{path} is not a readable zip file ({error}); download it again.") from None
+    def __init__(self, file):
+        self.root = path(file)
+        with reading(self.root, "zip", "download it again"):
+            _refuse_part(self.root)
+            self.archive = zipfile.ZipFile(_Reader(open(self.root, "rb", buffering=0)))
         members = [(_name(info), info) for info in self.archive.infolist() if not info.filename.endswith(("/", "\\"))]
-        images = [name for name, _ in members if not _is_system_path(name) and _is_image(name)]
-        top_folders = {name.split("/")[0] for name in images}
-        nested = all(name.count("/") >= 2 for name in images)
-        prefix = top_folders.pop() + "/" if len(top_folders) == 1 and nested else ""
+        if any(info.flag_bits & 1 for _, info in members):
+            raise InputError(f"{self.root} is encrypted; unpack it with its password, and pass the folder.")
+        photos = [name for name, _ in members if not _is_system(name) and name.lower().endswith(tuple(EXTENSIONS))]
+        common = os.path.commonprefix([name.rsplit("/", 2)[0] + "/" if name.count("/") > 1 else "" for name in photos])
+        self.wrapper = common[:common.rfind("/") + 1]
         self.scan, self.members = Scan([], Counter(), Counter()), {}
         for name, info in members:
-            self._add(name.removeprefix(prefix), info)
+            self._add(name.removeprefix(self.wrapper), info)
         self.scan.paths.sort()
 
-    def __str__(self):
-        return str(self.path)
+    def __str__(self) -> str:
+        return str(self.root)
 
-    def names(self):
-        """Return the relative paths of all images, sorted."""
+    def names(self) -> list[str]:
+        """Return the relative paths of all photos, sorted."""
         return self.scan.paths
 
-    def open(self, name):
-        """Return the bytes of the image `name`.
+    def open(self, name: str) -> bytes:
+        """Return the bytes of a member.
 
         Raises:
             UnreadableImage: the member is missing, damaged, or over MAX_BYTES.
@@ -104,26 +153,21 @@ class Zip:
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             # Python unpacks other methods without a bound on memory.
             raise UnreadableImage("compressed in a way that is not read; create the zip with the usual deflate method")
+        if info.file_size > MAX_BYTES:
+            raise UnreadableImage(f"over {MAX_BYTES // 10**6} MB")
         try:
-            data = bytearray()
             with self.archive.open(info) as file:
-                while piece := file.read(PIECE):        # the size in the header may be wrong
-                    data += piece
-                    if len(data) > MAX_BYTES:
-                        raise UnreadableImage(f"over {MAX_BYTES // 10**6} MB")
-            return bytes(data)
-        except UnreadableImage:
-            raise
-        except Exception as error:  # decompressors raise many kinds of exceptions on damaged members
+                return file.read(info.file_size)    # unpacks no more, whatever the member contains
+        except Exception as error:    # decompressors raise many kinds of exceptions on damaged members
             raise UnreadableImage(f"damaged in the zip ({str(error).partition(' for file')[0]})") from error
 
-    def versions(self, names):
-        """Return int64 (N, 2), which changes when one of the images `names` changes: its size and checksum."""
+    def versions(self, names: list[str]) -> np.ndarray:
+        """Return int64 (N, 2), which changes when one of these photos changes: its size and checksum."""
         infos = [self.members.get(normal_form(name)) for name in names]
         return np.array([(-1, -1) if info is None else (info.file_size, info.CRC) for info in infos], np.int64)
 
     def _add(self, name, info):
-        if _is_system_path(name):
+        if _is_system(name):
             self.scan.ignored["hidden or system file~"] += 1
         elif stat.S_ISLNK(info.external_attr >> 16):
             self.scan.lost["link~ in the zip"] += 1
@@ -134,15 +178,24 @@ class Zip:
             sort_in(name, self.scan)
 
 
-def open_source(root):
-    """Return the Zip or Folder at a path that exists."""
-    root = Path(root).expanduser()
-    return Zip(root) if is_zip(root) else Folder(root)
+class _Reader(io.BufferedReader):
+    """A file of which zipfile can't read a list of members that would fill the memory."""
+
+    def read(self, size=-1):
+        if size is not None and size > MAX_ZIP_LIST:
+            raise ValueError(f"its list of files has over {MAX_ZIP_LIST >> 20} MiB")
+        return super().read(size)
 
 
-def is_zip(path):
-    """Return whether a path is a file whose name ends in .zip."""
-    return path.suffix.lower() == ".zip" and path.is_file()
+def _refuse_part(file):
+    with open(file, "rb") as data:
+        data.seek(max(0, os.path.getsize(file) - (1 << 16) - 22))    # the file ends with a record and a comment
+        tail = data.read()
+    record = tail.rfind(b"PK\5\6")
+    number = tail[record + 4:record + 6] if record >= 0 else b""
+    if file.suffix in PARTS or number not in (b"", b"\0\0", b"\xff\xff"):
+        raise InputError(f"{file} is a part of a split zip; join the parts into one zip first, as with `zip -s 0 "
+                         f"{file.stem}.zip --out whole.zip`.")
 
 
 def _name(info):
@@ -150,16 +203,10 @@ def _name(info):
     that says that names are UTF-8."""
     name = info.filename
     if not info.flag_bits & 0x800:
-        try:
+        with contextlib.suppress(UnicodeError):
             name = name.encode("cp437").decode("utf-8")
-        except UnicodeError:
-            pass
     return name.replace("\\", "/")
 
 
-def _is_image(name):
-    return PurePosixPath(name).suffix.lower() in EXTENSIONS
-
-
-def _is_system_path(name):
+def _is_system(name):
     return any(map(is_system_name, name.split("/")))
