@@ -19,10 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks.loader import RandomFaces
-from benchmarks.training_step import HEADS, PRECISION, add_options, make, our_loop
+from benchmarks.training_step import HEADS, add_options, make, our_loop
 from benchmarks.turns import in_turns, machine
 from faces.data.batches import Batches
-from faces.device import fast_dtype, pick_device, tune_cpu
+from faces.device import pick_device, pick_dtype, tune_cpu
 from faces.files import at_least, command, script_parser
 
 FACES, TURNS = 18374, 3
@@ -64,7 +64,7 @@ def main(argv=None):
     device = pick_device(args.device)
     tune_cpu(device)
     torch.backends.cudnn.benchmark = True
-    dtype = PRECISION.get(args.precision) or fast_dtype(device)
+    dtype = pick_dtype(args.precision, device)
     print(f"{args.method}, {args.net}, {args.identities:,} identities, {str(dtype).removeprefix('torch.')}, "
           f"{machine(device)}\n{'faces per step':>24}{'faces/s':>12}{'without the loader':>20}"
           + ("  peak memory" if device.type == "cuda" else ""))

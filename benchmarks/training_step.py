@@ -24,14 +24,13 @@ import sphereFace.net
 from benchmarks.turns import check_same, in_turns, report
 from faces.align import HEIGHT, WIDTH
 from faces.cpu.training import for_training
-from faces.device import autocast, fast_dtype, memory_format, pick_device, to_input, tune_cpu
+from faces.device import PRECISION, autocast, memory_format, pick_device, pick_dtype, to_input, tune_cpu
 from faces.files import at_least, command, script_parser
 
 SCALE, MARGIN, LAMBDA = 64.0, 0.35, 5.0
 # For each method: its head, and the margin's argument for the full margin
 HEADS = {"cosFace": (lambda classes: cosFace.net.CosFace(classes, SCALE, MARGIN), 1.0),
          "sphereFace": (sphereFace.net.SphereFace, LAMBDA)}
-PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}
 # Relative differences that rounding explains, of the loss and of all gradients as one vector. On NVIDIA GPUs, float32
 # convolutions use TF32. Without a margin, the loss would differ by 30 % and more.
 TOLERANCE = {torch.float32: (1e-3, 0.02), torch.bfloat16: (1e-2, 0.2), torch.float16: (1e-2, 0.1)}
@@ -69,7 +68,7 @@ def our_loop(net, head, margin, device, dtype, compile=False):
     net = for_training(net.to(device, memory_format=memory_format(device)), device, dtype)
     if compile:
         net.compile(dynamic=False)
-    optimizer = sgd(net, head, fused=device.type == "cuda")
+    optimizer = sgd(net, head, fused=device.type == "cuda" and dtype != torch.float16)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     def loss_of(x, labels):
@@ -136,7 +135,7 @@ def main(argv=None):
     tune_cpu(device)
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(0)
-    dtype, margin = PRECISION.get(args.precision) or fast_dtype(device), HEADS[args.method][1]
+    dtype, margin = pick_dtype(args.precision, device), HEADS[args.method][1]
     images = torch.randint(256, (args.batch_size, HEIGHT, WIDTH, 3), dtype=torch.uint8).to(device)
     labels = torch.randint(args.identities, (args.batch_size,)).to(device)
     flip = torch.rand(args.batch_size).to(device) < 0.5
