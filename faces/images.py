@@ -358,9 +358,10 @@ def _decode_other(data):
         if image.format != "PNG" and not deep:
             return _from_pillow(image)
         orientation = image.getexif().get(ORIENTATION)
-    flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
+    # With IMREAD_COLOR_RGB, OpenCV 5.0 returns what was in the memory for TIFFs of 16 bits.
+    flags = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
     with contextlib.suppress(cv2.error):
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
         if pixels is not None:
-            return _turned(_to_8_bits(pixels), orientation)
+            return _turned(_to_8_bits(pixels)[..., ::-1], orientation)
     raise UnreadableImage(f"damaged {image.format}")

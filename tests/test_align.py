@@ -63,5 +63,11 @@ def test_faces_that_can_not_be_aligned_raise_value_error():
         similarity_transform(TEMPLATE / 40)
     with pytest.raises(ValueError, match="not arranged like those of a face"):
         similarity_transform(TEMPLATE[[2, 0, 1, 3, 4]] * (1, 0.2))
-    with pytest.raises(ValueError, match="too large to align"):
-        align(np.zeros((2, 40_000, 3), np.uint8), TEMPLATE * (1, 0.01))
+
+
+@pytest.mark.parametrize("shape, offset", [((150, 40_000), (39_700, 0)), ((40_000, 150), (0, 38_000))])
+def test_a_face_in_a_huge_photo_is_aligned_from_its_part(shape, offset):
+    image, points = draw_face(1, 1)
+    photo = np.zeros((*shape, 3), np.uint8)
+    photo[offset[1]:offset[1] + 150, offset[0]:offset[0] + 150] = image
+    assert abs(align(photo, points + offset).astype(int) - align(image, points)).max() <= 1    # level of gray

@@ -27,7 +27,7 @@ def test_network_input():
     assert torch.equal(x[1], to_input(faces)[1].flip(2)) and torch.equal(x[0], to_input(faces)[0])
 
 
-def test_jitter_shifts_faces_and_repeats_their_border():
+def test_shifted_faces_repeat_their_border():
     """Compare with a loop over single faces and pixels."""
     faces = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (7, 112, 96, 3), np.uint8))
     shifts = torch.tensor([[0, 0], [2, 0], [0, 2], [-2, 0], [0, -2], [1, -2], [-16, 16]])
@@ -42,12 +42,12 @@ def test_augmentation_depends_only_on_seed_step_and_rank(casia, tmp_path):
     faces = load_casia(casia, cache=tmp_path)
 
     def inputs(start, **options):
-        options = {"jitter": 2, **options}
+        options = {"shift": 2, **options}
         return [images for images, _ in Batches(faces, 8, 12, torch.device("cpu"), start, **options)]
 
-    full, resumed, plain = inputs(0), inputs(5), inputs(0, jitter=0, mirror=False)
+    full, resumed, plain = inputs(0), inputs(5), inputs(0, shift=0, flip=False)
     assert len(resumed) == 7 and all(map(torch.equal, full[5:], resumed))
-    for other in ({"rank": 1}, {"seed": 1}, {"jitter": 0}):
+    for other in ({"rank": 1}, {"seed": 1}, {"shift": 0}):
         assert not torch.equal(full[0], inputs(0, **other)[0])
     center = (slice(None), slice(2, -2), slice(2, -2))                     # the pixels that no shift moves out
     seen = set()

@@ -1,0 +1,130 @@
+"""Lists as people have them: separators, encodings, absolute paths, wrong orders; and whether they fit the photos."""
+import os
+import shutil
+
+import numpy as np
+import pytest
+from conftest import write_image
+
+from faces import landmarks
+from faces.align import TEMPLATE
+from faces.data.cache import load_casia
+from faces.data.casia import list_casia
+from faces.data.sources import open_source
+from faces.files import InputError
+from faces.landmarks import found_list, photos_digest, read_labels, read_landmarks, write_landmarks
+
+POINTS = " ".join(f"{v:g}" for v in TEMPLATE.ravel())
+
+
+def written(folder, text, encoding="utf-8"):
+    (folder / "list.txt").write_bytes(text if isinstance(text, bytes) else text.encode(encoding))
+    return folder / "list.txt"
+
+
+def test_a_written_list_can_be_read_back(tmp_path):
+    points = np.random.default_rng(0).uniform(-5, 300, (3, 5, 2)).astype(np.float32)
+    write_landmarks(tmp_path / "list.txt", zip(("a/1.jpg", "a/2 b.jpg", "b/1.jpg"), (0, 0, 1), points))
+    read = read_landmarks(tmp_path / "list.txt", labeled=True)
+    assert read.paths == ["a/1.jpg", "a/2 b.jpg", "b/1.jpg"] and read.labels.tolist() == [0, 0, 1]
+    np.testing.assert_allclose(read.points, points, atol=0.006)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("separator", ["\t", " ", "  \t"])
+def test_lists_are_read_from_the_right(tmp_path, separator, encoding):
+    numbers = POINTS.replace(" ", separator)
+    file = written(tmp_path, "".join(f"p é\\a\x85b {i}.jpg{separator}7{separator}{numbers}{separator}\r\n\r\n"
+                                     for i in range(3)), encoding)
+    listed = read_landmarks(file, True)
+    assert listed.paths == [f"p é/a\x85b {i}.jpg" for i in range(3)] and listed.labels.tolist() == [7, 7, 7]
+    np.testing.assert_allclose(listed.points[1], TEMPLATE, atol=1e-3)
+
+
+def test_absolute_paths_below_the_folder_by_any_of_its_names(tmp_path):
+    root, other = tmp_path / "real/set", tmp_path / "elsewhere/p1"
+    for folder in (root / "p0", other):
+        folder.mkdir(parents=True)
+    (root / "p1").symlink_to(other)
+    (tmp_path / "link").symlink_to(root.parent)
+    lines = (f"{root}/p0/0.jpg 0", f"{tmp_path}/link/set/p0/1.jpg 0", f"{other}/2.jpg 1", "./p1/3.jpg 1")
+    for name in (root, tmp_path / "link/set"):
+        paths, labels = read_labels(written(tmp_path, "\n".join(lines)), name)
+        assert paths == ["p0/0.jpg", "p0/1.jpg", "p1/2.jpg", "p1/3.jpg"] and labels.tolist() == [0, 0, 1, 1]
+    for name in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(InputError, match="line 2: the path '.*' leaves the folder"):
+            read_labels(written(tmp_path, f"0.jpg 0\n{name}/0.jpg 1"), root)
+
+
+@pytest.mark.parametrize("text, message", [
+    ("a.png 0\nd.png\n", "line 2: expected a path, a label"), ("a.png 0\nd.png 1.0\n", "line 2: expected a path"),
+    ("a.png 0\nd.png -1\n", "line 2: expected a path"), (f"a.png 0\nd.png {10**30}\n", "line 2: expected a path"),
+    ("a.png 0\na.png 1\n", "lists a.png twice"), ("a.png 0\n../b.png 1\n", "line 2: the path .* leaves"),
+    ("\n", "is an empty list"), (b"\xff\xfe", "is an empty list"), (b"\x89PNG\0", "not a text file"),
+    ("x" * 10**6, "not a text file")])
+def test_malformed_lists(tmp_path, text, message):
+    with pytest.raises(InputError, match=f"list.txt.*{message}"):
+        read_labels(written(tmp_path, text))
+
+
+@pytest.mark.parametrize("line", [f"a.jpg\t0\t{POINTS} 1".replace(" ", "\t"), f"a.jpg {POINTS}",
+                                  f"a.jpg 0 {POINTS[:-7]}nan", f"a.jpg zero {POINTS}"])
+def test_malformed_landmark_lists(tmp_path, line):
+    with pytest.raises(InputError, match="line 2: expected a path, a label .*, ten finite numbers"):
+        read_landmarks(written(tmp_path, f"b.jpg 0 {POINTS}\n{line}\n"), True)
+
+
+def rewrite(casia, tmp_path, change):
+    """Write the list of `casia` with other landmarks; return its path."""
+    old = read_landmarks(casia / "casia_landmark.txt", labeled=True)
+    write_landmarks(tmp_path / "list.txt", zip(old.paths, old.labels, change(old.points)))
+    return tmp_path / "list.txt"
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda p: p.transpose(0, 2, 1), "all x come before all y;"),
+    (lambda p: p[..., ::-1].transpose(0, 2, 1), "all y come before all x;"),
+    (lambda p: p[..., ::-1], "y comes before x"),
+    (lambda p: p[:, [1, 0, 2, 4, 3]], "the image-right eye comes first"),
+    (lambda p: p * (-1, 1) + (150, 0), "as in mirrored images"),
+    (lambda p: p[:, [2, 0, 1, 3, 4]], "the nose comes first"),
+    (lambda p: p[:, [4, 3, 2, 1, 0]], "not arranged like those of an upright face"),
+    (lambda p: p / 150, "fractions of the image's size"),
+])
+def test_lists_in_another_order_are_refused_before_any_image_is_read(casia, tmp_path, change, message):
+    with pytest.raises(InputError, match=f"list.txt is not a usable landmark list: .*{message}"):
+        list_casia(casia, rewrite(casia, tmp_path, lambda p: change(p).reshape(-1, 5, 2)))
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda p: p + (200, 0), "5 of 5 landmarks are outside the image"),
+    (lambda p: p * 0.5, "in the upper left part of the images, as if they were found in smaller copies"),
+    (lambda p: p * 1.4, "in the lower right part of the images, as if they were found in larger copies"),
+])
+def test_landmarks_of_other_copies_of_the_images_stop_the_build(casia, tmp_path, change, message):
+    with pytest.raises(InputError, match=message):
+        load_casia(casia, rewrite(casia, tmp_path, change), tmp_path / "cache")
+
+
+def test_a_list_of_other_photos_is_not_used(casia, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(landmarks, "CACHE", tmp_path / "cache")
+    root = shutil.copytree(casia, tmp_path / "set")
+    (root / "casia_landmark.txt").unlink()
+    source, listed = open_source(root), read_landmarks(casia / "casia_landmark.txt", True)
+    file = landmarks.default_list(root, "casia_landmark.txt")
+    assert found_list(source, file.name) is None
+    write_landmarks(file, zip(*listed), made_from=photos_digest(source))
+    assert found_list(source, file.name) == file and not capsys.readouterr().out
+    os.utime(root / listed.paths[3], ns=(1, 1))
+    assert found_list(open_source(root), file.name) is None
+    assert f"the photos in {root} have changed" in capsys.readouterr().out
+    write_landmarks(root / file.name, zip(*listed))                        # one's own list is used without a record
+    assert found_list(open_source(root), file.name) == root / file.name
+
+
+def test_forgotten_landmarks_are_one_instruction(tmp_path):
+    for name in ("a/1.png", "a/2.png", "b/1.png"):
+        write_image(tmp_path / "photos" / name, np.zeros((150, 150, 3), np.uint8))
+    with pytest.raises(InputError, match="run `python mtcnn/casia_landmark.py --casia .*photos` first") as raised:
+        load_casia(tmp_path / "photos", cache=tmp_path / "cache")
+    assert str(raised.value).count("landmarks are needed") == 1
