@@ -15,7 +15,7 @@ import numpy as np
 
 from faces.data.casia import LANDMARK_LIST, list_photos, person
 from faces.data.sources import Folder
-from faces.files import command, count_of, existing_folder, path, script_parser, shorten
+from faces.files import command, count_of, existing_folder, path, script_parser
 from mtcnn.landmark_lists import list_parser, make_list
 from mtcnn.search import NO_FACE
 
@@ -34,7 +34,7 @@ def main(argv=None):
         listed = np.flatnonzero(found["attempt"] > NO_FACE)
         people = sorted({person(photos[i]) for i in listed})
         lost = sorted(set(map(person, photos)) - set(people))
-        print(f"{count_of(len(people), 'person')}; people without any image left: {len(lost):,}", shorten(lost))
+        print(f"{count_of(len(people), 'person')}; people without any image left: {len(lost):,}", *lost[:3])
         label = {name: number for number, name in enumerate(people)}
         return ((photos[i], label[person(photos[i])], found["points"][i]) for i in listed)
 

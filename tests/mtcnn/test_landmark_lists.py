@@ -1,4 +1,4 @@
-"""The choice of a face, the journal, and the scripts that write landmark lists and drawings."""
+"""The choice of a face, and the scripts that write landmark lists and drawings."""
 import importlib
 import json
 import os
@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -15,39 +16,21 @@ import skimage.data
 import torch
 from conftest import ROOT
 
-from faces.data.casia import read_casia
-from faces.landmarks import read_landmarks
+from faces.data.sources import Folder
+from faces.landmarks import photos_digest, read_landmarks
 from mtcnn import search
 from mtcnn.detector import Faces
-from mtcnn.landmark_lists import median_points, reserved
-from mtcnn.search import Find, choose, frame
+from mtcnn.landmark_lists import find_landmarks
+from mtcnn.search import choose
 
 # Landmarks of the face in skimage.data.astronaut(), read off by eye.
 LANDMARKS = np.array([(203.8, 101.6), (246.8, 104.6), (224.5, 130.3), (200.8, 139.0), (244.4, 141.7)])
+CPU = ("--device", "cpu")
 
 
 @pytest.fixture(scope="module")
 def photo():
     return skimage.data.astronaut()
-
-
-def test_select_rules():
-    boxes = np.array([[0, 0, 50, 50], [80, 80, 110, 110], [10, 100, 40, 140]], np.float32)
-    faces = Faces(boxes, np.array([0.8, 0.9, 0.99], np.float32), np.tile(LANDMARKS.astype(np.float32) - 100, (3, 1, 1)))
-    assert [choose(faces, (200, 200), rule) for rule in ("center", "largest", "score")] == [1, 0, 2]
-    faces.landmarks[1] = faces.landmarks[1][[1, 0, 2, 4, 3]]  # a mirrored face can't be aligned
-    assert choose(faces, (200, 200), "center") == 2
-    assert choose(faces, (200, 200), "score", corner=(50, 10)) == 2    # an image of 100 columns and 180 rows
-    assert choose(faces, (200, 200), "score", corner=(99, 10)) is None
-    assert choose(Faces(boxes[:0], faces.scores[:0], faces.landmarks[:0]), (200, 200), "center") is None
-
-
-def test_frame_and_median():
-    framed, corner = frame(np.ones((40, 100, 3), np.uint8), 0.25)
-    assert framed.shape == (60, 150, 3) and framed.sum() == 40 * 100 * 3 and corner.tolist() == [25, 10]
-    finds = [Find(0, (100, 200), 0, [50, 50] * 5), Find(1, (10, 10), 1, [3, 4] * 5), Find(2, (50, 50), 0, [5, 40] * 5),
-             Find(3, (5, 5), -1, None)]
-    np.testing.assert_allclose(median_points(finds), [(0.3, 0.4)] * 5)
 
 
 @pytest.fixture(scope="module")
@@ -64,23 +47,36 @@ def people(tmp_path_factory, photo):
     return root
 
 
-def command(script, *args, **kwargs):
-    return subprocess.run([sys.executable, script, *map(str, args)], cwd=ROOT / "mtcnn", capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}, **kwargs)
-
-
-def in_process(script, *args):
+def run(script, *args):
     """Run a script's main() in this process, which saves seconds of importing; return its exit status."""
     try:
-        importlib.import_module(f"mtcnn.{script.removesuffix('.py')}").main(list(map(str, args)))
+        importlib.import_module(f"mtcnn.{script}").main(list(map(str, args)))
     except SystemExit as stop:
         return stop.code
     return 0
 
 
+def typed(script, *args, **kwargs):
+    """Start a script as users type it."""
+    return subprocess.Popen([sys.executable, f"{script}.py", *map(str, args)], cwd=ROOT / "mtcnn", text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, **kwargs)
+
+
+def test_select_rules():
+    boxes = np.array([[0, 0, 50, 50], [80, 80, 110, 110], [10, 100, 40, 140]], np.float32)
+    faces = Faces(boxes, np.array([0.8, 0.9, 0.99], np.float32), np.tile(LANDMARKS.astype(np.float32) - 100, (3, 1, 1)))
+    assert [choose(faces, (200, 200), rule) for rule in ("center", "largest", "score")] == [1, 0, 2]
+    faces.landmarks[1] = faces.landmarks[1][[1, 0, 2, 4, 3]]  # a flipped face can't be aligned
+    assert choose(faces, (200, 200), "center") == 2
+    assert choose(faces, (200, 200), "score", corner=(50, 10)) == 2    # an image of 100 columns and 180 rows
+    assert choose(faces, (200, 200), "score", corner=(99, 10)) is None
+    assert choose(Faces(boxes[:0], faces.scores[:0], faces.landmarks[:0]), (200, 200), "center") is None
+
+
 def test_lfw_landmark(people, tmp_path):
-    run = command("lfw_landmark.py", "--lfw", people, "--output", tmp_path / "list.txt", "--device", "cpu")
-    assert run.returncode == 0, run.stderr
+    script = typed("lfw_landmark", "--lfw", people, "--output", tmp_path / "list.txt", *CPU)
+    output, _ = script.communicate(timeout=600)
+    assert script.returncode == 0
     listed = read_landmarks(tmp_path / "list.txt", labeled=False)
     points = dict(zip(listed.paths, listed.points))
     assert listed.paths == sorted(listed.paths) and len(listed.paths) == 7
@@ -90,175 +86,128 @@ def test_lfw_landmark(people, tmp_path):
              "Zoe/Zoe_0002.png": (512, 512), "Zoe/Zoe_0003.png": (80, 108)}
     median = np.median([points[name] / size for name, size in sizes.items()], axis=0) * (200, 100)
     np.testing.assert_allclose(points["Bob/Bob_0001.png"], median, atol=0.02)
-    assert "7 images: a face in 5" in run.stdout and "no face found, median landmarks: 2" in run.stdout
+    assert "7 images: a face in 5" in output and "no face found, median landmarks: 2" in output
     failed = (tmp_path / "list.failed.txt").read_text().splitlines()
     assert [line.split("\t")[1] for line in failed if line.startswith("no face")] == ["Ann/Ann_0003.png",
                                                                                      "Bob/Bob_0001.png"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".list.txt.lock", "list.failed.txt", "list.txt"]
+    assert json.loads((tmp_path / "list.json").read_text())["photos"] == photos_digest(Folder(people))
+    assert not (tmp_path / ".list.txt.partial").exists()
+    found, missed = find_landmarks(people, listed.paths, "cpu")
+    np.testing.assert_allclose(found, listed.points, atol=0.03)
+    assert missed == 2
 
 
-def test_casia_landmark_leaves_out_images_without_a_face(people, tmp_path):
-    run = command("casia_landmark.py", "--casia", people, "--output", tmp_path / "list.txt", "--device", "cpu")
-    assert run.returncode == 0, run.stderr
-    listed = read_landmarks(tmp_path / "list.txt", labeled=True)
-    assert listed.paths == ["Ann/Ann_0001.png", "Ann/Ann_0002.png", "Zoe/Zoe_0001.png", "Zoe/Zoe_0002.png",
-                            "Zoe/Zoe_0003.png"]
+def test_casia_landmark_leaves_out_images_without_a_face(people, tmp_path, capsys):
+    """The person folders are where training finds them, also below another folder."""
+    shutil.copytree(people, tmp_path / "unpacked" / "CASIA")
+    assert run("casia_landmark", "--casia", tmp_path / "unpacked", "--output", tmp_path / "list.txt", *CPU) == 0
+    listed, output = read_landmarks(tmp_path / "list.txt", labeled=True), capsys.readouterr().out
+    assert listed.paths == ["Ann/Ann_0001.png", "Ann/Ann_0002.png", *(f"Zoe/Zoe_000{i}.png" for i in (1, 2, 3))]
     assert listed.labels.tolist() == [0, 0, 1, 1, 1]
-    assert "no face found, left out: 2" in run.stdout and "2 people; people without any image left: 1 Bob" in run.stdout
+    assert "no face found, left out: 2" in output and "2 people; people without any image left: 1 Bob" in output
 
 
-def test_the_same_folder_is_the_person_as_in_training(people, tmp_path):
-    """Images further down belong to nobody, neither in the list nor in training."""
-    root = tmp_path / "people"
-    shutil.copytree(people, root)
-    shutil.copytree(root / "Zoe", root / "more" / "Zoe")
-    assert in_process("casia_landmark.py", "--casia", root, "--output", tmp_path / "list.txt", "--device", "cpu") == 0
-    listed, training = read_landmarks(tmp_path / "list.txt", labeled=True), read_casia(root)
-    label = dict(zip(training.paths, training.labels))
-    assert not [path for path in [*listed.paths, *training.paths] if path.startswith("more")]
-    assert len(set(listed.labels)) == len({label[path] for path in listed.paths}) == 2
-    assert len(set(zip(listed.labels, (label[path] for path in listed.paths)))) == 2
+def test_a_killed_run_continues_to_the_same_list(photo, tmp_path, capsys):
+    for i in range(160):    # five batches of work
+        (tmp_path / "set" / f"Ann_{i:03d}").mkdir(parents=True)
+        cv2.imwrite(str(tmp_path / "set" / f"Ann_{i:03d}" / "1.png"), photo[10:200 - i // 4, 130 + i // 4:300, ::-1])
+    (tmp_path / "set" / "Ann_000" / "2.jpg").write_bytes(b"<html>")
+    args = ["--lfw", tmp_path / "set", "--workers", "2", *CPU, "--output"]
+    whole, again, partial = (tmp_path / name for name in ("whole.txt", "again.txt", ".again.txt.partial"))
+    assert run("lfw_landmark", *args, whole) == 0
+    process = typed("lfw_landmark", *args, again, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (partial.exists() and partial.read_bytes().count(b"\n") > 2):
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    with open(partial, "ab") as file:    # and its last line was cut
+        file.write(b"[159, [200, 2")
+    done, _ = partial.read_bytes().count(b"\n") - 1, capsys.readouterr()
+    assert 0 < done < 160 and not again.exists()
+    assert run("lfw_landmark", *args, again) == 0
+    assert f"continuing: {done} of 161" in capsys.readouterr().out
+    assert again.read_text() == whole.read_text() and not partial.exists()
 
 
-def test_a_second_run_is_refused_and_the_first_is_left_alone(people, tmp_path, capsys):
-    output = tmp_path / "list.txt"
-    args = ["lfw_landmark.py", "--lfw", people, "--output", output, "--device", "cpu"]
-    with reserved(output):
-        (tmp_path / ".list.txt.partial").write_text("the first run's")
-        assert in_process(*args) == 2
-    assert f"another process is making {output}; let it finish" in capsys.readouterr().err
-    assert (tmp_path / ".list.txt.partial").read_text() == "the first run's" and not output.exists()
+@pytest.mark.parametrize("change", [{}, {"--min-face-size": 40}, {"--select": "score"}, "photo"], ids=str)
+def test_a_run_is_continued_with_the_same_photos_and_options_only(people, tmp_path, capsys, monkeypatch, change):
+    shutil.copytree(people / "Zoe", tmp_path / "set" / "Zoe")
+    args = ["--lfw", tmp_path / "set", "--output", tmp_path / "list.txt", *CPU]
+    with monkeypatch.context() as patch:    # stop after all photos have been searched
+        patch.setattr("mtcnn.landmark_lists.write_landmarks", lambda *_, **__: sys.exit(9))
+        assert run("lfw_landmark", *args) == 9
+    if change == "photo":
+        shutil.copy(people / "Bob" / "Bob_0001.png", tmp_path / "set" / "Zoe" / "Zoe_0001.png")
+    else:
+        args += [word for option in change.items() for word in option]
+    assert run("lfw_landmark", *args) == 0
+    output = capsys.readouterr().out
+    assert ("photos or the options have changed" in output) == bool(change)
+    assert ("continuing: 3 of 3" in output) == (not change)
+    assert f"3 images: a face in {2 if change == 'photo' else 3}" in output
 
 
-def test_a_file_that_is_not_a_landmark_list_is_not_replaced(people, tmp_path, capsys):
-    output = tmp_path / "pairs.txt"
-    output.write_text("1\t1\nA\t1\t2\nA\t1\tB\t1\n")
-    assert in_process("lfw_landmark.py", "--lfw", people, "--output", output, "--device", "cpu") == 2
-    assert "exists and is not a landmark list" in capsys.readouterr().err and output.read_text().startswith("1\t1\n")
+@pytest.mark.parametrize("device, cores, expected", [("cpu", 4, 4), ("cpu", 1, 0), ("cuda", 4, 4), ("cuda", 16, 8),
+                                                     ("mps", 4, 0)])
+def test_number_of_processes(monkeypatch, device, cores, expected):
+    used = []
+    monkeypatch.setattr(search, "count_cpus", lambda: cores)
+    monkeypatch.setattr(search, "in_processes", lambda function, batches, workers, _: used.append(workers) or [])
+    monkeypatch.setattr(search, "prefetch", lambda groups: [])
+    detector = SimpleNamespace(device=torch.device(device))
+    assert not list(search.search("", [(i, "") for i in range(100)], detector)) and sum(used) == expected
 
 
-def test_photos_exchanged_between_two_runs_are_searched_again(people, tmp_path, capsys, monkeypatch):
-    root = tmp_path / "people"
-    for name in ("Bob/Bob_0001.png", "Zoe/Zoe_0001.png"):
-        (root / name).parent.mkdir(parents=True)
-        shutil.copy(people / name, root / name)
-    args = ["lfw_landmark.py", "--lfw", root, "--output", tmp_path / "list.txt", "--device", "cpu"]
-    with monkeypatch.context() as patch:  # stop after all photos have been searched
-        patch.setattr("mtcnn.landmark_lists.median_or_stop", lambda *_: sys.exit(9))
-        assert in_process(*args) == in_process(*args) == 9
-    assert "starting over" not in capsys.readouterr().out
-    shutil.copy(root / "Zoe/Zoe_0001.png", root / "Bob/Bob_0001.png")
-    assert in_process(*args) == 0
-    out = capsys.readouterr().out
-    assert "because the photos have changed" in out and "2 images: a face in 2" in out
-
-
-def test_default_device_and_processes(monkeypatch):
-    def defaults(cores, cuda):
-        monkeypatch.setattr(search, "count_cpus", lambda: cores)
-        monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
-        device = search.fastest_device("auto")
-        return device, search.default_workers(torch.device("cuda" if device == "auto" else device))
-    assert defaults(4, cuda=False) == ("cpu", 4) and defaults(64, cuda=True) == ("cpu", 64)
-    assert defaults(4, cuda=True) == ("auto", 4) and defaults(16, cuda=True) == ("auto", 8)
-    assert search.fastest_device("mps") == "mps" and search.default_workers(torch.device("mps")) == 0
-
-
-def test_a_killed_run_continues_to_the_same_list(photo, tmp_path):
-    for i in range(60):  # a second or two of work, so that the kill interrupts it
-        (tmp_path / "set" / f"Ann_{i:02d}").mkdir(parents=True)
-        cv2.imwrite(str(tmp_path / "set" / f"Ann_{i:02d}" / "1.png"), photo[:300 - i, i:, ::-1])
-    args = ["--lfw", tmp_path / "set", "--batch-size", "1", "--workers", "2", "--device", "cpu",
-            "--output"]
-    uninterrupted, resumed = tmp_path / "whole.txt", tmp_path / "again.txt"
-    assert in_process("lfw_landmark.py", *args, uninterrupted) == 0
-    journal = tmp_path / ".again.txt.partial"
-    for _ in range(5):    # on a busy machine, a run may be complete before it is killed
-        resumed.unlink(missing_ok=True)
-        process = subprocess.Popen([sys.executable, "lfw_landmark.py", *map(str, [*args, resumed])], cwd=ROOT / "mtcnn",
-                                   stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        while process.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") > 2):
-            time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        if not resumed.exists():
-            break
-    assert not resumed.exists() and journal.exists()
-    done = journal.read_bytes().count(b"\n") - 1
-    run = command("lfw_landmark.py", *args, resumed)
-    assert run.returncode == 0 and f"continuing: {done} of 60" in run.stdout
-    assert done < 60 and resumed.read_text() == uninterrupted.read_text() and not journal.exists()
-
-
-def test_detector_draws_photos_and_skips_unreadable_ones(photo, tmp_path, capsys):
-    for name in ("a.png", "a-2.png", "b/a.png"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+def test_detector_draws_photos_in_folders_and_skips_unreadable_ones(photo, tmp_path, capsys, monkeypatch):
+    for name in ("in/a.png", "in/a-2.png", "in/b/a.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         cv2.imwrite(str(tmp_path / name), photo[:200, 100:350, ::-1])
     (tmp_path / "bad.jpg").write_bytes(b"<html>")
-    photos = [tmp_path / name for name in ("a.png", "bad.jpg", "none.jpg", "b/a.png", "a-2.png")]
-    assert in_process("detector.py", *photos, "--output", tmp_path / "out", "--device", "cpu") == 0
-    shown = capsys.readouterr()
-    assert "3 faces in 3 photos, 2 skipped" in shown.out
-    assert f"skipped {tmp_path}/bad.jpg: not an image\nskipped {tmp_path}/none.jpg: No such file" in shown.err
-    listed = json.loads((tmp_path / "out" / "faces.json").read_text())
-    assert [entry["photo"] for entry in listed] == [str(photos[k]) for k in (0, 3, 4)]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run("detector", tmp_path / "in", tmp_path / "bad.jpg", "~/in/a.png", "--output=~/out", *CPU) == 0
+    shown, out = capsys.readouterr(), tmp_path / "out"
+    assert "3 faces in 3 photos, 1 skipped" in shown.out and f"skipped {tmp_path}/bad.jpg: not an image" in shown.err
+    listed = json.loads((out / "faces.json").read_text())
+    assert [entry["photo"] for entry in listed] == [f"{tmp_path}/in/{name}" for name in ("a-2.png", "a.png", "b/a.png")]
     np.testing.assert_allclose(listed[0]["faces"][0]["landmarks"] + np.array((100, 0)), LANDMARKS, atol=3)
     assert len({entry["drawing"] for entry in listed}) == 3
-    assert cv2.imread(str(tmp_path / "out" / listed[2]["drawing"])).shape == (200, 250, 3)
+    assert cv2.imread(str(out / listed[2]["drawing"])).shape == (200, 250, 3)
+    before = (tmp_path / "in" / "a.png").read_bytes()
+    assert run("detector", tmp_path / "in" / "a.png", "--output", tmp_path / "in", *CPU) == 2
+    assert "would overwrite the photo" in capsys.readouterr().err and (tmp_path / "in/a.png").read_bytes() == before
 
 
-def test_detector_without_any_photo_and_onto_a_photo(photo, tmp_path, capsys):
-    (tmp_path / "bad.jpg").write_bytes(b"<html>")
-    assert in_process("detector.py", tmp_path / "bad.jpg", "--output", tmp_path / "out", "--device", "cpu") == 2
-    assert "no photo can be read" in capsys.readouterr().err and not list((tmp_path / "out").iterdir())
-    cv2.imwrite(str(tmp_path / "a.png"), photo[:200, :, ::-1])
-    before = (tmp_path / "a.png").read_bytes()
-    assert in_process("detector.py", tmp_path / "a.png", "--output", tmp_path, "--device", "cpu") == 2
-    assert "would overwrite the photo" in capsys.readouterr().err and (tmp_path / "a.png").read_bytes() == before
-
-
-def test_the_person_folders_and_names_that_training_takes(people, tmp_path, capsys):
-    root = tmp_path / "parts"
-    names = ["0/0_12/0.png", "0/0_13/0.png", "1/1_12/0.png", os.fsdecode(b"1/Jos\xe9/0.png"), "2/\u5973\u00a0/0.png"]
-    for name in names:
+def test_names_that_a_list_can_not_hold_and_names_that_it_can(people, tmp_path, capsys):
+    names = ["a b/0.png", os.fsdecode(b"c/Jos\xe9.png"), "d/\u5973\u00a0.png"]
+    for name in [*names, "d/tab\t.png"]:
         try:
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(people / "Zoe/Zoe_0003.png", tmp_path / "set" / name)
         except OSError:
             pytest.skip("this file system takes only UTF-8")
-        shutil.copy(people / "Zoe/Zoe_0003.png", root / name)
-    assert in_process("casia_landmark.py", "--casia", root, "--output", tmp_path / "list.txt", "--workers", 0) == 0
-    listing = read_casia(root, tmp_path / "list.txt")
-    assert listing.paths == names and listing.labels.tolist() == list(range(5))
-    for name in ("1/1_12/tab\t.png", "1/1_12/line\u2028.png", "1/1_12/back\\slash.png"):
-        shutil.copy(people / "Zoe/Zoe_0003.png", root / name)
-    assert in_process("casia_landmark.py", "--casia", root, "--output", tmp_path / "list.txt", "--workers", 0) == 2
-    assert "3 of 8 images" in (error := capsys.readouterr().err) and r"tab\t.png: its name" in error
-
-
-def test_a_missing_folder_is_one_sentence(tmp_path):
-    run = command("lfw_landmark.py", "--lfw", tmp_path / "none", "--output", tmp_path / "list.txt")
-    assert run.returncode == 2 and "does not exist" in run.stderr and "Traceback" not in run.stderr
+    args = ["--casia", tmp_path / "set", "--output", tmp_path / "list.txt", *CPU]
+    assert run("casia_landmark", *args) == 2
+    assert "1 of 4 images" in (error := capsys.readouterr().err) and "tab\t.png: its name" in error
+    (tmp_path / "set" / "d/tab\t.png").unlink()
+    assert run("casia_landmark", *args) == 0
+    assert read_landmarks(tmp_path / "list.txt", labeled=True).paths == names
 
 
 @pytest.mark.parametrize("content, script, sentence", [
-    ({}, "lfw_landmark.py", "contains no images"),
-    ({"Ann/Ann_0001.jpg": b"no image"}, "lfw_landmark.py", "1 of 1 image in"),
-    ({"Ann/Ann_0001.png": "blank"}, "lfw_landmark.py", "no face was found"),
-    ({"0001.png": "blank"}, "casia_landmark.py", "because they are not in folders; pass a folder"),
-    ({"0001.png": "blank"}, "lfw_landmark.py", "not in a person folder; pass"),
-    ({"A/1.png": "blank", "A/2.png": "blank"}, "casia_landmark.py", "has 2 photos of 1 person; pass a folder"),
-    ({"lfw/A/1.png": "blank", "lfw/B/1.png": "blank"}, "lfw_landmark.py", "further down; pass {root}/lfw."),
-    ({"lfw/A/1.png": "blank", "casia/B/1.png": "blank"}, "lfw_landmark.py", "pass one of them, such as {root}/casia"),
-    ({}, "casia_landmark.py", "has no photos; pass a folder"),
-], ids=["empty", "unreadable", "faceless", "no person", "no person in lfw", "one person", "wrapped",
-        "two sets", "empty casia"])
+    (None, "lfw_landmark", "does not exist"),
+    ({}, "lfw_landmark", "contains no images"),
+    ({"Ann/Ann_0001.jpg": b"no image"}, "lfw_landmark", "1 of 1 image in"),
+    ({"Ann/Ann_0001.png": "blank"}, "lfw_landmark", "no face was found"),
+    ({"0001.png": "blank"}, "casia_landmark", "because they are not in folders; pass a folder"),
+    ({"A/1.png": "blank", "A/2.png": "blank"}, "casia_landmark", "has 2 photos of 1 person; pass a folder"),
+], ids=["missing", "empty", "unreadable", "faceless", "no person", "one person"])
 def test_bad_input_is_one_sentence_and_status_2(content, script, sentence, tmp_path, capsys):
-    root = tmp_path / "set"
-    root.mkdir()
-    blank = cv2.imencode(".png", np.zeros((50, 50), np.uint8))[1].tobytes()
-    for name, data in content.items():
+    root, blank = tmp_path / "set", cv2.imencode(".png", np.zeros((50, 50), np.uint8))[1].tobytes()
+    if content is not None:
+        root.mkdir()
+    for name, data in (content or {}).items():
         (root / name).parent.mkdir(exist_ok=True, parents=True)
         (root / name).write_bytes(blank if data == "blank" else data)
-    status = in_process(script, f"--{script.split('_')[0]}", root, "--output", tmp_path / "list.txt")
-    assert status == 2 and sentence.format(root=root) in capsys.readouterr().err
+    status = run(script, f"--{script.split('_')[0]}", root, "--output", tmp_path / "list.txt", *CPU)
+    assert status == 2 and sentence in capsys.readouterr().err
     assert not (tmp_path / "list.txt").exists()
