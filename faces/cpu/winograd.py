@@ -47,8 +47,9 @@ class FusedWinogradConv2d(nn.Module):
         super().__init__()
         channels = conv.out_channels
         self.register_buffer("weight", transform_kernels(conv.weight.detach().double()).float().permute(1, 2, 0))
-        self.register_buffer("bias", torch.zeros(channels) if conv.bias is None else conv.bias.detach().clone())
-        self.register_buffer("slope", torch.ones(channels) if prelu is None else
+        self.register_buffer("bias", self.weight.new_zeros(channels) if conv.bias is None else
+                             conv.bias.detach().clone())
+        self.register_buffer("slope", self.weight.new_ones(channels) if prelu is None else
                              prelu.weight.detach().expand(channels).contiguous())
 
     def forward(self, x):

@@ -14,7 +14,7 @@ import numpy as np
 CHUNK = 64   # number of draws computed at a time, which limits the memory to about 10 MB on LFW
 
 
-def bootstrap(correct, identities, resamples=1000, seed=0):
+def bootstrap(correct: np.ndarray, identities: np.ndarray, resamples: int = 1000, seed: int = 0) -> np.ndarray:
     """Draw identities with replacement, and return the accuracy of each model on each draw.
 
     Args:
@@ -40,14 +40,14 @@ def bootstrap(correct, identities, resamples=1000, seed=0):
     return np.concatenate(accuracies).T.astype(np.float64)
 
 
-def draw(rng, resamples, size):
+def draw(rng: np.random.Generator, resamples: int, size: int) -> np.ndarray:
     """Draw `size` items out of `size` with replacement; return how often each was drawn, float32 (resamples, size)."""
     # Each resample has its own range of numbers, so that one bincount() counts the items of all resamples.
     items = rng.integers(size, size=(resamples, size)) + size * np.arange(resamples)[:, None]
     return np.bincount(items.ravel(), minlength=resamples * size).reshape(resamples, size).astype(np.float32)
 
 
-def pair_weights(counts, left, right):
+def pair_weights(counts: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """Return the weight of each pair in each draw, float32 (R, P).
 
     Args:
@@ -57,7 +57,7 @@ def pair_weights(counts, left, right):
     return counts[:, left] * np.where(left == right, np.float32(1), counts[:, right])
 
 
-def interval(values, level=0.95):
+def interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
     """Return the percentile interval of R bootstrap values as two floats, low and high; NaN values are ignored."""
     low, high = np.nanquantile(values, ((1 - level) / 2, (1 + level) / 2))
     return float(low), float(high)

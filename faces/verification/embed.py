@@ -1,5 +1,6 @@
-"""Turn aligned faces into embeddings, in batches; each face and its mirror image pass through the network once."""
+"""Turn aligned faces into embeddings, in batches; each face and its flipped image pass through the network once."""
 import copy
+import sys
 
 import numpy as np
 import torch
@@ -10,18 +11,19 @@ from tqdm import tqdm
 from faces.cpu.inference import for_inference
 from faces.device import autocast, exact_float32, memory_format, to_input
 
-MIRROR = ("concatenate", "sum", "none")
+FLIP = ("concatenate", "sum", "none")
 
 
-def embed(net, faces, device, batch_size=None, mirror="concatenate", dtype=torch.float32, progress=True):
+def embed(net: nn.Module, faces: np.ndarray, device: torch.device | str, batch_size: int | None = None,
+          flip: str = "concatenate", dtype: torch.dtype = torch.float32, progress: bool = True) -> np.ndarray:
     """Embed aligned faces in eval mode, with an optimized copy of the network; the network itself is left unchanged.
 
     Args:
         net: module, (B, 3, 112, 96) to (B, D).
         faces: uint8 (N, 112, 96, 3), RGB, N >= 1; may be a memory map.
-        device: torch.device.
+        device: where to compute.
         batch_size: faces per batch, None for default_batch_size(); it changes the result by rounding only.
-        mirror: how to use the embedding of the mirror image: "concatenate" appends it to the original's, "sum" adds the
+        flip: how to use the embedding of the flipped image: "concatenate" appends it to the original's, "sum" adds the
             two, "none" does not compute it.
         dtype: torch.float32, or the type for autocast.
         progress: show a progress bar.
@@ -29,35 +31,37 @@ def embed(net, faces, device, batch_size=None, mirror="concatenate", dtype=torch
     Returns:
         float32 (N, D), or (N, 2 D) if concatenated; not normalized.
     """
-    if mirror not in MIRROR:
-        raise ValueError(f"mirror must be one of {', '.join(MIRROR)}, not {mirror!r}")
+    if flip not in FLIP:
+        raise ValueError(f"flip must be one of {', '.join(FLIP)}, not {flip!r}")
     batch_size = batch_size or default_batch_size(device)
     net, parts = optimized_copy(net, device, dtype, len(faces)), []
     with torch.inference_mode(), autocast(device, dtype), exact_float32(device), \
-            tqdm(total=len(faces), desc="embedding", unit=" faces", disable=not progress, leave=False) as bar:
+            tqdm(total=len(faces), desc="embedding", unit=" faces", leave=False,
+                 disable=not progress or sys.stderr is None) as bar:
         for start in range(0, len(faces), batch_size):
             pixels = torch.from_numpy(np.array(faces[start:start + batch_size]))
-            batch = to_input(pixels.to(device))  # the device receives one byte per value
+            batch = to_input(pixels.to(device))    # the device receives one byte per value
             output = net(batch).float()
-            if mirror != "none":
+            if flip != "none":
                 flipped = net(batch.flip(3)).float()
-                output = output + flipped if mirror == "sum" else torch.cat((output, flipped), 1)
+                output = output + flipped if flip == "sum" else torch.cat((output, flipped), 1)
             parts.append(output.cpu().numpy())
             bar.update(len(output))
     return np.concatenate(parts)
 
 
-def default_batch_size(device):
+def default_batch_size(device: torch.device | str) -> int:
     """Return how many faces to embed at a time: on a CPU as many as fit its caches, else enough to fill the device."""
     return 32 if torch.device(device).type == "cpu" else 256
 
 
-def optimized_copy(net, device, dtype=torch.float32, images=10**6):
+def optimized_copy(net: nn.Module, device: torch.device | str, dtype: torch.dtype = torch.float32,
+                   images: int = 10**6) -> nn.Module:
     """Return a copy of a network on a device, in eval mode, that computes the same embeddings faster.
 
     Args:
         net: module, (N, 3, 112, 96) to (N, D); optimized if its layers are named as in net.py.
-        device: torch.device.
+        device: where to compute.
         dtype: the type to compute in.
         images: about how many images it will embed.
     """
@@ -67,7 +71,7 @@ def optimized_copy(net, device, dtype=torch.float32, images=10**6):
     return fast.to(device, memory_format=memory_format(device))
 
 
-def fold_batch_norm(net):
+def fold_batch_norm(net: nn.Module) -> nn.Module:
     """Fold, in place, each batch normalization NAMEbn or NAME_bn of a network in eval mode into its layer NAME."""
     for name, norm in list(net.named_children()):
         before = name.removesuffix("bn").removesuffix("_")

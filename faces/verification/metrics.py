@@ -1,4 +1,4 @@
-"""Verification and identification metrics: k-fold accuracy, ROC, TAR at a given FAR, and closed-set identification.
+"""Verification and identification metrics: k-fold accuracy, ROC, TAR at a FAR, closed-set identification, thresholds.
 
 A pair is accepted when its similarity is greater than the threshold, so equal similarities are accepted or rejected
 together. Threshold searches are exact: they try one threshold per distinct outcome, not a grid.
@@ -36,8 +36,7 @@ class Verification(NamedTuple):
 class OperatingPoint(NamedTuple):
     """The lowest threshold that does not exceed a false acceptance rate, over all pairs.
 
-    far: the requested rate.
-    tar: fraction of genuine pairs that are accepted.
+    far, tar: the requested rate, and the fraction of genuine pairs that are accepted.
     threshold: a pair is accepted when its similarity is greater.
     accepted, impostors: number of impostor pairs accepted, and of all impostor pairs.
     """
@@ -48,7 +47,7 @@ class OperatingPoint(NamedTuple):
     impostors: int
 
     @property
-    def resolved(self):
+    def resolved(self) -> bool:
         """Whether there are enough impostor pairs for one of them to be accepted at this rate."""
         return _allowed(self.far, self.impostors) >= 1
 
@@ -64,8 +63,9 @@ class Identification(NamedTuple):
     probes: int
 
 
-def verify(embeddings, pairs, same, folds, subtract_mean=False):
-    """Run the k-fold protocol of LFW: each fold is classified with the threshold that is best on all other folds.
+def verify(embeddings: np.ndarray, pairs: np.ndarray, same: np.ndarray, folds: np.ndarray,
+           subtract_mean: bool = False) -> Verification:
+    """Run the k-fold protocol of LFW (Huang et al. 2007, view 2): the threshold of a fold is the best on all others.
 
     Args:
         embeddings: float (N, D), one row per distinct image; not normalized.
@@ -88,7 +88,7 @@ def verify(embeddings, pairs, same, folds, subtract_mean=False):
     means = training_means(embeddings, pairs, folds) if subtract_mean else np.zeros((1, np.shape(embeddings)[1]))
     tables = np.broadcast_to(similarities(embeddings, pairs, means), (count, len(folds)))
     scores = tables[folds[judged], judged]
-    far, tar = roc(scores, same[judged])  # raises ValueError unless there are pairs of both kinds
+    far, tar = roc(scores, same[judged])    # raises ValueError unless there are pairs of both kinds
     thresholds = np.array([best_threshold(tables[k][folds != k], same[folds != k]) for k in range(count)])
     correct = (scores > thresholds[folds[judged]]) == same[judged]
     accuracies = np.bincount(folds[judged], correct) / np.bincount(folds[judged])
@@ -96,7 +96,7 @@ def verify(embeddings, pairs, same, folds, subtract_mean=False):
                         float(thresholds.mean()), far, tar, auc(far, tar), equal_error_rate(far, tar))
 
 
-def similarities(embeddings, pairs, means):
+def similarities(embeddings: np.ndarray, pairs: np.ndarray, means: np.ndarray) -> np.ndarray:
     """Return the cosine similarity of each pair after subtracting a mean, for each of several means.
 
     Expands (a - m).(b - m), so that K means cost one matrix product instead of K passes over the embeddings.
@@ -110,7 +110,7 @@ def similarities(embeddings, pairs, means):
         float64 (K, P), in [-1, 1].
 
     Raises:
-        ValueError: an embedding in a pair is not finite, or is zero after the mean is subtracted.
+        ValueError: an embedding is not finite, or one in a pair is zero after the mean is subtracted.
     """
     e, means = np.asarray(embeddings, np.float64), np.asarray(means, np.float64)
     left, right = np.transpose(pairs)
@@ -128,7 +128,7 @@ def similarities(embeddings, pairs, means):
     return np.clip(dot / np.sqrt(norm_square[:, left] * norm_square[:, right]), -1, 1)
 
 
-def training_means(embeddings, pairs, folds):
+def training_means(embeddings: np.ndarray, pairs: np.ndarray, folds: np.ndarray) -> np.ndarray:
     """Return the mean embedding of each fold's training images, float64 (K, D).
 
     Row k is the mean over the distinct images that occur in a pair of any fold except k.
@@ -140,21 +140,17 @@ def training_means(embeddings, pairs, folds):
     return member @ e / member.sum(1, keepdims=True)
 
 
-def best_threshold(similarity, same):
-    """Return the threshold that classifies most pairs correctly.
+def best_threshold(similarity: np.ndarray, same: np.ndarray) -> float:
+    """Return the threshold that classifies most pairs correctly; similarity float (P,), same bool (P,).
 
     The candidates are the midpoints between neighboring distinct similarities, one just below the lowest (all
     accepted), and the highest itself (none accepted). If several are equally good, the middle one is returned, or the
     lower of the two in the middle.
-
-    Args:
-        similarity: float (P,).
-        same: bool (P,).
     """
     values, genuine, impostor = _tally(similarity, same)
     lower, upper = values[:-1], values[1:]
     middle = lower + (upper - lower) / 2
-    middle = np.where(middle < upper, middle, lower)  # adjacent floats have no midpoint between them
+    middle = np.where(middle < upper, middle, lower)    # adjacent floats have no midpoint between them
     candidates = np.concatenate(([np.nextafter(values[0], -np.inf)], middle, values[-1:]))
     # Entry i is the number of correct answers gained by rejecting the i lowest values.
     gained = np.concatenate(([0], np.cumsum(impostor - genuine)))
@@ -162,7 +158,7 @@ def best_threshold(similarity, same):
     return float(candidates[best[(len(best) - 1) // 2]])
 
 
-def roc(similarity, same):
+def roc(similarity: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the points of the ROC curve, one per distinct outcome.
 
     Args:
@@ -183,12 +179,12 @@ def roc(similarity, same):
     return accepted_impostor / impostor.sum(), accepted_genuine / genuine.sum()
 
 
-def auc(far, tar):
+def auc(far: np.ndarray, tar: np.ndarray) -> float:
     """Return the area under the ROC curve: the probability that a genuine pair beats an impostor pair (ties: half)."""
     return float(np.trapezoid(tar, far))
 
 
-def equal_error_rate(far, tar):
+def equal_error_rate(far: np.ndarray, tar: np.ndarray) -> float:
     """Return the rate at which false acceptance equals false rejection, interpolating linearly between ROC points."""
     gap = far + tar - 1                         # far - frr; rises strictly from -1 to 1
     i = int(np.searchsorted(gap, 0))            # the first point at or beyond the crossing
@@ -196,43 +192,30 @@ def equal_error_rate(far, tar):
     return float(far[i - 1] + share * (far[i] - far[i - 1]))
 
 
-def _tally(similarity, same):
-    similarity, same = np.asarray(similarity, np.float64), np.asarray(same, bool)
-    if not len(similarity) or np.isnan(similarity).any():
-        raise ValueError("similarities are missing or not numbers")
-    values, index = np.unique(similarity, return_inverse=True)
-    genuine = np.bincount(index, same).astype(np.int64)
-    return values, genuine, np.bincount(index) - genuine
-
-
-def operating_point(similarity, same, far):
-    """Return the OperatingPoint with the highest tar among the thresholds with at most this false acceptance rate.
+def operating_point(similarity: np.ndarray, same: np.ndarray, far: float) -> OperatingPoint:
+    """Return the OperatingPoint with the highest TAR among the thresholds with at most this FAR, 0 to 1.
 
     Args:
         similarity: float (P,).
         same: bool (P,), with pairs of both kinds.
-        far: 0 to 1.
+        far: the false acceptance rate.
     """
     impostors = np.sort(similarity[~same])[::-1]
     allowed = _allowed(far, len(impostors))
     threshold = impostors[allowed] if allowed < len(impostors) else np.nextafter(similarity.min(), -np.inf)
     return OperatingPoint(far, float((similarity[same] > threshold).mean()), float(threshold),
-                     int((impostors > threshold).sum()), len(impostors))
+                          int((impostors > threshold).sum()), len(impostors))
 
 
-def identify(embeddings, identities, seed=0):
-    """Find each probe's person in a gallery by cosine similarity.
+def identify(embeddings: np.ndarray, identities: np.ndarray, seed: int = 0) -> Identification:
+    """Find each probe's person in a gallery by cosine similarity; ties count against the probe.
 
     The gallery holds one randomly drawn image of each identity with at least two images; the others are the probes.
-    Ties count against the probe.
 
     Args:
         embeddings: float (N, D), not zero.
         identities: int (N,).
-        seed: of the choice of the gallery.
-
-    Returns:
-        Identification.
+        seed: for the choice of the gallery.
 
     Raises:
         ValueError: fewer than two identities with two images or more.
@@ -243,13 +226,15 @@ def identify(embeddings, identities, seed=0):
     unit = np.asarray(embeddings, np.float32)
     unit = unit / np.linalg.norm(unit, axis=1, keepdims=True)
     column = np.searchsorted(identities[gallery], identities[probes])
-    ranks = np.concatenate([_ranks(unit[probes[rows]] @ unit[gallery].T, column[rows])
-                            for rows in np.array_split(np.arange(len(probes)), 1 + len(probes) // 1000)])
-    return Identification(np.cumsum(np.bincount(ranks - 1, minlength=len(gallery))) / len(probes), len(gallery),
-                          len(probes))
+    ranks = []
+    for rows in np.array_split(np.arange(len(probes)), 1 + len(probes) // 1000):
+        similarity = unit[probes[rows]] @ unit[gallery].T
+        ranks.append((similarity >= np.take_along_axis(similarity, column[rows, None], 1)).sum(1))
+    cmc = np.cumsum(np.bincount(np.concatenate(ranks) - 1, minlength=len(gallery))) / len(probes)
+    return Identification(cmc, len(gallery), len(probes))
 
 
-def choose_gallery(identities, seed=0):
+def choose_gallery(identities: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Return the images of the gallery, in the order of their identities, and of the probes: int (G,), int (Q,)."""
     identities = np.asarray(identities)
     shuffled = np.random.default_rng(seed).permutation(len(identities))
@@ -258,10 +243,14 @@ def choose_gallery(identities, seed=0):
     return shuffled[chosen], np.sort(np.delete(shuffled, chosen))
 
 
-def _ranks(similarity, column):
-    """Return the rank of each row's own column, int (Q,); 1 is the most similar."""
-    own = np.take_along_axis(similarity, column[:, None], 1)
-    return (similarity >= own).sum(1)
+def _tally(similarity, same):
+    """Return the V distinct similarities, sorted, and the numbers of genuine and impostor pairs with each, (V,)."""
+    similarity, same = np.asarray(similarity, np.float64), np.asarray(same, bool)
+    if not len(similarity) or np.isnan(similarity).any():
+        raise ValueError("similarities are missing or not numbers")
+    values, index = np.unique(similarity, return_inverse=True)
+    genuine = np.bincount(index, same).astype(np.int64)
+    return values, genuine, np.bincount(index) - genuine
 
 
 def _allowed(far, impostors):

@@ -1,41 +1,42 @@
-"""Read the pairs of a verification set: the files of LFW's view 1 and view 2, or your own in the same format.
+"""Read the pairs of a verification set, in the formats in which they are published.
 
-The image folder contains `Name/Name_0001.jpg`. View 2 is for reporting: pairs.txt starts with `10 300` (number of
-folds, and pairs of each kind per fold) or with `300` alone. Each following line is one pair, `Name i j` (genuine) or
-`Name1 i Name2 j` (impostor), and the folds follow one another. View 1 is for development: the threshold is chosen on
-pairsDevTrain.txt, and accuracy is measured on pairsDevTest.txt. Each of these files starts with a number N, followed
-by N genuine and N impostor pairs.
+LFW's pairs.txt (view 2, for reporting) starts with `10 300`, the number of folds and of pairs of each kind per fold, or
+with `300` alone. Each following line is a pair, `Name i j` (genuine) or `Name1 i Name2 j` (impostor). View 1, for
+development, chooses the threshold on pairsDevTrain.txt and measures accuracy on pairsDevTest.txt, which start with the
+number of pairs of each kind. Without such a header, as in Kaggle's pairs.csv, the pairs form ten folds in their order.
+So do those of lists with lines of `path path 0|1` or `0|1 path path`, or with a line per image and two lines per pair,
+`path 0` (impostor) or `path fold` (genuine), as for CALFW and CPLFW.
 """
+import contextlib
 import io
-import itertools
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from faces.data.sources import Folder, Zip, open_source
-from faces.files import InputError, folder
+from faces.files import InputError, count_of, path, reading, shorten
 from faces.images import UnreadableImage
 from faces.landmarks import normal_form, read_lines
-from faces.text import count_of, shorten
 
 VIEW_1_FILES = ("pairsDevTrain.txt", "pairsDevTest.txt")
-MAX_PAIRS = 1_000_000    # LFW has 6,000
+VIEW_2_FILES = ("pairs.txt", "pairs.csv")
+FOLDS = 10
 TRAINING_ONLY = -1   # fold number of the pairs that are used only to choose the threshold
 
 
 class Pairs(NamedTuple):
-    """P pairs of N distinct images, in the order of the pairs file.
+    """P pairs of N distinct images, in the order of the file.
 
-    paths: N paths relative to the folder, with forward slashes; those of the pairs come first.
+    paths: N paths relative to the folder, with forward slashes; those in pairs come first.
     pairs: int64 (P, 2), indices into paths.
     same: bool (P,), true for a genuine pair.
-    folds: int64 (P,), 0 .. K-1; fold k is the k-th run of 2 x 300 lines, or of the size that the header gives. -1 for
-        the pairs of view 1 that are used only to choose the threshold.
+    folds: int64 (P,), 0 .. K-1, or TRAINING_ONLY.
     identities: int64 (N,), 0, 1, 2, ..., the person in each image.
-    named: whether each identity corresponds to a person's name. If not, an identity is a group of images linked by
-        genuine pairs, and one person may have several.
+    named: whether identities are people, told apart by their folders. If not, an identity is a group of images linked
+        by genuine pairs, and one person may have several.
     """
     paths: list
     pairs: np.ndarray
@@ -44,196 +45,210 @@ class Pairs(NamedTuple):
     identities: np.ndarray
     named: bool = True
 
-    def people_with_several(self):
+    def people_with_several(self) -> int:
         """Return how many people have two images or more; identification needs at least two of them."""
         return int((np.bincount(self.identities) >= 2).sum())
 
-    def judged(self):
+    def judged(self) -> "Pairs":
         """Return the Pairs on which accuracy is measured; paths and identities are unchanged."""
         keep = self.folds != TRAINING_ONLY
         return self._replace(pairs=self.pairs[keep], same=self.same[keep], folds=self.folds[keep])
 
 
-def read_pairs(root, file=None, view=None, identification=False):
+def read_pairs(source, file=None, view: int | None = None, identification: bool = False) -> Pairs:
     """Read the pairs and find their images.
 
     Args:
-        root: folder or zip of `Name/Name_0001.jpg`; every extension in faces.images works, and .jpg takes precedence.
-        file: pairs.txt, or one of the two files of view 1; None searches `root` and its parent folder.
-        view: view of LFW, 1 or 2; None determines it from the names of the files, and prefers view 2.
-        identification: add all other images of everyone in `root` who has two images or more.
-
-    Returns:
-        Pairs.
+        source: path of a folder or zip of images, such as `Name/Name_0001.jpg`, or what open_images() made of it.
+        file: list of pairs, for view 1 one of its two; None searches in the folder or zip and beside it.
+        view: 1 or 2; None determines it from the names of the files, and prefers 2.
+        identification: add all other images of everyone who has two images or more.
 
     Raises:
-        InputError: the folder or a file is missing, a line is malformed, the number of lines differs from the header,
-            or images are missing.
+        InputError: a file is missing, a line is malformed, the number of lines differs from the header, or images are
+            missing.
     """
-    source = open_images(root)
-    file = None if file is None else Path(file)
-    if (view or _detect_view(source, file)) == 1:
-        lists, named_pairs, same, folds = _read_view_1(source, file)
+    source, file = source if isinstance(source, (Folder, Zip)) else open_images(source), file and path(file)
+    if view is None:
+        view_1 = file.name in VIEW_1_FILES if file else _search(source, VIEW_1_FILES[:1]) and not _search(source)
+        view = 1 if view_1 else 2
+    if view == 1 and file and file.name not in VIEW_1_FILES:
+        raise InputError(f"{file} does not belong to view 1, which consists of {' and '.join(VIEW_1_FILES)}; pass one "
+                         "of them with --pairs, or use --view 2.")
+    if view == 1:
+        files = [file.with_name(name) if file else _find(source, [name]) for name in VIEW_1_FILES]
     else:
-        lists = file or _find(source, "pairs.txt")
-        named_pairs, same, folds = _read_view_2(lists)
-    path_of = {}
-    for path in sorted(source.names(), key=lambda path: not path.endswith(".jpg")):
-        path_of.setdefault(normal_form(path.rpartition(".")[0]), path)
-    names = sorted({name for pair in named_pairs for name in pair})
-    missing = [name for name in names if name not in path_of]
+        files = [file or _find(source, VIEW_2_FILES)]
+    parts = [read_list(part) for part in files]
+    named_pairs, same = sum((part[0] for part in parts), []), np.concatenate([part[1] for part in parts])
+    folds = np.repeat((TRAINING_ONLY, 0), [len(part[0]) for part in parts]) if view == 1 else parts[0][2]
+    genuine, count = int(same[folds >= 0].sum()), int((folds >= 0).sum())
+    if view == 2 and folds[-1] == 0 or genuine in (0, count):
+        raise InputError(f"{files[-1]} has {count_of(folds[-1] + 1, 'fold~')}, {count_of(genuine, 'genuine pair~')} "
+                         f"and {count_of(count - genuine, 'impostor pair~')}, but the protocol needs at least two "
+                         "folds and pairs of both kinds; add what is missing.")
+    return _with_images(source, shorten(files, " and "), named_pairs, same, folds, identification)
+
+
+def read_list(file) -> tuple[list, np.ndarray, np.ndarray]:
+    """Read a list of pairs in any of the formats above, which is recognized by its content.
+
+    Returns:
+        list of P pairs of image names, without extension in LFW's format; bool (P,), whether they are genuine; int64
+        (P,), their folds.
+    """
+    with reading(file, "list of pairs", "correct it, or pass a text file like LFW's pairs.txt"):
+        lines = [(number, _split(line)) for number, line in read_lines(file)]
+        per_image = all(len(fields) == 2 for _, fields in lines)
+        header = lines[0][1]
+        sized = not per_image and len(header) <= 2 and all(field.isdecimal() for field in header)
+        if sized or not any(field.isdecimal() or "/" in field or "." in field for field in header):    # or column names
+            del lines[0]
+        if per_image:
+            lines = [(number, [*first, *second]) for (number, first), (_, second)
+                     in zip(lines[::2], lines[1::2], strict=True)]
+        rows = [_pair(number, fields) for number, fields in lines]
+        same = np.array([row[2] for row in rows], bool)
+        size = 2 * int(header[-1]) if sized else 0
+        count = int(header[0]) if sized and len(header) == 2 else max(1, len(rows) // max(1, size))
+        if not rows or sized and len(rows) != count * size:
+            raise ValueError(f"it declares {count:,} x {size:,} = {count * size:,} pairs but contains {len(rows):,}")
+        return [row[:2] for row in rows], same, np.arange(len(rows)) // size if sized else ten_folds(len(rows))
+
+
+def _split(line):
+    separator = "\t" if "\t" in line else "," if line.count(",") > 1 else None
+    return [field.strip() for field in line.split(separator) if field.strip()]
+
+
+def _pair(number, fields):
+    """Return the names of both images on a line, and whether the pair is genuine."""
+    match fields:
+        case [name, i, j] if i.isdecimal() and j.isdecimal():
+            return _lfw_name(name, i), _lfw_name(name, j), True
+        case [name, i, other, j] if i.isdecimal() and j.isdecimal() and "." not in name:
+            if name == other:
+                raise ValueError(f"line {number}: the impostor pair names the same person twice")
+            return _lfw_name(name, i), _lfw_name(other, j), False
+        case [left, right, ("0" | "1") as same] | [("0" | "1") as same, left, right]:
+            return _name(left), _name(right), same == "1"
+        case [left, fold, right, other] if fold == other and fold.isdecimal():
+            return _name(left), _name(right), fold != "0"
+    raise ValueError(f"line {number}: expected `Name i j`, `Name1 i Name2 j` or `path path 0|1`")
+
+
+def _lfw_name(person, number):
+    return _name(f"{person}/{person}_{int(number):04d}")
+
+
+def _name(text):
+    return normal_form(text.replace("\\", "/"))
+
+
+def ten_folds(count: int) -> np.ndarray:
+    """Return int64 (count,): the fold of each of P pairs in their order. The first folds may have one pair more."""
+    return np.repeat(np.arange(FOLDS), [len(part) for part in np.array_split(np.arange(count), FOLDS)])
+
+
+def linked(count: int, links: np.ndarray) -> np.ndarray:
+    """Return int64 (count,): the same number for items that are linked, int (L, 2), directly or through others."""
+    parent = list(range(count))
+
+    def root(i):
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    for a, b in links.tolist():
+        parent[root(a)] = root(b)
+    return np.unique([root(i) for i in range(count)], return_inverse=True)[1]
+
+
+def open_images(root) -> Folder | Zip:
+    """Return the images of a verification set."""
+    return open_source(root, "LFW images as Name/Name_0001.jpg")
+
+
+def finder(source: Folder | Zip) -> Callable[[str], str | None]:
+    """Return a function from an image's name in a list to its path in the source, None if there is no such image.
+
+    A name may lack its extension, of which .jpg takes precedence, and outer folders, or have more of these.
+    """
+    names, ends = {}, {}
+    for image in sorted(source.names(), key=lambda image: not image.endswith(".jpg")):
+        whole = normal_form(image)
+        for end in (whole, whole.rpartition(".")[0]):
+            names.setdefault(end, image)
+            while end := end.partition("/")[2]:
+                if (ends.setdefault(end, image) or "").rpartition(".")[0] != image.rpartition(".")[0]:
+                    ends[end] = None    # several images are named like this
+    root = source.root
+    prefixes = [*(f"{outer}/" for outer in (root.absolute().as_posix(), root.resolve().as_posix(), root.absolute().name,
+                                            root.resolve().name)), source.wrapper]
+
+    def find(name):
+        known = [name, Path(name).resolve().as_posix()] if name.startswith("/") else [name]
+        inner = [name.removeprefix(normal_form(prefix)) for name in known for prefix in ("", *prefixes)]
+        return next((image for name in inner if (image := names.get(name) or ends.get(name))), None)
+    return find
+
+
+def _with_images(source, lists, named_pairs, same, folds, identification):
+    """Return the Pairs of a source, given the names of their images."""
+    find = finder(source)
+    path_of = {name: find(name) for name in sorted({name for pair in named_pairs for name in pair})}
+    missing = [name for name, image in path_of.items() if image is None]
     if missing:
-        raise InputError(f"{source} lacks {len(missing)} of the {len(names)} images named in {lists} "
-                         f"({shorten(missing)}); pass the complete folder of Name/Name_0001.jpg.")
-    index = {name: i for i, name in enumerate(names)}
+        raise InputError(f"{source} lacks {len(missing)} of the {len(path_of)} images named in {lists} "
+                         f"({shorten(missing)}); pass the complete folder of images.")
+    paths = list(dict.fromkeys(path_of.values()))
     if identification:
-        names += sorted(set(_of_people_with_several(path_of)) - set(names))
-    pairs = np.array([(index[a], index[b]) for a, b in named_pairs])
-    _, identities = np.unique([_person(name) for name in names], return_inverse=True)
-    return Pairs([path_of[name] for name in names], pairs, same, folds, identities)
+        images = {find(image.rpartition(".")[0]) for image in source.names() if "/" in image} - {None}
+        people = Counter(map(_person, images))
+        paths += sorted({image for image in images if people[_person(image)] > 1} - set(paths))
+    index = {image: i for i, image in enumerate(paths)}
+    pairs = np.array([(index[path_of[a]], index[path_of[b]]) for a, b in named_pairs])
+    identities = np.unique([_person(image) for image in paths], return_inverse=True)[1]
+    named = np.array_equal(identities[pairs[:, 0]] == identities[pairs[:, 1]], same)
+    return Pairs(paths, pairs, same, folds, identities if named else linked(len(paths), pairs[same]), named)
 
 
-def open_images(root):
-    """Return the faces.data.sources.Folder or Zip of a verification set; raise InputError if there is none."""
-    root = Path(root).expanduser()
-    return open_source(root if root.is_file() else folder(root, "LFW images as Name/Name_0001.jpg"))
-
-
-def _person(name):
-    return name.partition("/")[0]
-
-
-def _of_people_with_several(names):
-    """Return those of some image names, such as Name/Name_0001, whose person has two images or more."""
-    names = [name for name in names if name.count("/") == 1]
-    count = Counter(map(_person, names))
-    return [name for name in names if count[_person(name)] > 1]
+def _person(image):
+    return normal_form(image.rpartition("/")[0])
 
 
 class _Member(NamedTuple):
-    """A text file in a zip, with the methods of a Path that read_lines() needs."""
-    source: Zip
+    """A list in the zip of the images, with what read_lines() needs of a Path."""
     name: str
+    data: bytes
 
     def __str__(self):
-        return f"{self.source}/{self.name}"
+        return self.name
 
     def is_file(self):
-        return self.name in self.source.members
-
-    exists = is_file
+        return True
 
     def open(self, _):
-        try:
-            return io.BytesIO(self.source.open(self.name))
-        except UnreadableImage as error:
-            raise OSError(0, str(error)) from None
+        return io.BytesIO(self.data)
 
 
-def _detect_view(source, file):
-    if file is not None:
-        return 1 if file.name in VIEW_1_FILES else 2
-    return 1 if _search(source, VIEW_1_FILES[0]) and not _search(source, "pairs.txt") else 2
+def _search(source, names=VIEW_2_FILES):
+    """Return the list in the folder or zip of images, or around it, or None."""
+    root = source.root.absolute()
+    outer = 0 if root.is_file() else max(source.wrapper.count("/"), root.name == root.parent.name)
+    for name in names:
+        if root.is_file():
+            with contextlib.suppress(UnreadableImage):
+                return _Member(f"{source}/{name}", source.open(name))
+        for folder in (root, *root.parents[:1 + outer], root.resolve().parent):
+            if (folder / name).is_file():
+                return folder / name
 
 
-def _search(source, name):
-    """Return a text file in the folder or zip of images, or else beside it; or None."""
-    root = Path(str(source))
-    candidates = root / name if isinstance(source, Folder) else _Member(source, name), root.resolve().parent / name
-    return next((candidate for candidate in candidates if candidate.is_file()), None)
-
-
-def _find(source, name):
-    """Return the path that _search() finds; raise InputError if it finds nothing."""
-    path = _search(source, name)
-    if path is None:
-        raise InputError(f"there is no {name} in {source} or its parent folder; download it into one of these "
+def _find(source, names):
+    file = _search(source, names)
+    if file is None:
+        raise InputError(f"there is no {names[0]} in {source} or its parent folder; download it into one of these "
                          "(lfw_eval.py also takes --pairs FILE).")
-    return path
-
-
-def _read_view_1(source, file):
-    """Return a description of the files of view 1, followed by what _read_view_2() returns for their pairs.
-
-    The pairs of pairsDevTrain.txt have the fold TRAINING_ONLY.
-    """
-    if file is not None and file.name not in VIEW_1_FILES:
-        raise InputError(f"{file} does not belong to view 1, which consists of {' and '.join(VIEW_1_FILES)}; pass one "
-                         "of them with --pairs, or use --view 2.")
-    files = [_find(source, name) if file is None else file.with_name(name) for name in VIEW_1_FILES]
-    (train, train_same), (test, test_same) = (_read_view_1_file(file) for file in files)
-    folds = np.repeat((TRAINING_ONLY, 0), (len(train), len(test)))
-    return f"view 1 ({', '.join(map(str, files))})", train + test, np.concatenate((train_same, test_same)), folds
-
-
-def _read_view_1_file(file):
-    """Return the P pairs of a file of view 1 as image names, and whether they are genuine, bool (P,)."""
-    header, *lines = _read_fields(file) or [(1, [])]
-    if len(header[1]) != 1 or not _is_positive_integer(header[1][0]):
-        raise InputError(f"{file} does not start with the number of genuine pairs; pass a file like LFW's {file.name}.")
-    size = int(header[1][0])
-    named_pairs = [_image_names(file, number, fields) for number, fields in lines]
-    same = np.array([len(fields) == 3 for _, fields in lines], bool)
-    if len(named_pairs) != 2 * size or same.sum() != size:
-        raise InputError(f"{file} declares {size} genuine and {size} impostor pairs but contains {same.sum()} and "
-                         f"{(~same).sum()}; complete it or correct its first line.")
-    return named_pairs, same
-
-
-def _read_fields(file):
-    """Return a list of (line number, fields), counted from 1, without blank lines."""
-    try:
-        lines = list(itertools.islice(read_lines(file), MAX_PAIRS + 2))
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "not a text file"
-        raise InputError(f"can't read the pairs in {file}: {reason}; pass a text file of pairs, like "
-                         "LFW's pairs.txt.") from None
-    if len(lines) > MAX_PAIRS + 1:
-        raise InputError(f"{file} has over {MAX_PAIRS:,} lines; pass a file like LFW's pairs.txt.")
-    lines = ((number, line.split("\t" if "\t" in line else None)) for number, line in lines)
-    return [(number, [field.strip() for field in fields]) for number, fields in lines if any(fields)]
-
-
-def _read_view_2(file):
-    """Return the P pairs of pairs.txt.
-
-    Returns:
-        list of P pairs of image names without extension; whether they are genuine, bool (P,); folds, int64 (P,).
-    """
-    lines = _read_fields(file)
-    header = lines[0][1] if lines else []
-    if not 1 <= len(header) <= 2 or not all(_is_positive_integer(field) for field in header):
-        raise InputError(f"{file} does not start with LFW's header, `10 300` or `300`; "
-                         "pass a file like LFW's pairs.txt.")
-    fold_size = 2 * int(header[-1])
-    named_pairs = [_image_names(file, number, fields) for number, fields in lines[1:]]
-    folds = int(header[0]) if len(header) == 2 else max(1, len(named_pairs) // fold_size)
-    if len(named_pairs) != folds * fold_size:
-        raise InputError(f"{file} declares {folds:,} x {fold_size:,} = {folds * fold_size:,} pairs but contains "
-                         f"{len(named_pairs):,}; complete it or correct its first line.")
-    same = np.array([len(fields) == 3 for _, fields in lines[1:]])
-    if folds < 2 or same.all() or not same.any():
-        raise InputError(f"{file} has {count_of(folds, 'fold~')}, {count_of(same.sum(), 'genuine pair~')} and "
-                         f"{count_of((~same).sum(), 'impostor pair~')}, but "
-                         "the protocol needs at least two folds and pairs of both kinds; add what is missing.")
-    return named_pairs, same, np.arange(len(named_pairs)) // fold_size
-
-
-def _image_names(file, number, fields):
-    """Return the names of both images on a line, without extension."""
-    if len(fields) == 3:
-        fields = [fields[0], fields[1], fields[0], fields[2]]
-    elif len(fields) == 4 and fields[0] == fields[2]:
-        raise InputError(f"{file}, line {number}: the impostor pair names the same person twice ({fields[0]}); correct "
-                         "the line.")
-    if len(fields) != 4 or not all(fields) or not _is_integer(fields[1]) or not _is_integer(fields[3]):
-        raise InputError(f"{file}, line {number}: expected `Name i j` or `Name1 i Name2 j`; correct the line.")
-    return tuple(normal_form(f"{name}/{name}_{int(i):04d}") for name, i in (fields[:2], fields[2:]))
-
-
-def _is_integer(field):
-    return field.isascii() and field.isdigit() and len(field) <= 9
-
-
-def _is_positive_integer(field):
-    return _is_integer(field) and int(field) > 0
+    return file

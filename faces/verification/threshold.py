@@ -10,13 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from faces.files import InputError, read_json, write_json
-from faces.text import printable
-from faces.training.content import is_threshold
 from faces.verification.metrics import best_threshold
 from faces.verification.weights import model_file
-
-FORMAT = "faces-threshold-1"
-AGAIN = "delete it, or run `lfw_eval.py --save-threshold` again"    # for messages
 
 
 class Threshold(NamedTuple):
@@ -35,8 +30,8 @@ class Threshold(NamedTuple):
     source: str
 
 
-def choose_threshold(similarity, same, source, value=None):
-    """Return the Threshold with the highest accuracy on some pairs, or the one with a given value.
+def choose_threshold(similarity: np.ndarray, same: np.ndarray, source: str, value: float | None = None) -> Threshold:
+    """Return the Threshold with the highest accuracy on some pairs, or with a given value.
 
     Args:
         similarity: float (P,), cosine similarities of concatenated embeddings, without subtracting a mean.
@@ -47,21 +42,21 @@ def choose_threshold(similarity, same, source, value=None):
     value = float(best_threshold(similarity, same) if value is None else value)
     accepted = np.asarray(similarity) > value
     return Threshold(value, int((accepted & ~same).sum()), int((~same).sum()), int((~accepted & same).sum()),
-                     int(same.sum()), printable(source))
+                     int(same.sum()), source)
 
 
-def threshold_path(model):
+def threshold_path(model) -> Path:
     """Return where the threshold of a model belongs: beside the file, which is checkpoint.pt for a folder."""
     file = model_file(model)
     return file.with_name(f"{file.name}.threshold.json")
 
 
-def save_threshold(model, fingerprint, threshold):
-    """Write a model's Threshold beside it, atomically; `fingerprint` is that of the loaded network."""
-    write_json(threshold_path(model), {"format": FORMAT, "fingerprint": fingerprint, **threshold._asdict()})
+def save_threshold(model, fingerprint: str, threshold: Threshold):
+    """Write a model's Threshold beside it, atomically, with the fingerprint of the loaded network."""
+    write_json(threshold_path(model), {"fingerprint": fingerprint, **threshold._asdict()})
 
 
-def load_threshold(model, loaded):
+def load_threshold(model, loaded: dict) -> Threshold | None:
     """Return the Threshold that was saved beside a model, or else the one in its checkpoint, or else None.
 
     Args:
@@ -69,26 +64,17 @@ def load_threshold(model, loaded):
         loaded: dict that faces.verification.weights.load_net() returned for it.
 
     Raises:
-        InputError: the file can't be read, is malformed, or belongs to other weights.
+        InputError: the file belongs to other weights.
     """
-    path = Path(threshold_path(model))
-    content = read_json(path, AGAIN)
-    if content is None:
-        return _threshold_in(loaded)
-    stated = {name: content.get(name) for name in Threshold._fields}
-    if content.get("format") != FORMAT or not is_threshold({**stated, "step": 0}):
-        raise InputError(f"{path} is not a threshold that lfw_eval.py saved; {AGAIN}.")
-    if content.get("fingerprint") != loaded["fingerprint"]:
-        raise InputError(f"{path} belongs to other weights than those that {model} has now; {AGAIN}.")
-    return Threshold(**stated)
-
-
-def _threshold_in(loaded):
-    """Return the Threshold that training stored in a checkpoint, whose source says at which step, or None."""
-    if loaded["threshold"] is None:
+    content = read_json(threshold_path(model))
+    if content:
+        if content["fingerprint"] != loaded["fingerprint"]:
+            raise InputError(f"{threshold_path(model)} belongs to other weights than {model} has now; run `lfw_eval.py "
+                             "--save-threshold` again.")
+        return Threshold(*(content[name] for name in Threshold._fields))
+    stored = loaded["threshold"]
+    if stored is None:
         return None
-    threshold = Threshold(*(loaded["threshold"][name] for name in Threshold._fields))
-    step = loaded["threshold"]["step"]
-    later = "" if loaded["step"] == step else f" (the weights are those of step {loaded['step']:,})"
-    source = f"{threshold.source}, evaluated during training at step {step:,}{later}"
-    return threshold._replace(source=source)
+    later = "" if loaded["step"] == stored["step"] else f" (the weights are those of step {loaded['step']:,})"
+    source = f"{stored['source']}, evaluated during training at step {stored['step']:,}{later}"
+    return Threshold(*(stored[name] for name in Threshold._fields[:-1]), source)
