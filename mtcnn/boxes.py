@@ -9,10 +9,7 @@ import torch
 
 
 def squares(boxes: np.ndarray, owner: np.ndarray, sizes) -> tuple[np.ndarray, np.ndarray]:
-    """Extend boxes to squares with the same center and the longer side, and drop those outside their image.
-
-    `sizes` has the (height, width) of each image. Returns the remaining (boxes, owner).
-    """
+    """Extend boxes to the longer side; return those, and their owners, that overlap their image, (height, width)."""
     side = (boxes[:, 2:] - boxes[:, :2]).max(1, initial=0)[:, None]
     corner = (boxes[:, :2] + boxes[:, 2:] - side) / 2
     limit = np.array(sizes, np.float32).reshape(-1, 2)[owner, ::-1]
@@ -27,10 +24,7 @@ def regress(boxes: np.ndarray, offsets: np.ndarray) -> np.ndarray:
 
 
 def nms(boxes: np.ndarray, scores: np.ndarray, owner: np.ndarray, threshold: float) -> np.ndarray:
-    """Apply non-maximum suppression by intersection over union within each image.
-
-    Returns the rows to keep, int, ordered by image and, within an image, by decreasing score.
-    """
+    """Return the rows that non-maximum suppression (IoU) keeps in each image, by image and decreasing score."""
     from torchvision import ops  # imported here because it takes seconds, and most commands don't detect faces
 
     def keep(rows):

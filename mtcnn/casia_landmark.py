@@ -2,10 +2,9 @@
 
     python mtcnn/casia_landmark.py --casia DIR
 
-writes a tab-separated line `0000045/001.jpg label x1 y1 ... x5 y5` for each image in DIR, in sorted order. Coordinates
-are pixels of the whole image, with the image-left eye first. Images without a face are left out, because nothing can
-be learned from them; they are counted and listed, and so are people who have no image left. Labels number the remaining
-people from 0 in sorted order, without gaps. An interrupted run continues where it stopped.
+writes a tab-separated line `0000045/001.jpg label x1 y1 ... x5 y5` for each image in DIR that has a face; the others
+are listed. Coordinates are pixels of the whole image, with the image-left eye first. Labels number the people from 0 in
+sorted order. An interrupted run continues where it stopped.
 """
 import sys
 from pathlib import Path

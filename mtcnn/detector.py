@@ -38,16 +38,10 @@ BLACK, ORANGE, BLUE = (0, 0, 0), (230, 159, 0), (86, 180, 233)
 
 
 class Faces(NamedTuple):
-    """The faces in one image, in order of decreasing score.
-
-    boxes: float32 (n, 4), x1, y1, x2, y2; pixel k covers k to k + 1; may reach beyond the image.
-    scores: float32 (n,), probability of a face.
-    landmarks: float32 (n, 5, 2), image-left eye, image-right eye, nose, left and right corner of the mouth. The center
-        of pixel k is at k, as in cv2.warpAffine and faces.align.
-    """
-    boxes: np.ndarray
-    scores: np.ndarray
-    landmarks: np.ndarray
+    """The faces in one image, in order of decreasing score, float32."""
+    boxes: np.ndarray        # (n, 4), x1, y1, x2, y2; pixel k covers k to k + 1; may reach beyond the image
+    scores: np.ndarray       # (n,), probability of a face
+    landmarks: np.ndarray    # (n, 5, 2), eyes, nose, mouth corners, image-left first; the center of pixel k is at k
 
 
 class Detector:
@@ -79,16 +73,10 @@ class Detector:
             images: a list of images of any sizes, or one image, as faces.images.read_image() takes it: a path, the
                 bytes of a file, a PIL image, uint8 RGB (H, W, 3), ... Equal sizes are fastest.
             thresholds: used instead of the detector's own.
-            workers: worker processes for a list; 0 or 1 uses only this process. For hundreds of images, one per core
-                is fastest, or up to 8 that share a GPU. With a GPU, and on systems other than Linux, a script then
-                needs `if __name__ == "__main__":`, because each process imports it.
+            workers: processes for hundreds of images: one per core, or up to 8 that share a GPU. With a GPU, and
+                without Linux, a script then needs `if __name__ == "__main__":`.
 
-        Returns:
-            A list of Faces, or a single Faces.
-
-        Raises:
-            faces.images.UnreadableImage: a ValueError: an image can't be read; the message names its file.
-            faces.files.InputError: a worker process died.
+        Returns a list of Faces, or a single Faces. Raises UnreadableImage, a ValueError that names the file.
         """
         if is_image(images):
             return self.detect([images], thresholds)[0]
@@ -148,16 +136,13 @@ class Detector:
         return regress(boxes[keep], offsets[keep]), owner[keep]
 
     def batches(self, images):
-        """Yield inputs for P-Net of images of one size, as (slice of the images, first row, uint8 (n, h, w, 3)).
-
-        Each is several images, or a strip of one. Strips overlap so that P-Net sees every cell once.
-        """
+        """Yield inputs for P-Net of images of one size: (slice of the images, first row, uint8 (n, h, w, 3))."""
         rows, columns, _ = images[0].shape
         size = self.max_pixels // (rows * columns) or 1
         height = max(CELL, self.max_pixels // columns // STRIDE * STRIDE)
         for start in range(0, len(images), size):
             part = slice(start, start + size)
-            for top in range(0, rows - CELL + STRIDE, height - CELL + STRIDE):
+            for top in range(0, rows - CELL + STRIDE, height - CELL + STRIDE):    # strips with every cell once
                 yield part, top, np.stack([image[top:top + height] for image in images[part]])
 
     def pnet_cells(self, batch, threshold):
@@ -169,10 +154,7 @@ class Detector:
         return [tensor.cpu().numpy() for tensor in tensors]
 
     def classify(self, net, size, pyramids, boxes, owner, threshold):
-        """Run R-Net or O-Net on proposals, made square and resampled to `size`.
-
-        Returns the square boxes (n, 4) that pass, their owner (n,), and the outputs of the network as arrays.
-        """
+        """Run R-Net or O-Net on squares around boxes; return squares that pass, their owners, and its outputs."""
         boxes, owner = squares(boxes, owner, [pyramid.size for pyramid in pyramids])
         outputs, chunk = [], max(1, self.max_pixels // size ** 2)
         for start in range(0, max(1, len(boxes)), chunk):  # without boxes, one empty run gives the right shapes
@@ -216,12 +198,12 @@ def add_options(parser):
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
 
 
-def make_detector(args, device: str | None = None) -> Detector:
-    """Return the Detector that the options ask for, on `device` instead of args.device if it is given."""
+def make_detector(args) -> Detector:
+    """Return the Detector that the options ask for."""
     torch.set_num_threads(min(torch.get_num_threads(), count_cpus()))
     # oneDNN keeps the convolutions of 1,024 sizes of images, which is no faster than 64 and fragments the memory.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
-    return Detector(args.min_face_size, device=device or args.device)
+    return Detector(args.min_face_size, device=args.device)
 
 
 def draw(image: np.ndarray, faces: Faces) -> np.ndarray:
@@ -231,13 +213,11 @@ def draw(image: np.ndarray, faces: Faces) -> np.ndarray:
     for box, score, points in zip(*faces):
         x1, y1, x2, y2 = np.rint(box).astype(int).tolist()
         corner = max(0, x1), max(y1 - 4 * thickness, 16 * thickness)    # of the text, in the image if the box is not
-        for color, extra in ((BLACK, 2), (ORANGE, 0)):    # black makes an outline
-            cv2.rectangle(image, (x1, y1), (x2, y2), color, thickness + extra)
-            cv2.putText(image, f"{score:.3f}", corner, cv2.FONT_HERSHEY_SIMPLEX, 0.45 * thickness, color,
-                        thickness + extra, cv2.LINE_AA)
+        for color, line in ((BLACK, thickness + 2), (ORANGE, thickness)):    # black makes an outline
+            cv2.rectangle(image, (x1, y1), (x2, y2), color, line)
+            cv2.putText(image, f"{score:.3f}", corner, cv2.FONT_HERSHEY_SIMPLEX, 0.45 * thickness, color, line)
         for center in np.rint(points).astype(int).tolist():
-            for color, extra in ((BLACK, 1), (BLUE, 0)):
-                cv2.circle(image, center, 2 * thickness + extra, color, cv2.FILLED, cv2.LINE_AA)
+            cv2.circle(image, center, 2 * thickness, BLUE, cv2.FILLED, cv2.LINE_AA)
     return image
 
 

@@ -23,22 +23,15 @@ from mtcnn.detector import Detector, add_options, make_detector
 from mtcnn.search import ATTEMPTS, NO_FACE, RULES, search
 
 MAX_UNREADABLE = 0.01    # fraction of the images; a run with more of them stops
-UNKNOWN = -2
-
-
-# What was found in an image: (width, height); index into ATTEMPTS, NO_FACE, or UNKNOWN if it can't be read; landmarks.
+UNKNOWN = -2             # instead of an index into ATTEMPTS, if an image can't be read
+# What was found in an image; the size is (width, height).
 FOUND = np.dtype([("size", np.int32, 2), ("attempt", np.int8), ("points", np.float64, (5, 2))])
 
 
 def find_landmarks(root: Path | str, paths: list[str], device="auto") -> tuple[np.ndarray, int]:
-    """Detect the landmarks of the images `paths` below `root` without writing a list.
+    """Return the landmarks of the images `paths` below `root`, float32 (N, 5, 2), and the number without a face.
 
-    Returns:
-        float32 (N, 5, 2), pixels of the whole images; and the number of images without a face, which get the median
-        landmarks of the others.
-
-    Raises:
-        InputError: an image can't be read, or none of them has a face.
+    Images without a face get the median of the others. An image that can't be read is an InputError.
     """
     detector = Detector(device=device)
     workers = None if detector.device.type == "cpu" else 0    # starting processes on a GPU takes as long as it saves
@@ -66,17 +59,14 @@ def list_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def make_list(source: Folder, paths: list[str], name: str, args: argparse.Namespace, rows: Callable, fate: str):
-    """Find the landmarks of photos, write their list, and print a summary.
+    """Find the landmarks of the photos `paths` of a source, write their list, and print a summary.
 
-    Args:
-        source, paths: the photos.
-        name: default name of the list.
-        args: the options of list_parser().
-        rows: takes what find_all() returns, and returns the rows for write_landmarks().
-        fate: what happens to images without a face, for the summary.
+    `name` is the list's default name, `rows` makes its rows from what find_all() returns, and `fate` is what happens to
+    images without a face.
     """
-    on_cpu = args.device == "auto" and not torch.cuda.is_available()    # many processes are faster than MPS
-    detector, output = make_detector(args, "cpu" if on_cpu else None), args.output or default_list(source.root, name)
+    if args.device == "auto" and not torch.cuda.is_available():
+        args.device = "cpu"    # many processes are faster than MPS
+    detector, output = make_detector(args), args.output or default_list(source.root, name)
     check_writable(output.parent)
     with locked(output.with_name(f".{output.name}.lock"), f"making {output}", wait=False):
         digest, partial = photos_digest(source), output.with_name(f".{output.name}.partial")
@@ -91,18 +81,10 @@ def make_list(source: Folder, paths: list[str], name: str, args: argparse.Namesp
 
 def find_all(root, paths: list[str], detector: Detector, select: str, workers: int | None, partial=None, settings=None,
              max_unreadable: float = MAX_UNREADABLE) -> tuple[np.ndarray, dict[int, str]]:
-    """Find the landmarks of the images `paths` below `root`.
+    """Find the landmarks of the images `paths` below `root`; return FOUND (N,), and why each unreadable image is that.
 
-    Args:
-        select, workers: see mtcnn.search.search().
-        partial: file with the results so far, which is continued if it was begun with the same settings.
-        max_unreadable: fraction of the images that may be unreadable.
-
-    Returns:
-        FOUND (N,), and for each unreadable image the reason.
-
-    Raises:
-        InputError: more images can't be read, or none has a face.
+    The file `partial` gets the results; if it was begun with the same settings, it is continued. `select` and `workers`
+    are as in mtcnn.search.search(). More unreadable images than the fraction `max_unreadable` are an InputError.
     """
     found, problems, partial = np.zeros(len(paths), FOUND), {}, partial or io.BytesIO()
     found["attempt"] = UNKNOWN
@@ -149,8 +131,9 @@ def read_partial(file: BinaryIO, header: bytes) -> Iterator[list]:
 
 def report(paths: list[str], attempts: np.ndarray, problems: dict[int, str], output: Path, fate: str):
     """Print a summary; name the images that needed a retry or failed in NAME.failed.txt beside the list."""
-    kinds = {"found only in a frame or with lower thresholds": [paths[i] for i in np.flatnonzero(attempts > 0)],
-             f"no face found, {fate}": [paths[i] for i in np.flatnonzero(attempts == NO_FACE)],
+    names = np.array(paths, object)
+    kinds = {"found only in a frame or with lower thresholds": names[attempts > 0].tolist(),
+             f"no face found, {fate}": names[attempts == NO_FACE].tolist(),
              "unreadable, left out": [f"{paths[i]}: {problem}" for i, problem in sorted(problems.items())]}
     failed = output.with_name(f"{output.stem}.failed.txt")
     failed.unlink(missing_ok=True)

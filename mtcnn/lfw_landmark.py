@@ -2,10 +2,9 @@
 
     python mtcnn/lfw_landmark.py --lfw DIR
 
-writes a tab-separated line `Name/Name_0001.jpg x1 y1 ... x5 y5` for each image in DIR, in sorted order. Coordinates are
-pixels of the whole image, with the image-left eye first. The named person is the face nearest the center of the image.
-An image without a face gets the median landmarks of the others; such images are counted and listed. An interrupted run
-continues where it stopped.
+writes a tab-separated line `Name/Name_0001.jpg x1 y1 ... x5 y5` for each image in DIR. Coordinates are pixels of the
+whole image, with the image-left eye first. The named person is the face nearest the center. Images without a face get
+the median landmarks of the others; they are listed. An interrupted run continues where it stopped.
 """
 import sys
 from pathlib import Path

@@ -15,19 +15,26 @@ from faces.device import memory_format
 WEIGHTS = Path(__file__).resolve().parent / "weights" / "mtcnn.safetensors"
 
 
-class PNet(nn.Module):
-    """Proposes faces of 12 pixels at all positions of an image of any size.
+def layers(*sizes: tuple) -> nn.Sequential:
+    """Return convolutions with PReLU and max pooling by 2, given (inputs, outputs, size, size of pool or 0) of each."""
+    body = OrderedDict()
+    for i, (inputs, outputs, size, pool) in enumerate(sizes, 1):
+        body[f"conv{i}"], body[f"prelu{i}"] = nn.Conv2d(inputs, outputs, size), nn.PReLU(outputs)
+        if pool:
+            body[f"pool{i}"] = nn.MaxPool2d(pool, 2, ceil_mode=True)    # an incomplete last window counts, as in Caffe
+    return nn.Sequential(body)
 
-    Takes float (N, 3, H, W), (x - 127.5) / 128, H and W even and at least 12. Returns the probability of a face
-    (N, h, w), h = H / 2 - 5, and the features that offsets() takes, (N, h, w, 32). The receptive field of cell (i, j)
-    is 12 x 12 pixels, starting at row 2i and column 2j.
+
+class PNet(nn.Module):
+    """Proposes faces of 12 pixels at all positions of images, (N, 3, H, W), H and W even and at least 12.
+
+    Returns the probability of a face (N, h, w), h = H / 2 - 5, and the features for offsets(), (N, h, w, 32). The
+    receptive field of cell (i, j) is 12 x 12 pixels, starting at row 2i and column 2j.
     """
 
     def __init__(self):
         super().__init__()
-        self.body = nn.Sequential(OrderedDict(
-            conv1=nn.Conv2d(3, 10, 3), prelu1=nn.PReLU(10), pool1=nn.MaxPool2d(2, 2, ceil_mode=True),
-            conv2=nn.Conv2d(10, 16, 3), prelu2=nn.PReLU(16), conv3=nn.Conv2d(16, 32, 3), prelu3=nn.PReLU(32)))
+        self.body = layers((3, 10, 3, 2), (10, 16, 3, 0), (16, 32, 3, 0))
         self.face = nn.Conv2d(32, 2, 1)
         self.box = nn.Conv2d(32, 4, 1)
 
@@ -67,10 +74,7 @@ class PooledConvolution(nn.Module):
 
 
 class SeparableMaxPool(nn.Module):
-    """3x3 max pooling with stride 2 for even heights and widths; the last window of a row or column has two values.
-
-    On a CPU, this takes a third of the time of nn.MaxPool2d(3, 2, ceil_mode=True), whose result is the same.
-    """
+    """nn.MaxPool2d(3, 2, ceil_mode=True) for even heights and widths, in a third of its time on a CPU."""
 
     def forward(self, x):
         for dim in (2, 3):    # the maximum over rows, then over columns
@@ -83,16 +87,15 @@ class SeparableMaxPool(nn.Module):
 
 
 class Classifier(nn.Module):
-    """R-Net or O-Net: classifies proposals and refines them.
+    """R-Net or O-Net: classifies proposals, (N, 3, 24, 24) or (N, 3, 48, 48), and refines them.
 
-    Takes float (N, 3, 24, 24) or (N, 3, 48, 48). Returns the probability of a face (N,), the offsets (N, 4) of the
-    box's sides and, from O-Net, the landmarks (N, 5, 2), x then y as fractions of the box: (0, 0) is its upper left and
-    (1, 1) its lower right corner.
+    Returns the probability of a face (N,), the offsets (N, 4) of the box's sides and, from O-Net, the landmarks
+    (N, 5, 2), x then y as fractions of the box from its upper left corner.
     """
 
-    def __init__(self, body: dict, inputs: int, width: int, landmarks: bool):
+    def __init__(self, body: nn.Sequential, inputs: int, width: int, landmarks: bool = False):
         super().__init__()
-        self.body = nn.Sequential(OrderedDict(body))
+        self.body = body
         self.dense = nn.Sequential(nn.Linear(inputs, width), nn.PReLU(width))
         self.face = nn.Linear(width, 2)
         self.box = nn.Linear(width, 4)
@@ -105,32 +108,16 @@ class Classifier(nn.Module):
         return outputs if self.points is None else (*outputs, self.points(x).unflatten(1, (2, 5)).transpose(1, 2))
 
 
-def rnet() -> Classifier:
-    """Return R-Net."""
-    return Classifier(dict(
-        conv1=nn.Conv2d(3, 28, 3), prelu1=nn.PReLU(28), pool1=nn.MaxPool2d(3, 2, ceil_mode=True),
-        conv2=nn.Conv2d(28, 48, 3), prelu2=nn.PReLU(48), pool2=nn.MaxPool2d(3, 2, ceil_mode=True),
-        conv3=nn.Conv2d(48, 64, 2), prelu3=nn.PReLU(64)), 64 * 3 * 3, 128, landmarks=False)
-
-
-def onet() -> Classifier:
-    """Return O-Net."""
-    return Classifier(dict(
-        conv1=nn.Conv2d(3, 32, 3), prelu1=nn.PReLU(32), pool1=nn.MaxPool2d(3, 2, ceil_mode=True),
-        conv2=nn.Conv2d(32, 64, 3), prelu2=nn.PReLU(64), pool2=nn.MaxPool2d(3, 2, ceil_mode=True),
-        conv3=nn.Conv2d(64, 64, 3), prelu3=nn.PReLU(64), pool3=nn.MaxPool2d(2, 2, ceil_mode=True),
-        conv4=nn.Conv2d(64, 128, 2), prelu4=nn.PReLU(128)), 128 * 3 * 3, 256, landmarks=True)
-
-
 def load_nets(device: torch.device | str = "cpu") -> nn.ModuleDict:
-    """Return pnet, rnet and onet with their weights, float32, in evaluation mode and without gradients.
-
-    They depend on no default of torch and leave its random generators alone.
-    """
+    """Return pnet, rnet and onet in evaluation mode: float32 whatever torch's defaults are, no random number drawn."""
     # glibc maps large blocks of memory anew until one of 31 MB has been freed; reusing them saves 7 % of the time.
     torch.empty(31 << 20, dtype=torch.uint8, device="cpu")
     with torch.device("meta"):
-        nets = nn.ModuleDict({"pnet": PNet(), "rnet": rnet(), "onet": onet()})
+        nets = nn.ModuleDict({
+            "pnet": PNet(),
+            "rnet": Classifier(layers((3, 28, 3, 3), (28, 48, 3, 3), (48, 64, 2, 0)), 64 * 3 * 3, 128),
+            "onet": Classifier(layers((3, 32, 3, 3), (32, 64, 3, 3), (64, 64, 3, 2), (64, 128, 2, 0)), 128 * 3 * 3, 256,
+                               landmarks=True)})
     nets.load_state_dict({name: tensor.clone() for name, tensor in load_file(WEIGHTS).items()}, assign=True)
     body = nets.pnet.body
     nets.pnet.body = nn.Sequential(PooledConvolution(body.conv1, body.prelu1), *body[3:])

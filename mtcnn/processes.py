@@ -20,18 +20,11 @@ AHEAD = 4    # batches in flight per process, which bounds the memory
 
 
 def in_processes(function: Callable, batches: Iterable, workers: int, device: torch.device) -> Iterator:
-    """Yield function(batch) for each batch, in order.
+    """Yield function(batch) for each batch, in order; everything must be picklable.
 
-    Args:
-        function: it, the batches and the results must be picklable. Each process gets it once.
-        batches: taken when needed.
-        workers: number of processes; each has one thread.
-        device: where the function computes. Processes are forked for a CPU on Linux and spawned otherwise, which takes
-            seconds: CUDA doesn't work in a fork, and macOS doesn't support forks well.
-
-    Raises:
-        InputError: a process was killed or can't be started, or the GPU's memory is full.
-        Exception: whatever the function raises.
+    Each process gets the function once and has one thread. It is forked for a CPU on Linux and otherwise spawned, which
+    takes seconds: CUDA doesn't work in a fork, and macOS doesn't support forks well. Batches are taken when needed.
+    A killed process or too little memory of a GPU is an InputError.
     """
     forked = device.type == "cpu" and sys.platform == "linux"
     context = multiprocessing.get_context("fork" if forked else "spawn")
@@ -50,8 +43,6 @@ def in_processes(function: Callable, batches: Iterable, workers: int, device: to
                          "out.") from None
     except torch.cuda.OutOfMemoryError:
         raise InputError(f"the GPU has too little memory for {workers} processes; pass fewer --workers.") from None
-    except OSError as error:
-        raise InputError(f"can't start {workers} worker processes ({error}); pass fewer --workers.") from error
     finally:
         held.close()    # ends the workers, even if they are busy; so does the end of this process, even by SIGKILL
         pool.shutdown(cancel_futures=True)

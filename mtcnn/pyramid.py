@@ -9,16 +9,10 @@ CELL = 12  # receptive field of P-Net, in pixels
 
 
 class Pyramid:
-    """Levels of an image, each a bilinear resize of the one before by at most a factor of two, which avoids aliasing.
+    """Levels of an image, uint8 (H, W, 3), for the options of a Detector.
 
-    Args:
-        image: uint8 (H, W, 3).
-        min_face_size, factor: see mtcnn.detector.Detector.
-
-    Attributes:
-        size: (height, width) of the image.
-        levels: uint8 arrays, starting with the image.
-        searched: the levels that P-Net searches, the smaller ones.
+    `levels` starts with the image. Each other one is a bilinear resize of the one before by at most a factor of two,
+    which avoids aliasing. P-Net searches the smaller ones, `searched`.
     """
 
     def __init__(self, image: np.ndarray, min_face_size: float, factor: float):
@@ -28,16 +22,13 @@ class Pyramid:
         for rows, columns in sizes[1:]:
             self.levels.append(cv2.resize(self.levels[-1], (columns, rows), interpolation=cv2.INTER_LINEAR))
         self.searched = self.levels[first:]
-        # The first is not computed, because an empty image has no rows or columns to divide by.
-        self.scales = [1.0] + [min(rows / self.size[0], columns / self.size[1]) for rows, columns in sizes[1:]]
+        self.scales = [min(rows / self.size[0], columns / self.size[1]) for rows, columns in sizes]
 
     def crop(self, box: list, target: np.ndarray):
         """Resample a box into `target`, uint8 (size, size, 3), bilinearly; pixels outside the image are black.
 
-        The crop is taken from the smallest level that has at least one pixel per pixel of the target.
-
-        Args:
-            box: four floats, a square, in pixels of the image, not rounded; pixel k covers k to k + 1.
+        `box` is a square in pixels of the image, four floats that are not rounded. The crop is taken from the smallest
+        level that has at least one pixel per pixel of the target.
         """
         size = target.shape[0]
         step = (box[2] - box[0]) / size                               # pixels of the image per pixel of the target

@@ -40,10 +40,8 @@ def search(root: Path | str, items: list[tuple[int, str]], detector: Detector, s
            workers: int | None = None) -> Iterator[list[Find]]:
     """Find the face in each image, given its index and path below `root`; yield lists of Find, in order.
 
-    Args:
-        select: which face of several, see choose().
-        workers: number of processes; by default, one per core, but at most GPU_PROCESSES with CUDA and none with MPS.
-            With 0 or 1, this process searches, while a thread reads the next images.
+    `select` is which face of several, see choose(). `workers` is the number of processes: by default one per core, but
+    at most GPU_PROCESSES with CUDA and none with MPS. With 0 or 1, this process searches, and a thread reads ahead.
     """
     root, kind = Path(root), detector.device.type
     if workers is None:
@@ -108,11 +106,8 @@ def frame(image: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
 def choose(faces: Faces, shape: tuple, select: str, corner=(0, 0)) -> int | None:
     """Return the row of the chosen face in an image's Faces, or None if none can be aligned.
 
-    Args:
-        faces, shape: what was found in an image, or in the image inside a frame, and (height, width) of that.
-        select: "center" for the face whose box is nearest the center of the image, which is LFW's rule; "largest"; or
-            "score" for the highest probability.
-        corner: (x, y) of the image in its frame.
+    `select` is "center" for the face nearest the center of the image, which is LFW's rule, "largest", or "score" for
+    the highest probability. `shape` is (height, width), also of a frame, in which the image is at `corner`, (x, y).
     """
     size = np.asarray(shape) - 2 * np.asarray(corner)[::-1]    # of the image itself
     rows = [row for row, points in enumerate(faces.landmarks) if can_be_aligned(points - corner, size)]
@@ -123,10 +118,9 @@ def choose(faces: Faces, shape: tuple, select: str, corner=(0, 0)) -> int | None
 
 
 def can_be_aligned(points: np.ndarray, shape) -> bool:
-    """Return whether landmarks are inside an image of this shape, and may belong to a face that is not flipped."""
+    """Return whether landmarks are inside an image of this shape and belong to a face that is not flipped."""
     try:
         check_inside(points, shape)
-        similarity_transform(points)
+        return similarity_transform(points) is not None
     except ValueError:
         return False
-    return True
