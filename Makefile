@@ -6,15 +6,13 @@ TWO := -n auto --maxprocesses 2
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint test-matrix test-oldest fuzz torture reproduce benchmarks clean
+.PHONY: help demo test lint test-oldest fuzz reproduce benchmarks clean
 
 help:
 	@echo 'make demo         landmarks, training and evaluation on faces that come with a package; a few minutes'
 	@echo 'make test         run the tests'
 	@echo 'make lint         check the style rules'
-	@echo 'make test-matrix  the tests as is, without bf16, with bf16, and without a C compiler'
 	@echo 'make test-oldest  the tests with the oldest supported version of every package'
-	@echo 'make torture      kill the long jobs a hundred times each, fill their disks; half an hour'
 	@echo 'make reproduce CASIA=DIR LFW=DIR    train both methods by the default recipe and evaluate them on LFW'
 	@echo 'make benchmarks [LFW=DIR]           run the benchmarks that need no data, or all of them'
 	@echo 'make fuzz         damaged files for every reader, for SECONDS=3600; findings go to runs/fuzz'
@@ -29,19 +27,9 @@ test: $(VENV)/with-tests
 lint: $(VENV)/with-tests
 	$(VENV)/bin/python -m ruff check .
 
-# All four run even if one fails; the exit status says whether all passed.
-test-matrix: $(VENV)/with-tests
-	@status=0; for setting in FACES_BF16= FACES_BF16=0 FACES_BF16=1 CC=false; do \
-	  echo "== $$setting"; env $$setting $(VENV)/bin/python -m pytest $(TWO) || status=1; \
-	done; exit $$status
-
 # The lower bounds in the requirements files, installed exactly.
 test-oldest:
 	@$(MAKE) --no-print-directory VENV=.venv-oldest BOUND="sed 's/>=/==/'" test
-
-# For fewer kills or some jobs only: make torture TORTURE='--kills 10 --jobs embed'
-torture: $(VENV)/with-tests
-	$(VENV)/bin/python tests/torture.py $(TORTURE)
 
 SECONDS ?= 3600
 fuzz: $(VENV)/with-tests

@@ -1,8 +1,7 @@
-"""CosFace (Wang et al., CVPR 2018, arXiv:1801.09414): the 20-layer CNN and the large margin cosine head."""
+"""CosFace (Wang et al., CVPR 2018, arXiv:1801.09414): the 20-layer CNN and the large margin cosine loss."""
 import torch
+import torch.nn.functional as F
 from torch import nn
-
-from faces.training.margin import ALL, cosine_logits, float32, margin_softmax
 
 STAGES = ((64, 1), (128, 2), (256, 4), (512, 1))  # channels and residual units of each stage; a stage halves the image
 
@@ -17,7 +16,7 @@ class SphereNet(nn.Module):
         batch_norm: put batch normalization after every convolution (conv1_1bn) and after fc5 (fc5_bn).
     """
 
-    def __init__(self, batch_norm):
+    def __init__(self, batch_norm: bool):
         super().__init__()
         previous = 3
         for stage, (channels, units) in enumerate(STAGES, 1):
@@ -54,7 +53,7 @@ class SphereNet(nn.Module):
             x = self.get_submodule(part)(x)
         return x
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Embed aligned faces: float (N, 3, 112, 96), RGB, (x - 127.5) / 128, to float (N, 512), not normalized."""
         for stage, (_, units) in enumerate(STAGES, 1):
             x = self._layer(f"{stage}_1", x)                                # (N, 64, 56, 48) ... (N, 512, 7, 6)
@@ -63,12 +62,12 @@ class SphereNet(nn.Module):
         return self.fc5_bn(self.fc5(x.flatten(1)))                          # (N, 512)
 
 
-def faceNet():
+def faceNet() -> SphereNet:
     """Return the 20-layer CNN with batch normalization, which trains from scratch even with small batches and sets."""
     return SphereNet(batch_norm=True)
 
 
-def sphere20a():
+def sphere20a() -> SphereNet:
     """Return the 20-layer CNN of the 2017 paper, without batch normalization."""
     return SphereNet(batch_norm=False)
 
@@ -85,27 +84,28 @@ class CosFace(nn.Module):
         m: cosine margin, 0 <= m < 1; the paper's is 0.35.
     """
 
-    def __init__(self, classes, s=64.0, m=0.35):
+    def __init__(self, classes: int, s: float = 64.0, m: float = 0.35):
         super().__init__()
         self.s, self.m = s, m
         self.weight = nn.Parameter(torch.randn(classes, 512) / 512 ** 0.5)
 
-    def forward(self, embedding, label, ramp=1.0, centers=ALL):
-        """Return the loss of a batch and its predicted labels.
+    def target(self, cosine: torch.Tensor, ramp: float = 1.0) -> torch.Tensor:
+        """Return what takes the place of the target's cosine; `ramp` grows from 0 to 1 while the margin grows."""
+        return cosine - ramp * self.m
+
+    def forward(self, embedding: torch.Tensor, label: torch.Tensor, ramp: float = 1.0):
+        """Return the loss of a batch and the labels it predicts.
 
         Args:
             embedding: float (N, 512), not normalized.
             label: int64 (N,), 0 <= label < C.
             ramp: fraction of the margin to apply, 0 to 1, for training in which the margin grows.
-            centers: which class centers `weight` holds, if they are spread over processes.
 
         Returns:
             (mean loss, scalar float32; label of the largest cosine, int64 (N,)).
         """
-        def margin(logit):                                         # (N,), of the targets
-            return logit - self.s * self.m * ramp
-
-        with float32(embedding):
-            x = nn.functional.normalize(embedding.float())         # a zero embedding stays zero, with a finite gradient
-            logits = cosine_logits(self.s * x, self.weight.float())    # (N, C): s cos t
-            return margin_softmax(logits, label, margin, centers=centers)
+        with torch.autocast(embedding.device.type, enabled=False):             # cosines need float32
+            cosine = F.linear(F.normalize(embedding.float()), F.normalize(self.weight))      # (N, C)
+            target = self.target(cosine.gather(1, label[:, None]), ramp)                     # (N, 1)
+            logits = self.s * cosine.scatter(1, label[:, None], target)                      # (N, C)
+            return F.cross_entropy(logits, label), cosine.argmax(1)

@@ -10,6 +10,8 @@ import torch
 
 from faces.files import InputError
 
+PRECISION = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def pick_device(name: str = "auto") -> torch.device:
     """Return the torch.device called `name`; "auto" picks CUDA if available, then Apple MPS, then the CPU.
@@ -51,6 +53,22 @@ def fast_dtype(device: torch.device) -> torch.dtype:
         return torch.bfloat16
     has_tensor_cores = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
     return torch.float16 if has_tensor_cores else torch.float32
+
+
+def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Return the type called "bf16", "fp16" or "float32"; for "auto", the fastest one of the device.
+
+    Raises:
+        InputError: the device can't compute in it.
+    """
+    dtype = fast_dtype(device) if precision == "auto" else PRECISION[precision]
+    if dtype == torch.float16 and device.type not in ("cuda", "cpu"):
+        raise InputError(f"--precision fp16 needs loss scaling, which {device.type} can't do; use float32.")
+    if dtype != torch.float32 and not can_autocast(device, dtype):
+        if precision != "auto":
+            raise InputError(f"--precision {precision} is not available on {device.type} here; use float32.")
+        return torch.float32
+    return dtype
 
 
 def autocast(device, dtype):

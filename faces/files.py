@@ -59,10 +59,14 @@ def command(main):
         except KeyboardInterrupt as stop:
             message = "interrupted; run the same command again to continue."
             status = 128 + getattr(stop, "number", signal.SIGINT)
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":    # torch's, which is not imported everywhere
+                raise
+            message, status = "the GPU has too little free memory; pass --device cpu or a smaller --batch-size.", 2
         except OSError as error:
             if error.errno not in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
                 raise
-            message, status = f"the disk is full ({error.filename or 'no name'}); free some space.", InputError.status
+            message, status = f"the disk is full ({error.filename or 'no name'}); free some space.", 2
         finally:
             sys.stdout.flush()
             sys.stdout, sys.stderr = sys.stdout.stream, sys.stderr.stream
@@ -146,12 +150,13 @@ def path(text: str | os.PathLike) -> Path:
     return Path(text).expanduser()
 
 
-def at_least(minimum: float, kind=int):
+def at_least(minimum: float, kind: type = int, maximum: float = float("inf")):
     """Return the type of an option that is a number of at least `minimum`, for argparse."""
     def number(text):
         value = kind(text)
-        if not minimum <= value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} is not a number of at least {minimum}")
+        if not minimum <= value <= maximum or value == float("inf"):
+            most = "" if maximum == float("inf") else f" and at most {maximum:g}"
+            raise argparse.ArgumentTypeError(f"{text} must be at least {minimum:g}{most}")
         return value
     return number
 
@@ -251,7 +256,7 @@ def load_tensors(file):
     Raises:
         InputError: no such file, not a torch file, one that would run code, or too large to be read.
     """
-    import torch    # slow to import, and most users of this module do not need it
+    import torch  # slow to import, and most users of this module do not need it
     with reading(file, "file of tensors that can be loaded safely", "pass a checkpoint or a state dict"):
         try:
             return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
@@ -316,7 +321,7 @@ def existing_folder(name, content: str) -> Path:
 
 
 def count_of(number: int, kind: str) -> str:
-    """Return a count and its noun: "1 link" or "2 links" for the kind "link~", "1 person" or "2 people" for "person"."""
+    """Return a count and its noun: "1 link" or "2 links" for the kind "link~", "2 people" for "person"."""
     plural = "people" if kind == "person" else kind.replace("~", "s")
     return f"{number:,} {kind.replace('~', '') if number == 1 else plural}"
 

@@ -3,106 +3,177 @@
     python sphereFace/casia_train.py --casia DIR                       the default recipe, on the best device available
     python sphereFace/casia_train.py --casia DIR --resume              continue where it stopped
     torchrun --nproc-per-node 2 sphereFace/casia_train.py --casia DIR  one process per GPU
-    python sphereFace/casia_train.py --casia DIR --batch-size 64 --lr 0.1 --warmup 100 --schedule cosine --epochs 6 \\
-        --scale 30 --margin 1.5 --jitter 2                             a small set on a laptop
 
-DIR holds folders such as 0000045/001.jpg and casia_landmark.txt, or faces that are already aligned (see --help).
+DIR holds folders such as 0000045/001.jpg and casia_landmark.txt, or aligned faces. docs/training.md has the recipes.
 """
+import math
 import sys
+from argparse import BooleanOptionalAction, Namespace
 from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from faces.signals import end_quietly
+import torch
+from torch.nn.parallel import DistributedDataParallel
 
-end_quietly(__name__)    # Ctrl-C during the slow imports below prints no traceback
+from faces.align import HEIGHT, WIDTH
+from faces.cpu.training import for_training
 from faces.data.batches import Batches
 from faces.data.cache import load_casia
-from faces.files import RUNS, InputError, command
-from faces.training.checkpoint import Checkpoints, check_processes
-from faces.training.folder import reserved
+from faces.device import PRECISION, autocast, memory_format, pick_dtype, to_input
+from faces.files import CACHE, RUNS, InputError, at_least, command, path, script_parser
+from faces.training.checkpoint import Checkpoints, load_optimizer, parse_resumed, settings_of
+from faces.training.distributed import Processes, accumulating, compile_net, data_parallel
 from faces.training.log import TrainingLog
-from faces.training.optimizer import SGD, parameter_groups
-from faces.training.recipe import make_recipe, memory_advice, parse_options, settings_of, start_line, training_parser
-from faces.training.run import Run, micro_batches
-from faces.training.sharded_head import make_head
-from faces.verification.evaluator import LfwEvaluator
+from faces.training.partial_fc import PartialFC
+from faces.verification.evaluate import evaluate_epoch
+from faces.verification.lfw import load_lfw
 from faces.verification.weights import initial_net, net_in
 from mtcnn.landmark_lists import find_landmarks
 from sphereFace.net import NETS, SphereFace, SphereFaceR
 
-
-def parse_args(argv):
-    parser = training_parser("Train SphereFace on CASIA-WebFace.", output=RUNS / "sphereFace")
-    method = parser.add_argument_group("SphereFace")
-    method.add_argument("--margin", type=float, default=4.0, metavar="M",
-                        help="m: 1, 2, 3, 4 or 5, the paper's 4; with --scale any number from 1 to 5, such as 1.5")
-    method.add_argument("--lambda-min", type=float, default=5, help="final lambda, at least 0; the authors' 5")
-    method.add_argument("--scale", type=float, metavar="S",
-                        help="train SphereFace-R (arXiv:2109.05565), with S in place of |x| and without lambda; 30 "
-                             "with --margin 1.5 for a small set (default: the paper's |x|)")
-    args = parse_options(parser, argv, net_in)
-    if not (1 <= args.margin <= 5 and (args.scale or args.margin.is_integer())):
-        raise InputError("--margin must be 1, 2, 3, 4 or 5; with --scale any number from 1 to 5.")
-    if not (args.lambda_min >= 0 and (args.scale is None or args.scale > 0)):
-        raise InputError("--lambda-min must be at least 0, --scale greater than 0.")
-    return args
+parser = script_parser(__doc__)
+option, positive = parser.add_argument, at_least(1e-30, float)
+option("--casia", type=path, required=True, metavar="DIR", help="person folders, a zip, RecordIO, or aligned faces")
+option("--landmarks", type=path, metavar="FILE", help="landmark list (default: in DIR, or casia_landmark.py's)")
+option("--list", type=path, metavar="FILE", help="list of aligned faces, `path label` (default: a label per folder)")
+option("--drop-lfw-overlap", action=BooleanOptionalAction, default=False, help="leave out the 19 people who are in LFW")
+option("--cache", type=path, default=CACHE, metavar="DIR", help="folder for aligned faces, 32 KB each")
+option("--lfw", type=path, metavar="DIR", help="LFW, to evaluate after each epoch; does not affect the training")
+option("--lfw-landmarks", type=path, metavar="FILE", help="landmark list (default: lfw_landmark.py's)")
+option("--net", choices=tuple(NETS), help="faceNet has batch normalization (default: as in --init, or faceNet)")
+option("--init", type=path, metavar="FILE", help="start from the network in this file, with new class centers")
+option("--batch-size", type=at_least(2), default=512, metavar="N", help="faces per step over all devices")
+option("--accumulate", type=at_least(1), default=1, metavar="K", help="split the batch into K parts, for less memory")
+option("--epochs", type=positive, metavar="E", help="passes over the set (default: 28,000 steps of 512 faces)")
+option("--lr", type=positive, metavar="RATE", help="peak learning rate (default: 0.1 for 512 faces, in proportion)")
+option("--schedule", choices=("step", "cosine"), default="step", help="step: divide by 10 at 57%% and 86%%")
+option("--warmup", type=at_least(0), default=0, metavar="STEPS", help="steps of linear learning rate warmup")
+option("--weight-decay", type=at_least(0, float), default=5e-4, metavar="W", help="of convolutions and matrices")
+option("--flip", action=BooleanOptionalAction, default=True, help="flip half of the faces")
+option("--shift", type=at_least(0, int, 16), default=0, metavar="PIXELS", help="random translation, 0 to 16")
+option("--loss", choices=("sphereface", "sphereface-r"), default="sphereface", help="sphereface-r: arXiv:2109.05565")
+option("--margin", type=at_least(1, float, 5), metavar="M", help="m (default: 4, or 1.5 for sphereface-r)")
+option("--lambda-min", type=at_least(0, float), default=5, metavar="L", help="final lambda of sphereface")
+option("--scale", type=positive, default=30, help="s of sphereface-r")
+option("--sample-centers", type=at_least(1e-9, float, 1), metavar="F", help="fraction of class centers seen by a step")
+option("--shard-head", action=BooleanOptionalAction, default=False, help="spread the class centers over the processes")
+option("--seed", type=at_least(0, int, 2**63 - 1), default=0, help="random seed")
+option("--output", type=path, default=RUNS / "sphereFace", metavar="DIR", help="folder of the checkpoint and the logs")
+option("--resume", nargs="?", choices=("always", "auto", "never"), const="always", default="never",
+       help="continue the run in --output; auto: or start it")
+option("--checkpoint-minutes", type=at_least(0, float), default=10, metavar="M", help="time between checkpoints")
+option("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
+option("--precision", choices=("auto", *PRECISION), default="auto", help="of the network; auto: the fastest")
+option("--compile", action=BooleanOptionalAction, default=False, help="use torch.compile")
 
 
 @command
-def main(argv=None):
-    args = parse_args(argv)
-    run = Run(args.device, args.precision, args.seed)
-    with reserved(run, args.output, args.resume), run.explained(memory_advice(args)):
-        return train(args, run)
+def main(argv: list[str] | None = None) -> int:
+    """Read the command line, and train; return the exit status."""
+    args = parse_resumed(parser, argv)
+    run = Processes(args.device)                                      # rank, world_size and device of this process
+    args.net = args.net or (net_in(args.init) if args.init else "faceNet")
+    part, rest = divmod(args.batch_size, run.world_size * args.accumulate)    # faces at a time on a device
+    if rest or part < 2:
+        parser.error("--batch-size must be a multiple of processes x --accumulate, with at least 2 faces for each")
+    if args.sample_centers and args.accumulate > 1:
+        parser.error("--sample-centers can't be combined with --accumulate, as each part would draw its own centers")
+    args.margin = args.margin or {"sphereface": 4, "sphereface-r": 1.5}[args.loss]
+    if args.loss == "sphereface" and args.margin % 1:
+        parser.error("--margin must be 1, 2, 3, 4 or 5; other numbers are for --loss sphereface-r")
+    checkpoints = Checkpoints(run, args.output, args.resume, args.checkpoint_minutes)
+    with checkpoints, run.explained(f"a device has {part} faces at a time; pass a larger --accumulate"):
+        return train(args, run, part, checkpoints)
 
 
-def train(args, run):
-    """Train until the last step or a signal; return the script's exit status."""
+def train(args: Namespace, run: Processes, part: int, checkpoints: Checkpoints) -> int:
+    """Train until the last step or a signal; return the exit status."""
+    dtype = pick_dtype(args.precision, run.device)                    # of the network: bfloat16, float16 or float32
+    settings = settings_of(args, dtype)
+    lfw = run.on_main(lambda: load_lfw(args.lfw, landmarks=args.lfw_landmarks, find_landmarks=find_landmarks,
+                                       device=run.device) if args.lfw else None, share=False)    # None but in rank 0
+    faces = load_casia(args.casia, args.landmarks, args.cache, args.drop_lfw_overlap, args.list)    # memory-mapped
+    per_epoch = len(faces) // args.batch_size
+    steps = round(args.epochs * per_epoch if args.epochs else 28_000 * 512 / args.batch_size)
+    peak = args.lr or 0.1 * args.batch_size / 512
+    if not per_epoch or not steps:
+        raise InputError(f"{len(faces):,} faces are less than a step; choose a smaller --batch-size or more --epochs.")
+
+    torch.manual_seed(args.seed)
     net = initial_net(NETS[args.net], args.init)
-    lfw = LfwEvaluator(run, args.lfw, args.lfw_landmarks, find_landmarks)
-    faces = load_casia(args.casia, args.landmarks, args.cache, args.drop_lfw_overlap, args.list)
-    recipe = make_recipe(args, len(faces))
-    run.print(f"{faces}\n{recipe}")
-    check_processes(run, settings_of(args), faces)
-
-    net = run.prepare(net, args.batch_size // args.accumulate, args.compile, args.sync_bn)
-    method = partial(SphereFace, m=int(args.margin)) if not args.scale else \
+    net = for_training(net.to(run.device, memory_format=memory_format(run.device)), run.device, dtype)
+    make_loss = partial(SphereFace, m=int(args.margin)) if args.loss == "sphereface" else \
         partial(SphereFaceR, s=args.scale, m=args.margin)
-    head = make_head(method, faces.classes, run, args.shard_head, args.sample_centers, args.seed)
-    optimizer = SGD(parameter_groups(net, head, args.weight_decay), head, lr=recipe.base_lr, momentum=0.9)
-    checkpoints = Checkpoints(run, args.output, net, head, optimizer, faces, settings_of(args), args.keep_last)
-    step = checkpoints.restore(args.resume, recipe.steps)
-    batches = Batches(faces, args.batch_size, recipe.steps, run.device, start=step, seed=args.seed, mirror=args.mirror,
-                      jitter=args.jitter, workers=args.workers, rank=run.rank, world_size=run.world_size)
-    run.print(start_line(args, run, head, batches))
+    method, sharded = make_loss.func.__name__, args.shard_head or bool(args.sample_centers)
+    loss_of = make_loss(faces.classes).to(run.device) if not sharded else \
+        PartialFC(make_loss, faces.classes, run, args.sample_centers, args.seed, args.weight_decay)
+    parameters = [*net.parameters(), *(() if sharded else loss_of.parameters())]
+    optimizer = torch.optim.SGD([{"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
+                                 {"params": [p for p in parameters if p.ndim > 1], "weight_decay": args.weight_decay}],
+                                lr=peak, momentum=0.9, fused=run.device.type == "cuda" and dtype != torch.float16)
+    scaler = torch.amp.GradScaler(run.device.type, enabled=dtype == torch.float16)
+    step, threshold, sums = 0, None, {}
+    if state := checkpoints.load(method, settings, faces.fingerprint, steps, sharded):
+        step, threshold, sums = state["step"], state["threshold"], state["epoch"]
+        net.load_state_dict(state["weights"])
+        loss_of.load_state_dict(state["head"])
+        load_optimizer(optimizer, scaler, state)
 
-    with TrainingLog(run, args.output, recipe, step, checkpoints.settings, checkpoints.epoch_sums) as log, run.guard():
-        for images, labels in batches:                                        # (B, 3, 112, 96), (B,)
+    x = to_input(torch.zeros(part, HEIGHT, WIDTH, 3, dtype=torch.uint8, device=run.device))
+    if args.compile:
+        compile_net(net, x, autocast(run.device, dtype), run.print)
+    model, head = net, loss_of
+    if run.world_size > 1:
+        model = data_parallel(net, x, autocast(run.device, dtype))
+        head = loss_of if sharded else DistributedDataParallel(loss_of)
+    run.print(f"{faces}\ntraining {method} ({args.net}, {settings['precision']}) on {run}: {steps:,} steps of "
+              f"{args.batch_size} faces, {steps / per_epoch:.2f} epochs, learning rate {peak:g}, output {args.output}")
+
+    batches = Batches(faces, args.batch_size, steps, run.device, step, args.seed, args.flip, args.shift, run.rank,
+                      run.world_size)
+    with TrainingLog(run, args.output, args.batch_size, steps, per_epoch, step, settings, sums) as log, run.signals():
+        for images, labels in batches:                                # (B, 3, 112, 96), (B,)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate = recipe.learning_rate(step)
-            lam = 0.0 if args.scale else SphereFace.annealing(step, args.lambda_min)
+                group["lr"] = rate = learning_rate(step, steps, peak, args.warmup, args.schedule)
+            lam = SphereFace.annealing(step, args.lambda_min) if args.loss == "sphereface" else 0.0
             optimizer.zero_grad()
-            for x, label in micro_batches(images, labels, args.accumulate, net, head):
-                with run.autocast():                                          # bf16 or fp16 for the network only
-                    embedding = net(x)                                        # (B / accumulate, 512)
-                loss, predicted = head(embedding, label, step=step, lam=lam)
-                run.scaler.scale(loss / args.accumulate).backward()           # scaled in fp16 only
-                log.record(loss, predicted, embedding, label, head)
-            run.step(optimizer)
-            log.end_step(learning_rate=learning_rate, **{"lambda": lam})
+            for i, (x, label) in enumerate(zip(images.chunk(args.accumulate), labels.chunk(args.accumulate)), 1):
+                with accumulating(i < args.accumulate, model, head):  # gradients are averaged in the last part only
+                    with autocast(run.device, dtype):
+                        embedding = model(x)                          # (B / accumulate, 512)
+                    loss, predicted = head(embedding, label, lam)
+                    scaler.scale(loss / args.accumulate).backward()   # scaled in float16 only
+                log.record(loss, predicted, label, embedding, None if sharded else loss_of.weight)
+            scaler.step(optimizer)
+            if sharded:
+                loss_of.update(rate, scaler.get_scale())
+            scaler.update()
             step += 1
+            log.end_step(learning_rate=rate, **{"lambda": lam})
 
-            last = run.should_stop() or step == recipe.steps
-            if recipe.ends_epoch(step):
-                figures, checkpoints.threshold = lfw.evaluate(net, step, checkpoints.threshold)
+            last = run.should_stop() or step == steps
+            if epoch_ends := step % per_epoch == 0 or step == steps:
+                figures, threshold = run.on_main(evaluate_epoch, net, lfw, run.device, dtype, step, threshold)
                 log.end_epoch(**figures)
-            if last or recipe.ends_epoch(step) or checkpoints.is_due(step):
-                log.flush()                                                   # stops if the loss is not finite
-                checkpoints.save(step, last, log.epoch_sums)
+            if last or epoch_ends or checkpoints.is_due():
+                log.read()                                            # stops if the loss is not finite
+                checkpoints.save({"method": method, "net": args.net, "step": step, "weights": net.state_dict(),
+                                  "head": loss_of.state_dict(), "optimizer": optimizer.state_dict(),
+                                  "scaler": scaler.state_dict(), "classes": faces.classes, "faces": faces.fingerprint,
+                                  "settings": settings, "epoch": log.sums, "threshold": threshold}, last)
             if last:
                 break
-    return run.finish(step, recipe.steps, checkpoints.path)
+    return run.leave(step, steps, checkpoints.path)
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:
+    """Return the learning rate of a step, counted from 0."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if schedule == "cosine":
+        return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    return peak * 0.1 ** sum(step >= drop * steps for drop in (16 / 28, 24 / 28))    # the authors' schedule
 
 
 if __name__ == "__main__":

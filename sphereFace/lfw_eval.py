@@ -6,9 +6,6 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from faces.signals import end_quietly
-
-end_quietly(__name__)    # Ctrl-C during the slow imports below prints no traceback
 from faces.verification.evaluate import main
 from mtcnn.landmark_lists import find_landmarks
 from sphereFace.net import NETS

@@ -1,10 +1,9 @@
-"""SphereFace (Liu et al., CVPR 2017, arXiv:1704.08063): the 20-layer CNN; the heads of SphereFace and -R."""
+"""SphereFace (Liu et al., CVPR 2017, arXiv:1704.08063): the 20-layer CNN, SphereFace's and SphereFace-R's loss."""
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import nn
-
-from faces.training.margin import ALL, cosine_logits, float32, margin_softmax
 
 STAGES = ((64, 1), (128, 2), (256, 4), (512, 1))  # channels and residual units of each stage; a stage halves the image
 
@@ -19,7 +18,7 @@ class SphereNet(nn.Module):
         batch_norm: put batch normalization after every convolution (conv1_1bn) and after fc5 (fc5_bn).
     """
 
-    def __init__(self, batch_norm):
+    def __init__(self, batch_norm: bool):
         super().__init__()
         previous = 3
         for stage, (channels, units) in enumerate(STAGES, 1):
@@ -56,7 +55,7 @@ class SphereNet(nn.Module):
             x = self.get_submodule(part)(x)
         return x
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Embed aligned faces: float (N, 3, 112, 96), RGB, (x - 127.5) / 128, to float (N, 512), not normalized."""
         for stage, (_, units) in enumerate(STAGES, 1):
             x = self._layer(f"{stage}_1", x)                                # (N, 64, 56, 48) ... (N, 512, 7, 6)
@@ -65,12 +64,12 @@ class SphereNet(nn.Module):
         return self.fc5_bn(self.fc5(x.flatten(1)))                          # (N, 512)
 
 
-def faceNet():
+def faceNet() -> SphereNet:
     """Return the 20-layer CNN with batch normalization, which trains from scratch even with small batches and sets."""
     return SphereNet(batch_norm=True)
 
 
-def sphere20a():
+def sphere20a() -> SphereNet:
     """Return the 20-layer CNN of the 2017 paper, without batch normalization."""
     return SphereNet(batch_norm=False)
 
@@ -78,7 +77,7 @@ def sphere20a():
 NETS = {"faceNet": faceNet, "sphere20a": sphere20a}
 
 
-def psi(cosine, m):
+def psi(cosine: torch.Tensor, m: int) -> torch.Tensor:
     """Return psi(t) = (-1)^k cos(m t) - 2k for t in [k pi/m, (k+1) pi/m], k in 0..m-1 (equation 7); it falls with t.
 
     cos(m t) is computed as the Chebyshev polynomial of cos t, because the gradient of acos is infinite at t = 0 and pi.
@@ -104,45 +103,47 @@ class SphereFace(nn.Module):
         m: angular margin, 1 to 5; the paper's is 4.
     """
 
-    def __init__(self, classes, m=4):
+    s = None    # |x| takes the place of a scale
+
+    def __init__(self, classes: int, m: int = 4):
         super().__init__()
         self.m = m
         self.weight = nn.Parameter(torch.randn(classes, 512) / 512 ** 0.5)
 
     @staticmethod
-    def annealing(step, minimum=5.0):
+    def annealing(step: int, minimum: float = 5.0) -> float:
         """Return lambda = max(minimum, 1000 / (1 + 0.12 step)), as the authors' Caffe release; step counts from 0."""
         return max(minimum, 1000.0 / (1.0 + 0.12 * step))
 
-    def forward(self, embedding, label, lam, centers=ALL):
-        """Return the loss of a batch and its predicted labels.
+    def target(self, cosine: torch.Tensor, lam: float) -> torch.Tensor:
+        """Return what takes the place of the target's cosine."""
+        return (lam * cosine + psi(cosine, self.m)) / (1 + lam)
+
+    def forward(self, embedding: torch.Tensor, label: torch.Tensor, lam: float):
+        """Return the loss of a batch and the labels it predicts.
 
         Args:
             embedding: float (N, 512), not normalized.
             label: int64 (N,), 0 <= label < C.
             lam: lambda >= 0, see annealing(); 0 is the pure margin.
-            centers: which class centers `weight` holds, if they are spread over processes.
 
         Returns:
             (mean loss, scalar float32; label of the largest cosine, int64 (N,)).
         """
-        def margin(logit, norm):                                   # both (N,), of the targets
-            cosine = logit / norm
-            return norm * (lam * cosine + psi(cosine, self.m)) / (1 + lam)
-
-        with float32(embedding):
+        with torch.autocast(embedding.device.type, enabled=False):             # cosines need float32
             x = embedding.float()
-            norm = (x.square().sum(1) + 1e-12).sqrt()              # (N,); the epsilon keeps a zero embedding finite
-            logits = cosine_logits(x, self.weight.float())         # (N, C): |x| cos t
-            return margin_softmax(logits, label, margin, norm, centers=centers)
+            norm = (x.square().sum(1, keepdim=True) + 1e-12).sqrt()            # (N, 1), also for a zero embedding
+            cosine = F.linear(x / norm, F.normalize(self.weight))              # (N, C)
+            target = self.target(cosine.gather(1, label[:, None]), lam)        # (N, 1)
+            logits = norm * cosine.scatter(1, label[:, None], target)          # (N, C)
+            return F.cross_entropy(logits, label), cosine.argmax(1)
 
 
 class SphereFaceR(nn.Module):
     """SphereFace-R (Liu et al., TPAMI 2022, arXiv:2109.05565), version 1, with hard feature normalization.
 
-    logit_j = s cos t_j; the target's logit is s psi(t), but its gradient is that of s cos t ("characteristic gradient
-    detachment"). The network need not grow |x|, and the gradient has the size and sign of that of cos t at every angle.
-    The margin can therefore apply from the first step, without lambda, and m need not be an integer.
+    logit_j = s cos t_j; the target's logit is s psi(t), but its gradient is the gradient of s cos t ("characteristic
+    gradient detachment"). The margin can apply from the first step, without lambda, and m need not be an integer.
 
     Args:
         classes: number of identities C.
@@ -150,20 +151,22 @@ class SphereFaceR(nn.Module):
         m: angular margin, m >= 1; 1.5 in the same code.
     """
 
-    def __init__(self, classes, s=30.0, m=1.5):
+    def __init__(self, classes: int, s: float = 30.0, m: float = 1.5):
         super().__init__()
         self.s, self.m = s, m
         self.weight = nn.Parameter(torch.randn(classes, 512) / 512 ** 0.5)
 
-    def forward(self, embedding, label, lam=0.0, centers=ALL):
-        """Return the loss of a batch and its predicted labels; arguments and results are those of SphereFace."""
-        def margin(logit):                                         # (N,), of the targets
-            t = (logit.detach() / self.s).clamp(-1, 1).acos()
-            k = (t * (self.m / math.pi)).floor()
-            psi_of_t = (1 - 2 * (k % 2)) * torch.cos(self.m * t) - 2 * k
-            return logit + self.s * (psi_of_t - t.cos()) / (1 + lam)    # for the gradient, the second term is constant
+    def target(self, cosine: torch.Tensor, lam: float = 0.0) -> torch.Tensor:
+        """Return what takes the place of the target's cosine; for the gradient, the second term is constant."""
+        t = cosine.detach().clamp(-1, 1).acos()
+        k = (t * (self.m / math.pi)).floor()
+        psi_of_t = (1 - 2 * (k % 2)) * torch.cos(self.m * t) - 2 * k
+        return cosine + (psi_of_t - t.cos()) / (1 + lam)
 
-        with float32(embedding):
-            x = nn.functional.normalize(embedding.float())         # a zero embedding stays zero, with a finite gradient
-            logits = cosine_logits(self.s * x, self.weight.float())    # (N, C): s cos t
-            return margin_softmax(logits, label, margin, centers=centers)
+    def forward(self, embedding: torch.Tensor, label: torch.Tensor, lam: float = 0.0):
+        """Return the loss of a batch and the labels it predicts; arguments and results are SphereFace's."""
+        with torch.autocast(embedding.device.type, enabled=False):             # cosines need float32
+            cosine = F.linear(F.normalize(embedding.float()), F.normalize(self.weight))      # (N, C)
+            target = self.target(cosine.gather(1, label[:, None]), lam)                      # (N, 1)
+            logits = self.s * cosine.scatter(1, label[:, None], target)                      # (N, C)
+            return F.cross_entropy(logits, label), cosine.argmax(1)

@@ -1,45 +1,60 @@
-"""Devices: what is not there is one sentence, and the detection of bf16 can be overridden."""
+"""Devices: what is not there is one sentence, precision follows the GPU, threads follow a container's quota."""
+import os
+from pathlib import Path
+
 import pytest
 import torch
 
-from faces.device import exact_float32, fast_dtype, pick_device, prefers_bf16
+from faces import device
+from faces.device import count_cpus, exact_float32, fast_dtype, pick_device, pick_dtype
 from faces.files import InputError
 
 
-def test_missing_devices_are_one_sentence():
+def test_missing_devices_and_precisions_are_one_sentence():
     assert pick_device("cpu") == torch.device("cpu")
     for name, problem in (("cuda:99", "is not available here"), ("gpu99", "is not a device; choose auto, cpu, cuda")):
         with pytest.raises(InputError, match=f"--device {name} {problem}"):
             pick_device(name)
-
-
-@pytest.mark.parametrize("value, expected", [("0", False), ("1", True)])
-def test_bf16_detection_can_be_overridden(value, expected, monkeypatch):
-    monkeypatch.setenv("FACES_BF16", value)
-    assert prefers_bf16(torch.device("cpu")) is expected
+    with pytest.raises(InputError, match="fp16 needs loss scaling, which mps can't do"):
+        pick_dtype("fp16", torch.device("mps"))
 
 
 def test_the_precision_is_that_of_the_chosen_gpu(monkeypatch):
     """PyTorch's own is_bf16_supported() looks at the current GPU, by default the first one."""
     capability = {torch.device("cuda:0"): (8, 0), torch.device("cuda:1"): (7, 0), torch.device("cuda:2"): (6, 1)}
-    monkeypatch.delenv("FACES_BF16", raising=False)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", capability.get)
     assert [fast_dtype(device) for device in capability] == [torch.bfloat16, torch.float16, torch.float32]
 
 
+@pytest.mark.parametrize("files, expected", [
+    ({"/proc/self/cgroup": "0::/job\n", "/sys/fs/cgroup/cpu.max": "150000 100000\n"}, 2),
+    ({"/proc/self/cgroup": "0::/job\n", "/sys/fs/cgroup/cpu.max": "max 100000\n"}, 8),
+    ({"/proc/self/cgroup": "0::/a/b\n", "/sys/fs/cgroup/a/cpu.max": "300000 100000\n"}, 3),
+    ({"/proc/self/cgroup": "3:cpu,cpuacct:/\n0::/\n", "/sys/fs/cgroup/cpu/cpu.cfs_quota_us": "100000\n",
+      "/sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n"}, 1)])
+def test_the_quota_of_a_container_counts(monkeypatch, files, expected):
+    def read_text(path):
+        if str(path) not in files:
+            raise FileNotFoundError
+        return files[str(path)]
+    monkeypatch.setattr(Path, "read_text", read_text)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
+    assert count_cpus() == expected
+    monkeypatch.setattr(torch, "set_num_threads", threads := [].append)
+    device.tune_cpu(torch.device("cuda"))
+    assert threads.__self__ == [min(torch.get_num_threads(), expected)]
+
+
 @pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="this PyTorch has the older settings")
 @pytest.mark.parametrize("setting", ["tf32", "ieee"])
 def test_float32_is_exact_inside_the_context_alone(setting):
-    """The settings of a program that uses the detector or the embedder stay as they were, whichever of the two APIs
-    of PyTorch it uses."""
+    """The settings of a program that uses the detector or the embedder stay as they were."""
     convolutions = torch.backends.cudnn.conv
     before, convolutions.fp32_precision = convolutions.fp32_precision, setting
     try:
         with exact_float32("cuda:0"):
             assert convolutions.fp32_precision == "ieee"
         assert convolutions.fp32_precision == setting
-        with exact_float32("cpu"):
-            assert convolutions.fp32_precision == setting
     finally:
         convolutions.fp32_precision = before

@@ -72,7 +72,7 @@ def test_embeddings_equal_those_of_the_cpu():
 
 
 @gpu
-def test_the_head_equals_that_of_the_cpu():
+def test_the_loss_equals_the_cpus():
     x, label = torch.randn(64, 512), torch.randint(0, 1000, (64,))
     head, losses, gradients = CosFace(1000), [], []
     for device in ("cpu", "cuda"):

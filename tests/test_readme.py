@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, write_image
 
 from cosFace.net import faceNet
-from faces.training import checkpoint
+from faces.files import CHECKPOINT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -63,7 +63,9 @@ def test_the_readme_shows_the_main_commands():
 def test_the_readmes_python_example_runs(tmp_path, monkeypatch, capsys):
     example = re.search(r"^ {4}import numpy as np\n(?: {4}.*\n|\n)*", (ROOT / "README.md").read_text("utf-8"), re.M)[0]
     torch.manual_seed(0)
-    checkpoint.save(tmp_path / "runs/cosFace/checkpoint.pt", {"method": "CosFace", "weights": faceNet().state_dict()})
+    (tmp_path / "runs/cosFace").mkdir(parents=True)
+    torch.save({"format": CHECKPOINT, "method": "CosFace", "net": "faceNet", "weights": faceNet().state_dict()},
+               tmp_path / "runs/cosFace/checkpoint.pt")
     photo = skimage.data.astronaut()[:200, 100:360]
     write_image(tmp_path / "a.jpg", photo)
     write_image(tmp_path / "b.jpg", cv2.convertScaleAbs(photo[:, ::-1], alpha=1, beta=25))
@@ -82,7 +84,7 @@ def test_links_resolve(page):
 
 
 def test_pages_are_short_and_plain():
-    assert (ROOT / "README.md").read_text(encoding="utf-8").count("\n") <= 160
+    assert (ROOT / "README.md").read_text(encoding="utf-8").count("\n") <= 150
     british = r"\b(centre|colour|grey|licence|normalis|initialis|behaviour|neighbour)"
     for page in PAGES:
         text = re.sub(r"`[^`]*`", "", page.read_text(encoding="utf-8"))

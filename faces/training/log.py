@@ -1,176 +1,156 @@
 """What a training run reports: progress bar, TensorBoard events, one JSON line per epoch, a picture, its settings."""
-import contextlib
 import json
 import math
 import platform
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import distributed
 from tqdm import tqdm
 
-from faces.files import MAX_JSON, ROOT, InputError, atomic_write, open_regular, read_bytes, write_json
-from faces.text import count_of
-from faces.training.margin import ALL, where
+from faces.files import ROOT, InputError, atomic_write, reading, write_json
+from faces.training.distributed import Processes
 
-HISTOGRAMS, BINS = ("genuine", "impostor"), 100
-EVERY = 20  # steps between two readings of the loss; each makes the host wait for the device once
+EVERY = 20    # steps between two readings of the loss; each makes the host wait for the device once
 
 
 class TrainingLog:
-    """Collects the figures of each step; a context manager. Only the main process writes.
+    """Collects the figures of each step; a context manager. Only rank 0 writes.
 
     Args:
-        run: faces.training.run.Run.
-        output: folder of the run, a Path; see faces.training.folder.
-        recipe: faces.training.recipe.Recipe.
-        start: step that training starts from.
-        settings: dict of the command line's options, for settings.json.
-        epoch_sums: of the epoch that `start` lies in; see faces.training.checkpoint.Checkpoints.
+        run: Processes.
+        output: folder of the run.
+        batch_size: images per step over all processes.
+        steps, per_epoch: number of steps of the whole run, and of an epoch.
+        start: step from which training starts.
+        settings: dict of the options, for settings.json.
+        sums: `sums` of the run that is resumed.
 
     Attributes:
-        epoch_sums: dict of float: loss and training accuracy, added up over the steps of the epoch so far, and steps.
+        sums: dict of float, loss and training accuracy added up over the steps of the epoch so far, and their number.
     """
 
-    def __init__(self, run, output, recipe, start, settings, epoch_sums=None):
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only training needs it
-        self.run, self.output, self.recipe, self.step = run, output, recipe, start
-        if run.is_main_process:
+    def __init__(self, run: Processes, output: Path, batch_size: int, steps: int, per_epoch: int, start: int,
+                 settings: dict, sums: dict | None = None):
+        self.run, self.output, self.batch_size, self.step = run, output, batch_size, start
+        self.steps, self.per_epoch = steps, per_epoch
+        self.board = None
+        if run.rank == 0:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
+            write_json(output / "settings.json", _describe(run, start, settings))
             self._forget_after(start)
-            write_json(output / "settings.json", _describe(run, recipe, start, settings))
-        self.board = SummaryWriter(output, purge_step=start + 1) if run.is_main_process else None
-        self.bar = tqdm(total=recipe.steps * recipe.batch_size, initial=start * recipe.batch_size, unit=" images",
-                        unit_scale=True, dynamic_ncols=True, disable=not run.is_main_process)
-        self._begin_epoch()
-        self.epoch_sums.update(epoch_sums or {})
+            self.board = SummaryWriter(output, purge_step=start + 1)
+        self.bar = tqdm(total=steps * batch_size, initial=start * batch_size, unit=" images", unit_scale=True,
+                        dynamic_ncols=True, disable=run.rank > 0)
+        self.sums, self.seconds, self.timed_steps = dict(sums or {}), 0.0, 0
         self._clear()
-
-    def record(self, loss, predicted, embedding, labels, head):
-        """Record a batch, or each micro-batch of it, without waiting for the device.
-
-        Args:
-            loss: scalar tensor.
-            predicted: int64 (B,).
-            embedding: float (B, 512).
-            labels: int64 (B,).
-            head: WholeHead or ShardedHead.
-        """
-        self.sums += torch.stack((loss.detach(), (predicted == labels).float().mean()))
-        self.micro_batches += 1
-        if self._is_read(self.count + 1, self.step + 1):
-            self.geometry = geometry(*head.gather(embedding, labels))
-
-    def end_step(self, **scalars):
-        """End a step.
-
-        Args:
-            scalars: further numbers for TensorBoard, such as the learning rate.
-
-        Raises:
-            InputError: the loss is not finite.
-        """
-        self.count, self.step = self.count + 1, self.step + 1
-        self.bar.update(self.recipe.batch_size)
-        if self._is_read(self.count, self.step):
-            self._read(scalars)
-
-    def flush(self):
-        """Read the steps since the last reading, so that no checkpoint is written after a loss that is not finite."""
-        if self.count:
-            self._read({})
-
-    def end_epoch(self, **figures):
-        """Print the figures of the epoch, append them to epochs.jsonl and draw training.png."""
-        steps = max(1, self.epoch_sums.pop("steps", 0))
-        means = {name: total / steps for name, total in self.epoch_sums.items()}
-        seconds = self.since - self.epoch_start    # without the evaluation, which comes after the last reading
-        line = {"epoch": round(self.step / self.recipe.steps_per_epoch, 3), "step": self.step,
-                **{name: round(value, 5) for name, value in means.items()},
-                "images_per_second": round(self.epoch_steps * self.recipe.batch_size / seconds, 1),
-                **self._memory(), **figures}
-        if self.run.is_main_process:
-            self._try_to_write(self._write_epoch, line, figures)
-            self.bar.write("  ".join(f"{name} {value}" for name, value in line.items()))
-        self._begin_epoch()
-
-    def _write_epoch(self, line, figures):
-        with open_regular(self.output / "epochs.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        self._draw()
-        for name in figures:
-            self.board.add_scalar(name, figures[name], self.step)
-        for name, counts in self.histograms.items():
-            _add_histogram(self.board, f"cosine/{name}", counts, self.step)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self.bar.close()  # first, so that an error message is the last line
+        self.bar.close()    # first, so that an error message is the last line
         if self.board:
             self.board.close()
 
-    def _try_to_write(self, write, *args):
-        """Call a function that writes a part of the log; a full disk, for example, must not end the training."""
+    def record(self, loss: torch.Tensor, predicted: torch.Tensor, label: torch.Tensor, embedding: torch.Tensor,
+               weight: torch.Tensor | None = None):
+        """Record a batch, or each micro-batch of it, without waiting for the device.
+
+        Args:
+            loss: scalar.
+            predicted, label: int64 (B,).
+            embedding: float (B, 512).
+            weight: class centers, float (C, 512); None if they are spread over the processes.
+        """
+        self.totals += torch.stack((loss.detach(), (predicted == label).float().mean()))
+        self.micro_batches += 1
+        if self._is_read(self.count + 1, self.step + 1):
+            x = embedding.detach().float()
+            self.geometry["embedding_norm"] = x.norm(dim=1).mean()
+            if weight is not None:
+                own = F.normalize(weight.detach()[label])
+                self.geometry["target_cosine"] = (F.normalize(x) * own).sum(1).mean()
+
+    def end_step(self, **scalars: float):
+        """End a step; `scalars` are further numbers for TensorBoard, such as the learning rate.
+
+        Raises:
+            InputError: the loss is not finite.
+        """
+        self.count, self.step = self.count + 1, self.step + 1
+        self.bar.update(self.batch_size)
+        if self._is_read(self.count, self.step):
+            self.read(**scalars)
+
+    def read(self, **scalars: float):
+        """Read the steps since the last reading, so that no checkpoint is written after a loss that is not finite."""
+        if not self.count:
+            return
+        figures = self._fetch()
+        if not math.isfinite(figures["loss"]):
+            raise InputError(f"the loss is not finite near step {self.step}; lower --lr, add --warmup, or try "
+                             "--precision float32. Checkpoints from before are kept.")
+        for name, value in (("loss", figures["loss"]), ("train_accuracy", figures["train_accuracy"]), ("steps", 1.0)):
+            self.sums[name] = self.sums.get(name, 0.0) + value * self.count
+        seconds = time.monotonic() - self.since
+        self.seconds, self.timed_steps = self.seconds + seconds, self.timed_steps + self.count
+        self.bar.set_postfix(loss=f"{figures['loss']:.3f}", train_accuracy=f"{figures['train_accuracy']:.3f}",
+                             refresh=False)
+        rate = self.count * self.batch_size / seconds
+        self._write({**figures, **scalars, **self._memory(), "images_per_second": rate})
+        self._clear()
+
+    def end_epoch(self, **figures: float):
+        """Print the figures of the epoch, append them to epochs.jsonl and draw training.png."""
+        steps = max(1.0, self.sums.pop("steps", 0))
+        means = {name: round(total / steps, 5) for name, total in self.sums.items()}
+        rate = self.timed_steps * self.batch_size / max(self.seconds, 1e-9)    # without the evaluation
+        line = {"epoch": round(self.step / self.per_epoch, 3), "step": self.step, **means,
+                "images_per_second": round(rate, 1), **self._memory(),
+                **{name: round(value, 5) for name, value in figures.items()}}
+        if self.run.rank == 0:
+            self.bar.write("  ".join(f"{name} {value}" for name, value in line.items()))
+        self._write(figures, line)
+        self.sums, self.seconds, self.timed_steps = {}, 0.0, 0
+        self.since = time.monotonic()
+
+    def _write(self, figures, line=None):
+        """Write TensorBoard's events, and the line of an epoch; a full disk must not end the training."""
+        if self.run.rank > 0:
+            return
         try:
-            write(*args)
+            for name, value in figures.items():
+                self.board.add_scalar(name, value, self.step)
+            if line:
+                with open(self.output / "epochs.jsonl", "a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+                self._draw()
         except (OSError, InputError) as error:
             self.bar.write(f"step {self.step:,}: the log can't be written ({error}); training continues.",
                            file=sys.stderr)
 
     def _is_read(self, count, step):
-        return count == EVERY or self.recipe.ends_epoch(step)
-
-    def _draw(self):
-        from faces.plots import training_picture  # slow to import as well
-        lines, _ = _read_epochs(self.output / "epochs.jsonl")
-        columns = [(line["step"] * self.recipe.batch_size, line["loss"], line.get("lfw", math.nan)) for line in lines]
-        training_picture(self.output / "training.png", *np.array(columns).T)
-
-    def _forget_after(self, start):
-        """Drop the epochs that a killed run wrote after the checkpoint from which it is resumed, and damaged lines."""
-        path = self.output / "epochs.jsonl"
-        if path.exists():
-            lines, damaged = _read_epochs(path)
-            if damaged:
-                self.run.print(f"left out: {count_of(damaged, 'damaged line~')} of {path}")
-            with atomic_write(path, "w", encoding="utf-8") as file:
-                file.writelines(json.dumps(line) + "\n" for line in lines if line["step"] <= start)
-
-    def _begin_epoch(self):
-        self.epoch_start = self.since = time.monotonic()
-        self.epoch_sums, self.epoch_steps, self.histograms = {}, 0, {}
+        return count == EVERY or step % self.per_epoch == 0 or step == self.steps
 
     def _clear(self):
-        self.sums = torch.zeros(2, device=self.run.device)    # of the loss and the accuracy
+        self.totals = torch.zeros(2, device=self.run.device)    # of the loss and the accuracy
         self.count, self.micro_batches, self.since, self.geometry = 0, 0, time.monotonic(), {}
 
-    def _read(self, scalars):
-        loss, accuracy, geometry = self._fetch()
-        if not math.isfinite(loss):
-            raise InputError(f"the loss is not finite near step {self.step}; lower --lr, add --warmup, or try "
-                             "--precision float32. Checkpoints from before are kept.")
-        for name, value in (("loss", loss), ("train_accuracy", accuracy), ("steps", 1.0)):
-            self.epoch_sums[name] = self.epoch_sums.get(name, 0.0) + value * self.count
-        self.epoch_steps += self.count
-        if self.board:
-            rate = self.count * self.recipe.batch_size / (time.monotonic() - self.since)
-            figures = {"loss": loss, "train_accuracy": accuracy, "images_per_second": rate, **scalars, **geometry,
-                       **self._memory()}
-            self._try_to_write(self._write_figures, figures)
-        self.bar.set_postfix(loss=f"{loss:.3f}", train_accuracy=f"{accuracy:.3f}", refresh=False)
-        self._clear()
-
-    def _write_figures(self, figures):
-        for name, value in figures.items():
-            if name in HISTOGRAMS:
-                self.histograms[name] = self.histograms.get(name, 0) + value
-            else:
-                self.board.add_scalar(name, value, self.step)
+    def _fetch(self):
+        """Return the mean loss and accuracy since the last reading, and the geometry, over all processes."""
+        names = ["loss", "train_accuracy", *self.geometry]
+        figures = torch.cat((self.totals / self.micro_batches, *(value[None] for value in self.geometry.values())))
+        if self.run.world_size > 1:
+            distributed.all_reduce(figures)
+            figures /= self.run.world_size
+        return dict(zip(names, figures.tolist()))    # the host waits for the device once
 
     def _memory(self):
         """Return the most memory that tensors of this process have used on its GPU; nothing on other devices."""
@@ -178,95 +158,42 @@ class TrainingLog:
             return {}
         return {"gpu_memory_gb": round(torch.cuda.max_memory_allocated(self.run.device) / 1e9, 2)}
 
-    def _fetch(self):
-        """Return the mean loss and accuracy since the last reading, and the geometry, over all processes.
+    def _draw(self):
+        from faces.plots import training_picture  # slow to import as well
+        lines = _read_epochs(self.output / "epochs.jsonl")
+        columns = [(line["step"] * self.batch_size, line["loss"], line.get("lfw", math.nan)) for line in lines]
+        training_picture(self.output / "training.png", *np.array(columns).T)
 
-        They travel as one tensor, so that the host waits for the device once.
-        """
-        names = list(self.geometry)
-        parts = [self.sums / self.micro_batches, *(self.geometry[name].reshape(-1) for name in names)]
-        figures = torch.cat(parts)
-        if self.run.world_size > 1:
-            distributed.all_reduce(figures)
-            figures /= self.run.world_size
-        figures = figures.cpu().numpy().astype(float)
-        values = np.split(figures, np.cumsum([len(part) for part in parts])[:-1])
-        geometry = {name: value if name in HISTOGRAMS else value.item() for name, value in zip(names, values[1:])}
-        return *values[0].tolist(), geometry
+    def _forget_after(self, start):
+        """Drop the epochs that a killed run wrote after the checkpoint from which it is resumed."""
+        file = self.output / "epochs.jsonl"
+        if file.exists():
+            lines = [line for line in _read_epochs(file) if line["step"] <= start]
+            with atomic_write(file, "w") as output:
+                output.writelines(json.dumps(line) + "\n" for line in lines)
 
 
-def _read_epochs(path):
-    """Return the lines of an epochs.jsonl that are whole, as dicts, and how many others there are."""
-    try:
-        texts, lines = read_bytes(path, MAX_JSON).decode(errors="replace").splitlines(), []
-    except OSError as error:
-        raise InputError(f"can't read {path}: {error.strerror or error}; move it away.") from None
-    for text in texts:
-        with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError, RecursionError):
-            line = json.loads(text)
-            numbers = {name: float(line[name]) for name in ("loss", "lfw") if name in line}
-            if type(line["step"]) is int and 0 <= line["step"] < 2**53 and "loss" in numbers:
-                lines.append({**line, **numbers})
-    return lines, len(texts) - len(lines)
+def _read_epochs(file):
+    """Return the lines of an epochs.jsonl as dicts; a killed run may have left part of a line at the end."""
+    with reading(file, "log of a run", "move it away"):
+        text = file.read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.split("\n")[:-1]]
 
 
-@torch.no_grad()
-def geometry(embedding, labels, weight, centers=ALL):
-    """Return how a batch relates to the class centers, without the (B, C) matrix of all cosines.
-
-    Args:
-        embedding: float (B, 512).
-        labels: int64 (B,).
-        weight: float (C, 512), C >= 2, the class centers, not normalized.
-        centers: which class centers `weight` holds, if they are spread over processes.
-
-    Returns:
-        dict of scalar tensors: target_cosine, the mean cosine between an embedding and the center of its identity;
-        nontarget_cosine, the mean over all other centers; embedding_norm, the mean |x|; and two histograms over -1 to
-        1, float (BINS,): genuine, of the cosines with the identity's own center; impostor, of the cosines with the
-        centers of the other identities in the batch.
-    """
-    embedding, weight = embedding.float(), weight.float()
-    x = torch.nn.functional.normalize(embedding)                       # (B, 512)
-    inverse_norm = 1 / weight.norm(dim=1).clamp_min(1e-12)             # (C,)
-    columns, here = centers.targets(labels)
-    own = weight[columns] * inverse_norm[columns, None]                # (B, 512), unit length
-    own = centers.sum(where(None if here is None else here[:, None], own))
-    cosine = x @ own.T                                                 # (B, B)
-    target = cosine.diagonal().mean()
-    total = centers.sum((x @ (inverse_norm @ weight)).mean())          # a sum of products is the product with the sum
-    count = centers.sum(torch.full_like(target, len(weight)))
-    # Values beyond the range are not counted. Selecting the others would make the host wait for their number.
-    impostor = torch.where(labels[:, None] == labels, 2, cosine.clamp(-1, 1))
-    return {"target_cosine": target, "nontarget_cosine": (total - target) / (count - 1),
-            "embedding_norm": embedding.norm(dim=1).mean(),
-            "genuine": torch.histc(cosine.diagonal().clamp(-1, 1), BINS, -1, 1),
-            "impostor": torch.histc(impostor, BINS, -1, 1)}
-
-
-def _add_histogram(board, name, counts, step):
-    """Write a histogram over -1 to 1 whose counts were added up over an epoch."""
-    limits = np.linspace(-1, 1, BINS + 1)
-    middle = (limits[:-1] + limits[1:]) / 2
-    board.add_histogram_raw(name, -1, 1, counts.sum(), counts @ middle, counts @ middle ** 2, limits[1:].tolist(),
-                            counts.tolist(), step)
-
-
-def _describe(run, recipe, start, settings):
+def _describe(run, start, settings):
     """Return what settings.json records about a run."""
-    return {"settings": settings, "recipe": recipe._asdict(), "from_step": start, "git": _revision(),
-            "started": time.strftime("%Y-%m-%d %H:%M:%S %z"), "processes": run.world_size,
-            "device": run.devices, "precision": run.precision,
+    return {"settings": settings, "from_step": start, "git": _revision(), "devices": str(run),
+            "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
             "versions": {"python": platform.python_version(), "torch": str(torch.__version__),
                          "numpy": np.__version__, "opencv": cv2.__version__}}
 
 
-def _revision(root=ROOT):
-    """Return the commit of a clone, with the suffix -dirty if files differ from it; None if git can't tell."""
-    if not (root / ".git").exists():  # git would report a repository around this folder
+def _revision():
+    """Return the commit of the clone, with the suffix -dirty if files differ from it; None if git can't tell."""
+    if not (ROOT / ".git").exists():    # git would report a repository around this folder
         return None
     try:
-        git = subprocess.run(["git", "--no-optional-locks", "-C", root, "describe", "--always", "--dirty",
+        git = subprocess.run(["git", "--no-optional-locks", "-C", ROOT, "describe", "--always", "--dirty",
                               "--abbrev=40", "--exclude=*"], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return None

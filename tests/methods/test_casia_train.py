@@ -1,4 +1,4 @@
-"""Tests of casia_train.py: it learns, resumes exactly after being killed, and explains what is wrong with its input."""
+"""casia_train.py learns, resumes exactly after being killed, and explains what is wrong with its input."""
 import json
 import os
 import pickle
@@ -49,7 +49,7 @@ def interrupt(method, args, signal_number, folder, step):
 
 
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(casia, tmp_path, method="sphereFace"):
-    """tests/training/test_checkpoint.py kills CosFace, twenty times, with a smaller network."""
+    """tests/training/test_checkpoint.py kills CosFace, ten times, with a smaller network."""
     longer = ["--epochs", "3"]    # so that the run does not end before the signal
     uninterrupted = script(f"{method}/casia_train.py", *options(casia, tmp_path, "uninterrupted"), *longer)
     assert uninterrupted.returncode == 0, uninterrupted.stderr
@@ -78,6 +78,19 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(casia, tmp_path, m
     assert json.loads((tmp_path / "run/settings.json").read_text())["settings"]["batch_size"] == 8
 
 
+def test_a_run_saves_although_nobody_reads_its_output(casia, tmp_path):
+    """Ctrl-C ends `casia_train.py | tee log` at both ends, tee first."""
+    process = subprocess.Popen([sys.executable, "tests/training/tiny_train.py", *map(str, options(casia, tmp_path)),
+                                "--epochs", "100000", "--checkpoint-minutes", "100"], cwd=ROOT, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT)
+    while b"training CosFace" not in process.stdout.readline():
+        assert process.poll() is None
+    process.stdout.close()
+    time.sleep(0.5)    # the run goes on without output
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=300) == 128 + signal.SIGINT and saved_step(tmp_path / "run") > 0
+
+
 def error_of(main, *args, method="cosFace"):
     """Run casia_train.py, which must fail without a traceback; return its error message, the last line of stderr."""
     status, output = main(method, *args)
@@ -93,7 +106,9 @@ def test_invalid_input_is_explained_in_one_sentence(main, casia, tmp_path):
     assert "has no photos; pass a folder with" in error_of(main, "--casia", tmp_path / "empty", *common)
     absent = "--landmarks", tmp_path / "absent.txt"
     assert "can't read the landmark list" in error_of(main, "--casia", casia, *absent, *common)
-    assert "larger than the set of 48 faces" in error_of(main, "--casia", casia, "--batch-size", "49", *common)
+    assert "48 faces are less than a step" in error_of(main, "--casia", casia, "--batch-size", "50", *common)
+    assert "--batch-size must be a multiple" in error_of(main, "--casia", casia, "--accumulate", "5", *common)
+    assert "--epochs: -1 must be at least" in error_of(main, "--casia", casia, "--epochs", "-1", *common)
     assert "--device cuda:99 is not available" in error_of(main, "--casia", casia, *common[:4], "--device", "cuda:99")
     (tmp_path / "damaged.zip").write_bytes(b"PK\x03\x04 not really")
     assert "is not a zip" in error_of(main, "--casia", tmp_path / "damaged.zip", *common)
@@ -102,7 +117,7 @@ def test_invalid_input_is_explained_in_one_sentence(main, casia, tmp_path):
 
 def test_a_resumed_run_takes_its_options_from_the_checkpoint_and_may_train_longer(main, casia, tmp_path):
     args = options(casia, tmp_path)
-    longer = [*options(casia, tmp_path, "longer"), "--net", "sphere20a", "--jitter", "1"]
+    longer = [*options(casia, tmp_path, "longer"), "--net", "sphere20a", "--shift", "1"]
     assert main("cosFace", *longer, "--epochs", "0.5")[0] == 0
     common = [*args[:4], "--output", tmp_path / "longer", "--device", "cpu", "--resume"]
     status, output = main("cosFace", *common)
@@ -111,10 +126,10 @@ def test_a_resumed_run_takes_its_options_from_the_checkpoint_and_may_train_longe
     assert status == 0 and "after 4 steps;" in output.out
     assert "--epochs is 0.67 from step 3 on; it was 0.5" in output.out
     assert "--schedule is cosine from step 3 on; it was step" in output.out
-    assert "was trained with --jitter 1" in error_of(main, *common, "--jitter", "2")
-    assert "is at step 4, beyond the 1 step of this schedule" in error_of(main, *common, "--epochs", "0.17")
+    assert "was trained with --shift 1" in error_of(main, *common, "--shift", "2")
+    assert "is at step 4, beyond the 1 steps of this schedule" in error_of(main, *common, "--epochs", "0.17")
     saved = torch.load(tmp_path / "longer/checkpoint.pt", weights_only=True)["settings"]
-    assert (saved["jitter"], saved["epochs"], saved["batch_size"]) == (1, 0.67, 8)
+    assert (saved["shift"], saved["epochs"], saved["batch_size"]) == (1, 0.67, 8)
 
 
 def test_init_starts_from_the_network_of_a_run_or_of_public_weights(main, casia, tmp_path):
@@ -131,8 +146,8 @@ def test_init_starts_from_the_network_of_a_run_or_of_public_weights(main, casia,
     assert main("sphereFace", *options(casia, tmp_path, "second"), *args, tmp_path / "run/checkpoint.pt")[0] == 0
     second = torch.load(tmp_path / "second/checkpoint.pt", weights_only=True)["weights"]
     torch.testing.assert_close(second["fc5.weight"], trained["fc5.weight"])
-    third = [*options(tmp_path / "absent", tmp_path, "third"), "--init", tmp_path / "public.pth", "--net"]
-    assert "contains the weights of sphere20a" in error_of(main, *third, "faceNet")
+    assert "sphere20a" in error_of(main, *options(casia, tmp_path, "third"), "--init", tmp_path / "public.pth", "--net",
+                                   "faceNet")
     args = [*options(tmp_path / "absent", tmp_path, "third"), "--init", tmp_path / "absent.pth"]
     assert "can't read" in error_of(main, *args)
 
@@ -161,7 +176,7 @@ class Malicious:
 
 
 @pytest.mark.parametrize("option, value", [("--epochs", "nan"), ("--lr", "inf"), ("--lr", "0"), ("--seed", "-1"),
-                                           ("--seed", "9" * 30), ("--workers", "-1"), ("--weight-decay", "nan")])
+                                           ("--seed", "9" * 30), ("--shift", "17"), ("--weight-decay", "nan")])
 def test_options_are_checked_before_the_set_is_read(main, tmp_path, option, value):
     assert option in error_of(main, "--casia", tmp_path / "absent", option, value)
 
@@ -177,7 +192,7 @@ def test_a_run_is_never_overwritten_or_resumed_by_mistake(main, casia, tmp_path)
     torch.save({"weights": {}}, checkpoint)
     assert "not a training checkpoint" in error_of(main, *args, "--resume")
     checkpoint.write_bytes(pickle.dumps(Malicious(tmp_path / "executed")))
-    assert "not a checkpoint that can be loaded safely" in error_of(main, *args, "--resume")
+    assert "not a file of tensors that can be loaded safely" in error_of(main, *args, "--resume")
     assert not (tmp_path / "executed").exists()
 
 
@@ -227,20 +242,18 @@ def test_gradient_accumulation_equals_the_whole_batch(main, casia, tmp_path):
     whole, parts = (json.loads((tmp_path / run / "epochs.jsonl").read_text()) for run in ("whole", "parts"))
     assert whole["loss"] == pytest.approx(parts["loss"], rel=1e-5)
     assert whole["train_accuracy"] == parts["train_accuracy"]
-    assert "can't be split into 3 micro-batches" in error_of(main, *options(casia, tmp_path), "--accumulate", "3")
-    assert "can't be split into 0 micro-batches" in error_of(main, *options(casia, tmp_path), "--accumulate", "0")
     sampled = [*options(casia, tmp_path), "--sample-centers", "0.5"]
     assert "can't be combined" in error_of(main, *sampled, "--accumulate", "2")
 
 
-def test_scale_selects_sphereface_r(main, casia, tmp_path):
-    args = [*options(casia, tmp_path), "--epochs", "0.34", "--margin", "1.5"]
-    status, output = main("sphereFace", *args)
-    assert status == 2 and "--margin must be 1, 2, 3, 4 or 5; with --scale" in output.err
-    assert main("sphereFace", *args, "--scale", "30")[0] == 0
+def test_the_loss_can_be_sphereface_r(main, casia, tmp_path):
+    args = [*options(casia, tmp_path), "--epochs", "0.34"]
+    assert "--margin must be 1, 2, 3, 4 or 5" in error_of(main, *args, "--margin", "1.5", method="sphereFace")
+    assert main("sphereFace", *args, "--loss", "sphereface-r")[0] == 0
     epoch = json.loads((tmp_path / "run/epochs.jsonl").read_text())
     # At right angles, the margin adds 30 (cos 90° - cos 135°) = 21 to the loss of a plain softmax.
     assert 18 < epoch["loss"] < 30
+    assert "is a run of SphereFaceR" in error_of(main, *options(casia, tmp_path), "--resume", method="cosFace")
 
 
 @pytest.mark.parametrize("option, expected", [([], 5), (["--lambda-min", "1"], 1)])
@@ -261,7 +274,7 @@ def test_lambda_min_reaches_the_head(main, casia, tmp_path, monkeypatch, option,
 
 def test_two_processes_train_the_same_model_as_one(casia, tmp_path):
     """Each of the two processes takes half of the batch, in two micro-batches."""
-    args = ["--net", "sphere20a", "--epochs", "0.5", "--no-mirror"]
+    args = ["--net", "sphere20a", "--epochs", "0.5", "--no-flip"]
     one = script("cosFace/casia_train.py", *options(casia, tmp_path, "one"), *args)
     assert one.returncode == 0, one.stderr
     two = torchrun("cosFace", *options(casia, tmp_path, "two"), *args, "--accumulate", "2")

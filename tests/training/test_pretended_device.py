@@ -12,14 +12,14 @@ import cosFace.net
 import sphereFace.net
 from cosFace.net import faceNet
 from faces.cpu import kernels
-from faces.training.run import Run
+from faces.training.distributed import Processes
 from faces.verification.embed import embed
 from mtcnn.detector import Detector
 
 pytestmark = pytest.mark.skipif(not pretended_device.available(),
                                 reason="there is a GPU, or this PyTorch can't pretend one")
 RUNS = {"CosFace": ("cosFace", []), "SphereFace": ("sphereFace", []),
-        "SphereFace-R": ("sphereFace", ["--scale", "30", "--margin", "1.5"]),
+        "SphereFace-R": ("sphereFace", ["--loss", "sphereface-r"]),
         "sharded": ("cosFace", ["--shard-head"]), "sampled": ("cosFace", ["--sample-centers", "0.5"])}
 
 
@@ -47,20 +47,20 @@ def model(folder):
 @pytest.mark.parametrize("name", RUNS)
 def test_training_equals_the_cpu_and_ordinary_steps_do_not_wait(name, main, casia, tmp_path, monkeypatch):
     method, extra = RUNS[name]
-    args = ["--epochs", "0.84", "--jitter", "2", "--checkpoint-every", "100", *extra]
+    args = ["--epochs", "0.84", "--shift", "2", "--checkpoint-minutes", "100", *extra]
     assert main(method, *options(casia, tmp_path, "cpu"), *args)[0] == 0
-    step, waits = Run.step, []
+    should_stop, waits = Processes.should_stop, []
 
-    def step_and_note_waits(run, optimizer):
-        step(run, optimizer)
+    def note_waits(run):
         waits.append(log.waits.copy())
         log.waits.clear()
-    monkeypatch.setattr(Run, "step", step_and_note_waits)
+        return should_stop(run)
+    monkeypatch.setattr(Processes, "should_stop", note_waits)
     with PretendedDevice() as log:
         assert main(method, *options(casia, tmp_path, "gpu"), *args, "--device", "gpu:0")[0] == 0
     # The first list is of all that comes before the first step, such as moving the network to the device.
-    assert len(waits) == 5 and waits[0] and not any(waits[1:])
-    assert len([operator for operator, place in log.waits if "log.py" in place]) == 1    # reads the loss of all steps
+    assert len(waits) == 5 and waits[0] and not any(waits[1:4])
+    assert len(waits[4]) == 1 and "log.py" in waits[4][0][1]    # the last step reads the loss of all steps
     assert log.operators["aten.convolution_backward.default"] == 5 and not log.float64
     expected, actual = model(tmp_path / "cpu"), model(tmp_path / "gpu")
     assert expected.keys() == actual.keys()
@@ -72,8 +72,8 @@ def test_a_run_moves_between_devices(main, casia, tmp_path):
     args = [*options(casia, tmp_path), "--resume", "auto"]
     assert main("cosFace", *options(casia, tmp_path, "cpu"))[0] == 0
     with PretendedDevice(), pytest.MonkeyPatch.context() as patch:
-        should_stop = Run.should_stop
-        patch.setattr(Run, "should_stop", lambda run: should_stop(run) or stop_at(run, 5))
+        should_stop = Processes.should_stop
+        patch.setattr(Processes, "should_stop", lambda run: should_stop(run) or stop_at(run, 5))
         assert main("cosFace", *args, "--device", "gpu:0")[0] == 143
     assert main("cosFace", *args)[0] == 0
     expected, actual = model(tmp_path / "cpu"), model(tmp_path / "run")
@@ -84,8 +84,8 @@ def test_a_run_moves_between_devices(main, casia, tmp_path):
 def stop_at(run, step):
     """Pretend that the run is asked to stop after this many steps."""
     run.steps_done = getattr(run, "steps_done", 0) + 1
-    run.stop_signal = 15 if run.steps_done == step else None
-    return run.stop_signal is not None
+    run.signal = 15 if run.steps_done == step else 0
+    return bool(run.signal)
 
 
 def test_embeddings_equal_those_of_the_cpu():

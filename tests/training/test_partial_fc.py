@@ -1,4 +1,6 @@
-"""Tests of class centers spread over 2 and 3 processes: the results and checkpoints equal those of one process."""
+"""Class centers spread over 2 and 3 processes: results and checkpoints equal one process's."""
+import contextlib
+import copy
 import math
 import os
 from functools import partial
@@ -11,31 +13,21 @@ from torch import distributed, multiprocessing, nn
 
 from cosFace.net import CosFace
 from faces.files import InputError
-from faces.training.checkpoint import Checkpoints
-from faces.training.log import geometry
-from faces.training.optimizer import SGD
-from faces.training.run import Run, data_parallel, unwrap
-from faces.training.sharded_head import ShardedHead, WholeHead, bounds, make_head
+from faces.training.distributed import Processes, data_parallel
+from faces.training.partial_fc import PartialFC, bounds, convert
 from sphereFace.net import SphereFace, SphereFaceR
 
-SETTINGS = {"net": "linear", "checkpoint_every": None, "checkpoint_minutes": 10}
 CLASSES = 7    # two processes hold 3 and 4 centers, three processes hold 2, 2 and 3
 LABEL = torch.tensor([0, 6, 3, 3, 2, 5])
-# Each entry holds the function that makes the head for a number of classes, and the margin's arguments for forward().
-METHODS = {"cosFace": (partial(CosFace, s=64.0, m=0.35), {"ramp": 1.0}),
-           "sphereFace": (partial(SphereFace, m=4), {"lam": 2.0}),
-           "sphereFaceR": (partial(SphereFaceR, s=30.0, m=1.5), {"lam": 0.0})}
+METHODS = {"cosFace": (partial(CosFace, s=64.0, m=0.35), 1.0), "sphereFace": (partial(SphereFace, m=4), 2.0),
+           "sphereFaceR": (partial(SphereFaceR, s=30.0, m=1.5), 0.0)}    # loss, and its third argument
+ONE = SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"))
 
 
 def batch(step=0):
     """Return the batch of a step: embeddings or inputs of the network, float (6, 512), and labels, int64 (6,)."""
     generator = torch.Generator().manual_seed(step)
     return torch.randn(6, 512, generator=generator), LABEL.roll(step)
-
-
-def make_run():
-    """Return this process's Run, in float32 on the CPU."""
-    return Run("cpu", "float32")
 
 
 def share(tensor, run):
@@ -45,54 +37,59 @@ def share(tensor, run):
 
 
 def one_step(head, run, margin):
-    """Backpropagate the loss of a batch; return this process's loss, predictions, gradients and geometry in a dict."""
+    """Backpropagate the loss of a batch; return this process's loss, predictions and gradients in a dict."""
     x, label = batch()
     x = share(7 * x, run).requires_grad_()
-    loss, predicted = head(x, share(label, run), step=0, **margin)
+    loss, predicted = head(x, share(label, run), margin)
     loss.backward()
-    return {"loss": loss.detach(), "predicted": predicted, "x": x.grad, "weight": head.module.weight.grad,
-            "geometry": geometry(*head.gather(x, share(label, run)))}
+    weight = head.loss.weight if isinstance(head, PartialFC) else head.weight
+    return {"loss": loss.detach(), "predicted": predicted, "x": x.grad, "weight": weight.grad}
 
 
 class Training:
-    """A training run set up as in casia_train.py, with a linear layer as the network.
+    """A training run set up as in casia_train.py, with a linear layer as the network; see PartialFC for `sample`."""
 
-    Args:
-        run: what make_run() returns.
-        folder: folder of the checkpoint.
-        classes: number of identities.
-        sample, shard: see faces.training.sharded_head.make_head().
-    """
-
-    def __init__(self, run, folder, classes, sample=None, shard=True):
+    def __init__(self, run, classes, sample=None, shard=True):
         torch.manual_seed(0)
-        net = nn.Linear(512, 512)
-        self.run, self.net = run, data_parallel(net, torch.zeros(2, 512)) if run.world_size > 1 else net
-        self.head = make_head(partial(CosFace, s=16.0), classes, run, shard, sample)
-        self.optimizer = SGD([*self.net.parameters(), *self.head.parameters()], self.head, lr=0.1, momentum=0.9,
-                             weight_decay=5e-4)
-        faces = SimpleNamespace(classes=classes, fingerprint="unchanged")
-        self.checkpoints = Checkpoints(run, folder, self.net, self.head, self.optimizer, faces, SETTINGS)
+        self.run, self.shard = run, shard
+        self.net = net = nn.Linear(512, 512)
+        self.model = data_parallel(net, torch.zeros(2, 512), contextlib.nullcontext()) if run.world_size > 1 else net
+        make = partial(CosFace, s=16.0)
+        self.head = PartialFC(make, classes, run, sample) if shard else make(classes)
+        rest = [] if shard else [self.head.weight]
+        self.optimizer = torch.optim.SGD([{"params": [net.bias], "weight_decay": 0.0}, {"params": [net.weight, *rest]}],
+                                         lr=0.1, momentum=0.9, weight_decay=5e-4)
 
     def train(self, *steps):
-        """Train the given steps; return the loss of the last one and the rows of the centers it sampled, or None."""
+        """Train the given steps; return the loss of the last one, and the rows of the centers it sampled, or None."""
         for step in steps:
             x, label = batch(step)
-            loss, _ = self.head(self.net(share(x, self.run)), share(label, self.run), step=step)
-            rows = None if self.head.sampled is None else self.head.sampled[0]
+            loss, _ = self.head(self.model(share(x, self.run)), share(label, self.run))
             self.optimizer.zero_grad()
             loss.backward()
-            self.run.step(self.optimizer)
-        return loss.detach(), rows
+            self.optimizer.step()
+            if self.shard:
+                self.head.update(0.1)
+        return loss.detach(), self.head.drawn if self.shard else None
 
-    @property
-    def weight(self):
-        return self.head.module.weight
+    def save(self):
+        """Return a checkpoint; in rank 0, it has all centers."""
+        return copy.deepcopy({"step": 2, "head": self.head.state_dict(), "optimizer": self.optimizer.state_dict(),
+                              "net": self.net.state_dict()})
+
+    def load(self, state):
+        if self.run.rank == 0:
+            state = convert(state, self.shard)
+        self.net.load_state_dict(state["net"])
+        self.head.load_state_dict(state["head"])
+        self.optimizer.load_state_dict(state["optimizer"])
 
     def state(self):
-        """Return copies of the network's weight, this process's centers and their momentum."""
-        momentum = self.optimizer.state[self.weight]["momentum_buffer"]
-        return [tensor.detach().clone() for tensor in (unwrap(self.net).weight, self.weight, momentum)]
+        """Return the network's weight, this process's centers and their momentum."""
+        if self.shard:
+            return [t.detach().clone() for t in (self.net.weight, self.head.loss.weight, self.head.velocity)]
+        momentum = self.optimizer.state[self.head.weight]["momentum_buffer"]
+        return [t.detach().clone() for t in (self.net.weight, self.head.weight, momentum)]
 
 
 def run_process(rank, folder, ports):
@@ -107,30 +104,33 @@ def run_process(rank, folder, ports):
 
 def train_and_save_results(rank, world_size, folder):
     """Train as one of `world_size` processes, and save the results for load_results()."""
-    run, results = make_run(), {}
+    run, results = Processes("cpu"), {}
     for name, (method, margin) in METHODS.items():
         torch.manual_seed(0)
-        results[name] = one_step(ShardedHead(method, CLASSES, rank, world_size), run, margin)
+        results[name] = one_step(PartialFC(method, CLASSES, run), run, margin)
 
-    training = Training(run, folder / "exact", CLASSES)
+    training = Training(run, CLASSES)
     if world_size == 2:
         training.train(0, 1)
-        training.checkpoints.save(2, last=True)
+        state = training.save()
+        if rank == 0:
+            torch.save(state, folder / "exact.pt")
     else:
-        training.checkpoints.restore("always")
+        state = run.on_main(torch.load, folder / "exact.pt")
+        training.load(state if rank == 0 else {**convert(state, True), "head": {"step": 2}})
     results["loss"], _ = training.train(2)
     results["state"] = training.state()
 
-    training = Training(run, folder / f"sampled{world_size}", 40, sample=0.3)
-    results["sampled"] = [(*training.train(step), training.weight.detach().clone()) for step in range(2)]
-    training.checkpoints.save(2, last=True)
-    run.barrier()
+    training = Training(run, 40, sample=0.3)
+    results["sampled"] = [(*training.train(step), training.head.loss.weight.detach().clone()) for step in range(2)]
+    state = training.save()
     training.train(2, 3)
-    resumed = Training(run, folder / f"sampled{world_size}", 40, sample=0.3)
-    resumed.checkpoints.restore("always")
+    resumed = Training(run, 40, sample=0.3)
+    resumed.load(state)
     resumed.train(2, 3)
     results["resumed exactly"] = all(map(torch.equal, training.state(), resumed.state()))
     torch.save(results, folder / f"{world_size}-{rank}.pt")
+    run.barrier()
     distributed.destroy_process_group()
 
 
@@ -138,8 +138,6 @@ def train_and_save_results(rank, world_size, folder):
 def folder(tmp_path_factory):
     """Run the processes; return the folder of their results and checkpoints."""
     path = tmp_path_factory.mktemp("shard")
-    for name in ("exact", "sampled2", "sampled3"):
-        (path / name).mkdir()
     multiprocessing.spawn(run_process, (path, (free_port(), free_port())), 3)
     return path
 
@@ -154,13 +152,11 @@ def load_results(folder, world_size):
 def test_loss_and_gradients_equal_those_of_one_process(folder, method, world_size):
     head, margin = METHODS[method]
     torch.manual_seed(0)
-    expected = one_step(WholeHead(head(CLASSES)), make_run(), margin)
+    expected = one_step(head(CLASSES), ONE, margin)
     parts = [results[method] for results in load_results(folder, world_size)]
     assert [len(part["weight"]) for part in parts] == ([3, 4] if world_size == 2 else [2, 2, 3])
     for part in parts:
         torch.testing.assert_close(part["loss"], expected["loss"], atol=1e-5, rtol=1e-5)
-        for name, value in expected["geometry"].items():
-            torch.testing.assert_close(part["geometry"][name], value, atol=1e-6, rtol=1e-5)
     whole = {name: torch.cat([part[name] for part in parts]) for name in ("x", "weight", "predicted")}
     assert whole["predicted"].tolist() == expected["predicted"].tolist()
     torch.testing.assert_close(whole["weight"], expected["weight"], atol=1e-5, rtol=1e-5)
@@ -170,11 +166,11 @@ def test_loss_and_gradients_equal_those_of_one_process(folder, method, world_siz
 
 @pytest.mark.parametrize("shard", [False, True], ids=["whole head", "sharded head"])
 def test_a_checkpoint_of_two_processes_resumes_on_one_and_on_three(folder, shard):
-    uninterrupted = Training(make_run(), folder / "unused", CLASSES, shard=False)
+    uninterrupted = Training(ONE, CLASSES, shard=False)
     expected_loss, _ = uninterrupted.train(0, 1, 2)
     net_weight, centers, momentum = uninterrupted.state()
-    resumed = Training(make_run(), folder / "exact", CLASSES, shard=shard)
-    assert resumed.checkpoints.restore("always") == 2
+    resumed = Training(ONE, CLASSES, shard=shard)
+    resumed.load(torch.load(folder / "exact.pt"))
     loss, _ = resumed.train(2)
     for actual, expected in zip((loss, *resumed.state()), (expected_loss, net_weight, centers, momentum)):
         torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
@@ -191,7 +187,7 @@ def test_sampled_softmax_equals_a_head_of_the_sampled_centers(folder, world_size
     """The reference is a head of the sampled centers alone; all other centers must not change."""
     parts = [results["sampled"] for results in load_results(folder, world_size)]
     slices = [bounds(40, rank, world_size) for rank in range(world_size)]
-    reference = Training(make_run(), folder / "unused", 40, shard=False)
+    reference = Training(ONE, 40, shard=False)
     momentum = torch.zeros(40, 512)
     for step in range(2):
         x, label = batch(step)
@@ -199,17 +195,17 @@ def test_sampled_softmax_equals_a_head_of_the_sampled_centers(folder, world_size
         expected_counts = [max(6, math.ceil(0.3 * (end - first))) for first, end in slices]
         assert [len(part[step][1]) for part in parts] == expected_counts
         assert set(label.tolist()) < set(rows.tolist()) and rows.tolist() == sorted(set(rows.tolist()))
-        centers = reference.weight.detach().clone()
-        reference.weight.data = centers[rows]
+        centers = reference.head.weight.detach().clone()
+        reference.head.weight.data = centers[rows]
         column = (rows == label[:, None]).int().argmax(1)
-        loss, _ = reference.head(reference.net(x), column, step=step)
+        loss, _ = reference.head(reference.net(x), column)
         reference.optimizer.zero_grad()
         loss.backward()
-        momentum[rows] = 0.9 * momentum[rows] + reference.weight.grad + 5e-4 * centers[rows]
+        momentum[rows] = 0.9 * momentum[rows] + reference.head.weight.grad + 5e-4 * centers[rows]
         centers[rows] -= 0.1 * momentum[rows]
-        reference.weight.grad = None                        # the optimizer must update the network only
+        reference.head.weight.grad = None                        # the optimizer must update the network only
         reference.optimizer.step()
-        reference.weight.data = centers
+        reference.head.weight.data = centers
         for part in parts:
             torch.testing.assert_close(part[step][0], loss.detach(), atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(torch.cat([part[step][2] for part in parts]), centers, atol=1e-5, rtol=1e-5)
@@ -219,11 +215,11 @@ def test_sampled_softmax_equals_a_head_of_the_sampled_centers(folder, world_size
 
 def test_more_processes_than_identities_is_an_error():
     with pytest.raises(InputError, match="2 identities can't be spread over 3 processes"):
-        ShardedHead(CosFace, 2, rank=0, world_size=3)
+        PartialFC(CosFace, 2, SimpleNamespace(rank=0, world_size=3))
 
 
 def test_training_with_a_sharded_head_equals_one_process(main, casia, tmp_path):
-    args = ["--net", "sphere20a", "--epochs", "0.34", "--no-mirror"]
+    args = ["--net", "sphere20a", "--epochs", "0.34", "--no-flip"]
     assert main("sphereFace", *options(casia, tmp_path, "one"), *args)[0] == 0
     sharded = torchrun("sphereFace", *options(casia, tmp_path, "two"), *args, "--shard-head", "--accumulate", "2")
     assert sharded.returncode == 0, sharded.stderr
@@ -232,9 +228,10 @@ def test_training_with_a_sharded_head_equals_one_process(main, casia, tmp_path):
 
 
 def test_each_training_step_samples_its_own_centers(main, casia, tmp_path, monkeypatch):
-    steps, draw = [], ShardedHead._draw
-    monkeypatch.setattr(ShardedHead, "_draw", lambda head, label, step: steps.append(step) or draw(head, label, step))
+    drawn, draw = [], PartialFC._draw
+    monkeypatch.setattr(PartialFC, "_draw", lambda head, label: drawn.append(head.step) or draw(head, label))
     args = [*options(casia, tmp_path), "--net", "sphere20a", "--epochs", "0.34", "--sample-centers"]
     assert main("cosFace", *args, "0")[0] == 2
-    assert main("cosFace", *args, "0.5")[0] == 0 and steps == [0, 1]
+    assert main("cosFace", *args, "0.5")[0] == 0 and drawn == [0, 1]
     assert main("cosFace", *args, "0.6", "--resume")[0] == 2    # a resumed run must keep its fraction
+    assert main("cosFace", *args, "0.5", "--resume", "--epochs", "0.5")[0] == 0 and drawn == [0, 1, 2]

@@ -1,4 +1,4 @@
-"""Tests of the heads: losses and gradients equal naive float64 implementations of the papers' equations."""
+"""Losses and gradients equal naive float64 implementations of the papers' equations."""
 import math
 
 import numpy as np
@@ -73,12 +73,8 @@ def test_psi_equals_equation_7_inside_and_at_the_ends_of_every_interval(m):
     np.testing.assert_allclose(actual, expected, atol=1e-12)
     assert np.all(np.diff(actual) < 1e-12)                   # psi must decrease with the angle, up to rounding
     assert actual[0] == pytest.approx(1) and actual[-1] == pytest.approx(1 - 2 * m)
-
-
-@pytest.mark.parametrize("m", [1, 2, 3, 4, 5])
-def test_psi_is_correct_for_cosines_slightly_out_of_range(m):
-    actual = psi(torch.tensor([1 + 1e-7, -1 - 1e-7], dtype=torch.float32), m)
-    torch.testing.assert_close(actual, torch.tensor([1.0, 1.0 - 2 * m]), atol=1e-4, rtol=0)
+    rounded = psi(torch.tensor([1 + 1e-7, -1 - 1e-7], dtype=torch.float32), m)    # slightly out of range
+    torch.testing.assert_close(rounded, torch.tensor([1.0, 1.0 - 2 * m]), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("lam", [0.0, 5.0, 1000.0])
@@ -152,20 +148,6 @@ def test_heads_compute_in_float32_under_autocast(make, extra, dtype):
         mixed.backward()
     assert mixed.dtype == torch.float32 and mixed.item() == plain.item()
     assert head.weight.grad.dtype == torch.float32
-
-
-@pytest.mark.parametrize("make, extra", HEADS)
-def test_second_backward_passes_and_double_backward_raise(make, extra):
-    """The backward pass overwrites the tensors it needs, so both must fail rather than return wrong gradients."""
-    head, x = make(), torch.randn(3, 512, requires_grad=True)
-    loss, _ = head(x, torch.tensor([0, 1, 2]), extra)
-    torch.autograd.grad(loss, x, retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        torch.autograd.grad(loss, x)
-    loss, _ = head(x, torch.tensor([0, 1, 2]), extra)
-    gradient, = torch.autograd.grad(loss, x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
 
 
 def test_lambda_schedule_equals_that_of_the_released_code():

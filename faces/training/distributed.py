@@ -1,0 +1,222 @@
+"""The processes of a training run: joining them, and what they have to do together or only once."""
+import contextlib
+import copy
+import datetime
+import os
+import re
+import time
+from pathlib import Path
+
+import torch
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from faces.device import pick_device, tune_cpu
+from faces.files import InputError, TemporaryError, count_of, on_signals
+
+DAY = datetime.timedelta(days=1)    # the longest that rank 0 may keep the others waiting outside of a step
+
+
+class Processes:
+    """This process of a training run. `torchrun` starts one per device; without it there is just this one.
+
+    Args:
+        device: a name for faces.device.pick_device; under torchrun, "auto" and "cuda" are the GPU of this process.
+
+    Attributes:
+        rank, world_size: index of this process, and number of processes.
+        device: torch.device of this process.
+        signal: number of the signal that ended the run, or 0.
+        clock: seconds from the start to the last call of should_stop(), equal in all processes.
+
+    Raises:
+        InputError: this machine has no such device, or torchrun can't use it.
+    """
+
+    def __init__(self, device: str = "auto"):
+        self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device = pick_device(device if self.world_size == 1 else self._own_device(device))
+        self.group, self._exchange, self._received = None, None, 0
+        self.signal, self.clock, self.started = 0, 0.0, time.monotonic()
+        if self.world_size > 1:
+            self._join()
+        tune_cpu(self.device)
+
+    def _own_device(self, name):
+        local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if re.fullmatch(r"cuda:\d+", name):
+            raise InputError(f"--device {name} would put all processes of torchrun on one GPU; leave it out, and "
+                             "choose GPUs with the environment variable CUDA_VISIBLE_DEVICES.")
+        if name == "mps" or (name == "auto" and not gpus and torch.backends.mps.is_available()):
+            raise InputError("torchrun can't be used with Apple's MPS, which has a single GPU; run the script with "
+                             "python, or pass --device cpu.")
+        if name == "cpu" or not gpus:
+            return "cpu" if name == "auto" else name
+        if local >= gpus:
+            raise InputError(f"torchrun started process {local + 1} on this machine, which has "
+                             f"{count_of(gpus, 'GPU~')}; lower --nproc-per-node.")
+        return f"cuda:{local}"
+
+    def _join(self):
+        # A restart of torchrun would find the addresses of processes that have died (pytorch issue 135712), unless it
+        # has a namespace of its own. Machines count restarts differently, so this is for one machine.
+        store, _, _ = next(distributed.rendezvous("env://"))
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(self.world_size):
+            store = distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        group = {"store": store, "rank": self.rank, "world_size": self.world_size}
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)    # otherwise, each process would open a context on GPU 0 as well
+            distributed.init_process_group("cpu:gloo,cuda:nccl", device_id=self.device, **group)
+        else:
+            distributed.init_process_group("gloo", **group)
+        # Where rank 0 works alone for minutes, the others wait on this group, because NCCL gives up after ten.
+        self.group = distributed.new_group(backend="gloo", timeout=DAY)
+
+    def __str__(self):
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type.upper()
+        return f"{self.world_size} x {name}" if self.world_size > 1 else name
+
+    def print(self, *values):
+        """Print in rank 0."""
+        if self.rank == 0:
+            print(*values, flush=True)
+
+    def barrier(self):
+        """Wait until all processes are here, for up to a day, without an operation pending on the GPUs."""
+        if self.world_size > 1:
+            distributed.all_reduce(torch.zeros(1), group=self.group)
+
+    def on_main(self, function, *args, share: bool = True, **kwargs):
+        """Call a function in rank 0 while the others wait; return its result, or raise its InputError, in all of them.
+
+        With share=False, the others return None. Otherwise, the result must be picklable.
+        """
+        if self.world_size == 1:
+            return function(*args, **kwargs)
+        result, outcome = None, [None, None]
+        if self.rank == 0:
+            try:
+                result = function(*args, **kwargs)
+                outcome[0] = result if share else None
+            except InputError as error:
+                outcome[1] = error
+        distributed.broadcast_object_list(outcome, 0, group=self.group)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return result if self.rank == 0 else outcome[0]
+
+    def check_same(self, **values):
+        """Raise InputError if a value is different in rank 0: the processes would wait for each other forever."""
+        first = self.on_main(lambda: values)
+        for name, value in values.items():
+            if value != first[name]:
+                raise InputError(f"process {self.rank} has {name.replace('_', '-')} {value}, unlike rank 0 with "
+                                 f"{first[name]}; start all processes with the same options and data (without a shared "
+                                 "disk, --resume takes no options from the checkpoint).")
+
+    @contextlib.contextmanager
+    def signals(self):
+        """Context of the training loop: Ctrl-C, SIGTERM and SIGHUP only make should_stop() true at the next step."""
+        def note(number, _):
+            self._received = number
+        with on_signals(note):
+            yield
+
+    def should_stop(self) -> bool:
+        """Return whether any process received a signal; all processes get the same answer at the same step.
+
+        With several processes, it is the answer of one step ago, so that nobody waits for the network.
+        """
+        now = torch.tensor([self._received, time.monotonic() - self.started], dtype=torch.float64, device="cpu")
+        if self.world_size > 1:
+            work = distributed.all_reduce(now, distributed.ReduceOp.MAX, group=self.group, async_op=True)
+            last, self._exchange = self._exchange, (work, now)
+            if last is None:
+                return False
+            last[0].wait()
+            now = last[1]
+        self.signal, self.clock = int(now[0]), float(now[1])
+        return bool(self.signal)
+
+    def leave(self, step: int, steps: int, checkpoint: Path) -> int:
+        """End together, and say how the run ended; return the exit status: 0 if complete, else 128 plus the signal.
+
+        A process that ended earlier would break the connections of the others.
+        """
+        if self.world_size > 1:
+            if self._exchange is not None:
+                self._exchange[0].wait()
+            self.barrier()
+            distributed.destroy_process_group()
+        if step < steps:
+            self.print(f"stopped after {step:,} of {count_of(steps, 'step~')}; continue with --resume")
+            return 128 + self.signal
+        self.print(f"training is complete after {count_of(step, 'step~')}; the model is {checkpoint}")
+        return 0
+
+    @contextlib.contextmanager
+    def explained(self, advice: str):
+        """Context in which too little memory, or the loss of another process, is one sentence.
+
+        Args:
+            advice: what to do if the memory of the device is too small.
+        """
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or re.search(OUT_OF_MEMORY, str(error)):
+                raise InputError(f"{self.device} is out of memory; {advice}.") from None
+            if self.world_size > 1 and re.search(LOST_CONNECTION, str(error), re.I | re.S):
+                raise TemporaryError(f"process {self.rank} lost the connection to another process, whose own message "
+                                     f"says why it ended ({reason}); continue with --resume.") from None
+            raise
+
+
+# cuDNN reports too little memory as "unable to find an engine" (pytorch issue 108645).
+OUT_OF_MEMORY = "out of memory|allocate memory|not enough memory|ALLOC_FAILED|unable to find an engine"
+LOST_CONNECTION = r"gloo.*(closed|reset|timed? ?out)|closed by peer|Connection reset|NCCL"
+
+
+def compile_net(net: nn.Module, x: torch.Tensor, autocast, say=print):
+    """Compile a network in place for inputs of the shape of `x`; if that does not work here, say so and go on."""
+    before = copy.deepcopy(net.state_dict())
+    try:
+        net.compile(dynamic=False)
+        _one_pass(net, x, autocast)
+    except Exception as error:    # no compiler, no Triton, an unsupported system: each has an exception of its own
+        net._compiled_call_impl = None
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        say(f"--compile does not work here ({reason}); training continues without it.")
+    net.load_state_dict(before)
+
+
+def data_parallel(net: nn.Module, x: torch.Tensor, autocast) -> DistributedDataParallel:
+    """Return DistributedDataParallel around a network that has processed `x` once and is otherwise unchanged.
+
+    After its first backward pass, DistributedDataParallel rearranges the buckets in which it sums gradients, which
+    changes how three and more summands are rounded. With that pass done here, a resumed run equals an uninterrupted one
+    bit for bit. The statistics of batch normalization are rank 0's, which are saved; they are not broadcast.
+    """
+    before = copy.deepcopy(net.state_dict())
+    parallel = DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True)
+    _one_pass(parallel, x, autocast)
+    net.load_state_dict(before)
+    return parallel
+
+
+def _one_pass(net, x, autocast):
+    with autocast:
+        embedding = net(x)
+    embedding.float().sum().backward()
+    net.zero_grad()
+
+
+@contextlib.contextmanager
+def accumulating(active: bool, *modules: nn.Module):
+    """Context in which, if it is active, gradients are only added up and not averaged over the processes."""
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            if active and isinstance(module, DistributedDataParallel):
+                stack.enter_context(module.no_sync())
+        yield
