@@ -11,23 +11,18 @@ from the results of trained models. The files in scores/ contain the similaritie
 and tsne.tsv was written with `tools/tsne.py --points images/tsne.tsv`. The pictures are deterministic, and
 tests/test_pictures.py compares them with the committed ones.
 """
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from faces.signals import end_quietly
-
-end_quietly(__name__)    # Ctrl-C during the slow imports below prints no traceback
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
 from skimage import data
 
+from faces import plots
 from faces.align import TEMPLATE, align
-from faces.plots import COLORS, draw_histogram, draw_roc, new_figure, save, tsne_panels
+from faces.files import path, script_parser
+from faces.plots import COLORS
 from faces.verification.metrics import auc, best_threshold, roc
 from mtcnn.detector import Detector
 from sphereFace.net import psi
@@ -68,7 +63,7 @@ def margins(folder=HERE):
     left.set_ylabel(r"target logit / $\Vert x\Vert$ or $s$")
     _formulas(figure, 0.01, "SphereFace (A-Softmax)", SPHEREFACE)
     _formulas(figure, 0.66, "CosFace", COSFACE)
-    save(figure, folder / "margins.png")
+    plots.save(figure, folder / "margins.png")
 
 
 def detection(folder=HERE):
@@ -77,7 +72,7 @@ def detection(folder=HERE):
     faces = Detector(device="cpu").detect(photo)
     crop = align(photo, faces.landmarks[0])
     figure, (whole, aligned) = _figure((7, 3.4), 2, width_ratios=(1.9, 1))
-    outline = {"path_effects": [withStroke(linewidth=3.5, foreground="black")]}    # orange is hard to see on skin
+    outline = {"path_effects": [plots.withStroke(linewidth=3.5, foreground="black")]}    # orange is hard to see on skin
     whole.imshow(photo)
     for (x1, y1, x2, y2), score in zip(faces.boxes, faces.scores):
         whole.plot((x1, x2, x2, x1, x1), (y1, y1, y2, y2, y1), color=COLORS[4], linewidth=2, **outline)
@@ -90,7 +85,7 @@ def detection(folder=HERE):
     aligned.set_title("aligned face and template", fontsize=10)
     for axes in (whole, aligned):
         axes.set_axis_off()
-    save(figure, folder / "detection.png")
+    plots.save(figure, folder / "detection.png")
 
 
 def verification(folder=HERE):
@@ -98,23 +93,23 @@ def verification(folder=HERE):
     scores = {file.stem[0].upper() + file.stem[1:]: read_scores(file) for file in sorted(HERE.glob("scores/*.tsv"))}
     curves = {name: roc(model_scores.similarity, model_scores.same) for name, model_scores in scores.items()}
     rows = 1 + len(scores) // 2
-    figure, grid = new_figure((8.6, 3.5 * rows), 2, rows)
+    figure, grid = plots.new_figure((8.6, 3.5 * rows), 2, rows)
     roc_axes, *histogram_axes = np.ravel(grid)
-    draw_roc(roc_axes, {f"{name}, AUC {auc(*curve):.3f}": curve for name, curve in curves.items()})
+    plots.draw_roc(roc_axes, {f"{name}, AUC {auc(*curve):.3f}": curve for name, curve in curves.items()})
     roc_axes.set_title("LFW, view 2", fontsize=10)
-    for axes, (name, (similarity, same, *_)) in zip(histogram_axes, scores.items()):
-        draw_histogram(axes, similarity, same, best_threshold(similarity, same))
+    for axes, (name, (similarity, same, _)) in zip(histogram_axes, scores.items()):
+        plots.draw_histogram(axes, similarity, same, best_threshold(similarity, same))
         axes.set_title(name, fontsize=10)
     for axes in histogram_axes[len(scores):]:
         axes.set_axis_off()
-    save(figure, folder / "verification.png")
+    plots.save(figure, folder / "verification.png")
 
 
 def tsne(folder=HERE):
     """Draw t-SNE plots of ten people in LFW, for models trained on the same images with and without a margin."""
     panels, labels, names = read_points(HERE / "tsne.tsv")
     panels = [(title[0].upper() + title[1:], points) for title, points in panels]
-    tsne_panels(folder / "tsne.png", panels, labels, names)
+    plots.tsne_panels(folder / "tsne.png", panels, labels, names)
 
 
 def _curves(axes, theta, title, curves):
@@ -135,15 +130,14 @@ def _formulas(figure, x, title, lines):
 
 
 def _figure(size, columns, **grid):
-    figure = Figure(size, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
+    figure = plots.Figure(size, layout="constrained", facecolor="white")
+    plots.FigureCanvasAgg(figure)
     return figure, figure.subplots(1, columns, gridspec_kw=grid)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--output", type=Path, default=HERE, metavar="DIR",
-                        help="folder for the pictures (default: this script's own, which is tracked by git)")
+    parser = script_parser(__doc__)
+    parser.add_argument("--output", type=path, default=HERE, metavar="DIR", help="folder for the pictures")
     args = parser.parse_args(argv)
     args.output.mkdir(parents=True, exist_ok=True)
     for draw in (margins, detection, verification, tsne):

@@ -2,305 +2,182 @@
 
     python tools/embed.py PHOTO-or-FOLDER... --model FILE --output faces.npz
 
-The file holds one row per photo with a face; photos without one, and unreadable ones, are named and counted. It has the
-arrays:
+The file holds one row per photo, or per face with --all-faces:
 
-    names        path of the photo, as it was given or below the folder that was given; bytes that are not UTF-8 are
-                 kept as os.fsdecode() does, so open() takes it, and print(ascii(name)) shows it
-    embeddings   float32 (N, 1024), or (N, 512) with --mirror none or sum; not normalized
+    names        path of the photo: as it was given, or below the folder that was given
+    embeddings   float32 (N, 1024), or (N, 512) with --flip none or sum; not normalized
     boxes, scores, landmarks    float32 (N, 4), (N,), (N, 5, 2), in pixels of the photo
     chosen, faces               int64 (N,): which of the detected faces it is, by decreasing score from 0, and how many
                                 there are
-    model        SHA-256 of the network's weights; equal models have equal ones
+    model        SHA-256 of the network's weights
 
-With --aligned, it has no boxes, scores, landmarks, chosen and faces. An interrupted or killed run is continued by the
-same command: results are kept in .NAME.parts beside the output until it is complete.
+With --aligned, it has no boxes, scores, landmarks, chosen and faces. Photos that have no face or can't be read are
+counted, and listed with the reason in NAME.skipped.txt. The same command continues a run that was killed.
 """
 import argparse
-import io
-import shutil
+import hashlib
+import json
+import os
 import sys
-import zipfile
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from faces.signals import end_quietly, resumable
-
-end_quietly(__name__)    # Ctrl-C during the slow imports below prints no traceback
 import numpy as np
 from tqdm import tqdm
 
 from cosFace.net import NETS
 from faces.device import count_cpus
-from faces.files import (
-    InputError,
-    atomic_write,
-    command,
-    locked,
-    read_bytes,
-    read_json,
-    remove_partial,
-    script_parser,
-    version,
-    write_json,
-)
-from faces.images import list_images
-from faces.text import count_of, printable
-from faces.verification.embed import MIRROR, optimized_copy
+from faces.files import InputError, at_least, atomic_write, command, count_of, locked, path, script_parser, shorten
+from faces.verification.embed import FLIP, optimized_copy
 from faces.verification.weights import MODEL_HELP, announce
 from faces.verification.weights import add_options as add_model_options
-from mtcnn.detector import add_options, make_detector
-from mtcnn.landmark_lists import digest
-from mtcnn.processes import in_processes, start_method
+from mtcnn.detector import add_options, list_photos, make_detector
+from mtcnn.processes import in_processes
 from tools.embedder import Embedder, add_select_option, crop_faces, find_faces
 
-PART = 64      # photos per part; an interrupted run loses at most two per process
-MAX_PART = 10**8    # bytes of a part; it has 64 rows of about 4 KB
-FIELDS = {"box": "boxes", "score": "scores", "landmarks": "landmarks", "chosen": "chosen", "count": "faces"}
-ROWS = {"boxes": (4,), "scores": (), "landmarks": (5, 2), "chosen": (), "faces": ()}    # shape of a row
+PART = 64      # photos at a time; a killed run loses two of these per process
+FIELDS = {"boxes": "box", "scores": "score", "landmarks": "landmarks", "chosen": "chosen", "faces": "count"}
 
 
-def list_photos(paths):
-    """Return the photos among and below some paths, in order and without duplicates.
-
-    Raises:
-        InputError: a path does not exist, or a folder contains no images.
-    """
-    photos = []
-    for path in paths:
-        images = [str(path / image) for image in list_images(path)] if path.is_dir() else [str(path)]
-        if not path.exists():
-            raise InputError(f"{path} does not exist; pass photos, or folders of photos.")
-        if not images:
-            raise InputError(f"the folder {path} contains no images; pass a folder of photos.")
-        photos += images
-    return list(dict.fromkeys(photos))
-
-
-class Parts:
-    """The results so far, in a folder beside the output. A run with other photos, model or options starts anew.
+class Rows:
+    """The rows so far, in a file beside the output. Its name holds a digest of all that the rows depend on, so a run
+    with other photos, another model or other options starts its own.
 
     Args:
-        output: path of the file that is being made.
-        settings: everything that results depend on, as JSON.
-        count: number of photos.
+        output: the .npz file to be made.
+        depends: what the rows depend on, as JSON.
         width: number of values of an embedding.
+        aligned: whether no faces are detected.
     """
 
-    def __init__(self, output, settings, count, width):
-        self.folder = output.with_name(f".{output.name}.parts")
-        self.starts, self.count, self.width = range(0, count, PART), count, width
-        if self.folder.is_symlink() or self.folder.is_file():
-            raise InputError(f"{self.folder} is a link or a file; remove it.")
-        try:
-            known = read_json(self.folder / "settings.json", "the interrupted run is started anew")
-        except InputError as error:
-            print(error)
-            known = None
-        if known != settings:
-            if known is not None:
-                print("the photos, the model or the options have changed since the interrupted run; starting anew")
-            shutil.rmtree(self.folder, ignore_errors=True)
-            write_json(self.folder / "settings.json", settings)
+    def __init__(self, output: Path, depends, width: int, aligned: bool):
+        digest = hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:16]
+        self.output, self.file = output, output.with_name(f".{output.name}.{digest}.rows")
+        found = [("boxes", "f4", 4), ("scores", "f4"), ("landmarks", "f4", (5, 2)), ("chosen", "i8"), ("faces", "i8")]
+        self.kind = np.dtype([("photo", "i8"), ("embeddings", "f4", width), *([] if aligned else found)])
+        self.end = open(self.file, "ab")
+        photos = self.read()["photo"].tolist()
+        last = photos[-1:]
+        while photos[-1:] == last != []:    # the last photo may have more faces
+            photos.pop()
+        self.done = set(photos)    # indices of the photos that have rows
+        self.end.truncate(len(photos) * self.kind.itemsize)
 
-    def read(self, start):
-        """Return the arrays of the part that starts with photo `start`, or None if there is no such part yet."""
-        try:
-            data = io.BytesIO(read_bytes(self._path(start), MAX_PART))
-            with zipfile.ZipFile(data) as archive:    # np.load doesn't always check the checksums
-                if sum(entry.file_size for entry in archive.infolist()) > MAX_PART or archive.testzip():
-                    return None
-            data.seek(0)
-            with np.load(data, allow_pickle=False) as part:
-                arrays = dict(part)
-            return arrays if self._is_whole(start, **arrays) else None
-        except Exception:    # numpy and zipfile raise many kinds on damaged files; the part is made again
-            return None
+    def read(self):
+        """Return all rows, without those that are being written, mapped into memory."""
+        count = self.file.stat().st_size // self.kind.itemsize
+        return np.memmap(self.file, self.kind, "r", shape=count) if count else np.empty(0, self.kind)
 
-    def _is_whole(self, start, index, skipped, reasons, **columns):
-        """Return whether each photo of a part is either skipped or has a row in all columns, of the right shape."""
-        photos = np.concatenate([index, skipped])
-        shapes = {name: (len(index), *shape) for name, shape in {"embeddings": (self.width,), **ROWS}.items()}
-        return (photos.dtype == np.int64 and reasons.dtype.kind == "U" and reasons.shape == skipped.shape
-                and sorted(photos.tolist()) == list(range(start, min(start + PART, self.count)))
-                and (len(index) == 0 or "embeddings" in columns)
-                and all(np.isfinite(column).all() and column.shape == shapes[name] for name, column in columns.items()))
+    def append(self, photos: list[int], faces: list, embeddings: np.ndarray):
+        """Append the rows of some faces."""
+        rows = np.empty(len(faces), self.kind)
+        rows["photo"], rows["embeddings"] = photos, embeddings
+        for name in self.kind.names[2:]:
+            rows[name] = [getattr(face, FIELDS[name]) for face in faces]
+        self.end.write(rows.tobytes())
+        self.end.flush()
 
-    def write(self, start, arrays):
-        with atomic_write(self._path(start)) as file:
-            np.savez(file, **arrays)
-
-    def names(self):
-        """Return the names of the arrays, and the index of every photo with a face, int64 (N,)."""
-        parts = [(list(part), part["index"]) for part in map(self.read, self.starts) if len(part["index"])]
-        return (parts[0][0], np.concatenate([index for _, index in parts])) if parts else ([], np.empty(0, int))
-
-    def column(self, name):
-        """Yield one array of each part that has any faces."""
-        for part in map(self.read, self.starts):
-            if len(part["index"]):
-                yield part[name]
-
-    def _path(self, start):
-        return self.folder / f"{start:09d}.npz"
+    def finish(self, photos: list[str], model: str):
+        """Write the .npz file, which takes little memory however many rows there are, and delete the rows."""
+        self.end.close()
+        rows = self.read()
+        columns = {name: rows[name] for name in self.kind.names[1:]}
+        with atomic_write(self.output) as file:
+            np.savez(file, names=np.array([photos[i] for i in rows["photo"]]), **columns, model=model)
+        del rows, columns
+        for old in self.output.parent.glob(f".{self.output.name}.*.rows"):
+            old.unlink()
 
 
-class _Detection:
-    """Finds the faces of a part; picklable, so that other processes can do it."""
-
-    def __init__(self, photos, detector, select):
-        self.photos, self.detector, self.select = photos, detector, select
-
-    def __call__(self, starts):
-        """Return [(start, list of Face or reason)] for some parts; without a detector, the photos are aligned."""
-        parts = [(start, self.photos[start:start + PART]) for start in starts]
-        return [(start, find_faces(part, self.detector, self.select) if self.detector else crop_faces(part))
-                for start, part in parts]
+def find(photos, detector, select, all_faces, indices):
+    """Return (indices, what find_faces() returns for these photos); without a detector, the photos are aligned."""
+    some = [photos[i] for i in indices]
+    return indices, find_faces(some, detector, select, all_faces) if detector else crop_faces(some)
 
 
-def embed_parts(embedder, photos, parts, aligned, workers):
-    """Embed all photos that no part holds yet; name the skipped ones on stderr.
-
-    Args:
-        embedder: Embedder.
-        photos: list of paths.
-        parts: Parts.
-        aligned: whether the photos are aligned faces.
-        workers: number of processes that detect; None for one per core, or none if the device is not a CPU.
-
-    Returns:
-        Counter of the reasons for which photos were skipped.
-    """
-    reasons, missing = Counter(), []
-    with tqdm(desc="embedding", total=len(photos), unit=" photos") as bar:
-        def finish(start, part):
-            for i, reason in zip(part["skipped"].tolist(), part["reasons"].tolist()):
-                tqdm.write(printable(f"skipped {photos[i]}: {reason}"), file=sys.stderr)
-                reasons[reason] += 1
-            bar.update(min(PART, len(photos) - start))
-
-        for start in parts.starts:
-            part = parts.read(start)
-            missing.append(start) if part is None else finish(start, part)
-        bar.initial = bar.n    # the rate is that of this run
-        detection = _Detection(photos, None if aligned else embedder.detector, embedder.select)
-        workers = (count_cpus() if embedder.device.type == "cpu" else 0) if workers is None else workers
-        if workers > 1 and len(missing) > 1:
-            results = in_processes(detection, missing, 1, workers, start_method(embedder.device))
-        else:
-            results = (detection([start]) for start in missing)
-        for (start, faces), in results:
-            part = _part(embedder, start, faces)
-            parts.write(start, part)
-            finish(start, part)
-    return reasons
-
-
-def _part(embedder, start, faces):
-    """Return the arrays of a part, given the Face or the reason why there is none for each of its photos."""
-    found = [(start + i, face) for i, face in enumerate(faces) if not isinstance(face, str)]
-    skipped = [(start + i, face) for i, face in enumerate(faces) if isinstance(face, str)]
-    part = {"index": np.array([i for i, _ in found], np.int64), "skipped": np.array([i for i, _ in skipped], np.int64),
-            "reasons": np.array([reason for _, reason in skipped], np.str_)}
-    if found:
-        part["embeddings"] = embedder.embed(np.stack([face.crop for _, face in found]))
-        if not np.isfinite(part["embeddings"]).all():
-            raise InputError("the model's embeddings are not finite, so its training must have failed; pass another "
-                             "--model.")
-        if found[0][1].box is not None:
-            part |= {name: np.array([getattr(face, field) for _, face in found]) for field, name in FIELDS.items()}
-    return part
-
-
-def assemble(output, photos, parts, model):
-    """Write the .npz file from all parts, one part in memory at a time; return the number of rows and of values a row.
-
-    Args:
-        output, photos, parts: see embed_parts().
-        model: fingerprint of the network.
-
-    Raises:
-        InputError: no photo has a face, or the file can't be written.
-    """
-    arrays, index = parts.names()
-    if not len(index):
-        raise InputError(f"no face that can be used in {count_of(len(photos), 'photo~')}; nothing was written.")
-    names = [photos[i] for i in index]
-    text = f"<U{max(map(len, names))}"
-    chunks = (np.array(names[i:i + PART], text) for i in range(0, len(names), PART))
-    with atomic_write(output) as file, zipfile.ZipFile(file, "w") as archive:
-        _add(archive, "names", len(names), chunks)
-        for name in ("embeddings", *FIELDS.values()):
-            if name in arrays:
-                _add(archive, name, len(names), parts.column(name))
-        _add(archive, "model", None, [np.array(model)])
-    return len(names), next(parts.column("embeddings")).shape[1]
-
-
-def _add(archive, name, count, chunks):
-    """Add an array of `count` rows to an .npz archive, from chunks of rows; without `count`, a single array."""
-    chunks = iter(chunks)
-    first = next(chunks)
-    header = {"descr": np.lib.format.dtype_to_descr(first.dtype), "fortran_order": False,
-              "shape": first.shape if count is None else (count, *first.shape[1:])}
-    # Without a date in the archive, equal results are equal files.
-    with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as entry:
-        np.lib.format.write_array_header_1_0(entry, header)
-        entry.write(first.tobytes())
-        for chunk in chunks:
-            entry.write(chunk.tobytes())
-
-
-def _settings(args, photos, model):
-    return {"photos": digest(f"{photo}\0{version(photo)}" for photo in photos), "model": model,
-            "part": PART, "select": args.select, "mirror": args.mirror,
-            "aligned": args.aligned, "min_face_size": args.min_face_size}
+def embed_photos(embedder: Embedder, photos: list[str], rows: Rows, args) -> dict:
+    """Append the rows of all photos that have none yet; return {photo: reason} for those that can't be used."""
+    skipped, missing = {}, [i for i in range(len(photos)) if i not in rows.done]
+    detector, workers = None if args.aligned else embedder.detector, args.workers
+    if workers is None:
+        workers = count_cpus() if embedder.device.type == "cpu" else 0
+    parts = [missing[i:i + PART] for i in range(0, len(missing), PART)]
+    parallel = workers > 1 and len(parts) > 1
+    work = partial(find, photos, detector, args.select, args.all_faces)
+    results = in_processes(work, parts, workers, embedder.device) if parallel else map(work, parts)
+    with tqdm(desc="embedding", total=len(photos), initial=len(rows.done), unit=" photos") as bar:
+        for indices, found in results:
+            skipped |= {photos[i]: faces for i, faces in zip(indices, found) if isinstance(faces, str)}
+            faces = [(i, face) for i, faces in zip(indices, found) if not isinstance(faces, str) for face in faces]
+            if faces:
+                embeddings = embedder.embed(np.stack([face.crop for _, face in faces]))
+                if not np.isfinite(embeddings).all():
+                    raise InputError("the model's embeddings are not finite, so its training must have failed; pass "
+                                     "another --model.")
+                rows.append([i for i, _ in faces], [face for _, face in faces], embeddings)
+            bar.update(len(indices))
+    return skipped
 
 
 @command
 def main(argv=None):
-    args = _parser().parse_args(argv)
-    if args.output.suffix != ".npz" or args.output.is_dir():
-        problem = "is a folder" if args.output.is_dir() else "does not end in .npz"
-        raise InputError(f"--output {args.output} {problem}; choose the name of a file, such as faces.npz.")
-    if args.workers is not None and args.workers < 0:
-        raise InputError(f"--workers {args.workers} is out of range; it must be 0 or more.")
+    args = _parse(argv)
     photos = list_photos(args.photos)
-    embedder = Embedder(args.model, args.device, args.select, args.mirror, channels=args.channels, net=args.net,
+    embedder = Embedder(args.model, args.device, args.select, args.flip, channels=args.channels, net=args.net,
                         detector=make_detector(args))
     announce(args.model, embedder.loaded)
     embedder.net = optimized_copy(embedder.net, embedder.device, images=len(photos))    # not anew for each part
     model = embedder.loaded["fingerprint"]
-    width = embedder.net.fc5.out_features * (2 if args.mirror == "concatenate" else 1)
-    with resumable(), locked(args.output.with_name(f".{args.output.name}.lock"), f"writing {args.output}",
-                             advice="choose another --output, on a writable local disk"):
-        remove_partial(args.output)
-        parts = Parts(args.output, _settings(args, photos, model), len(photos), width)
-        reasons = embed_parts(embedder, photos, parts, args.aligned, args.workers)
-        rows, values = assemble(args.output, photos, parts, model)
-        shutil.rmtree(parts.folder, ignore_errors=True)
-    details = ", ".join(f"{printable(reason)}: {n:,}" for reason, n in reasons.most_common(5))
-    print(f"{args.output}: {count_of(rows, 'embedding~')} of {values} values; {reasons.total():,} of "
-          f"{count_of(len(photos), 'photo~')} skipped{f' ({details})' if details else ''}")
+    width = embedder.net.fc5.out_features * (2 if args.flip == "concatenate" else 1)
+    options = args.select, args.flip, args.aligned, args.all_faces, args.min_face_size
+    with locked(args.output.with_name(f".{args.output.name}.lock"), f"writing {args.output}", wait=False):
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        rows = Rows(args.output, [model, options, [_version(photo) for photo in photos]], width, args.aligned)
+        if rows.done:
+            print(f"continuing: {count_of(len(rows.done), 'photo~')} of an earlier run")
+        skipped = embed_photos(embedder, photos, rows, args)
+        count = len(rows.read())
+        listed = args.output.with_suffix(".skipped.txt")
+        listed.unlink(missing_ok=True)
+        if not count:
+            raise InputError(f"no face that can be used in {count_of(len(photos), 'photo~')} "
+                             f"({shorten([f'{p}: {reason}' for p, reason in skipped.items()])}).")
+        rows.finish(photos, model)
+        print(f"{args.output}: {count_of(count, 'embedding~')} of {width} values; {len(skipped):,} of "
+              f"{count_of(len(photos), 'photo~')} skipped")
+        if skipped:
+            with atomic_write(listed, "w") as file:
+                file.writelines(f"{photo}\t{reason}\n" for photo, reason in skipped.items())
+            reasons = Counter(skipped.values()).most_common(5)
+            print(f"{listed}: " + ", ".join(f"{reason}: {n:,}" for reason, n in reasons))
 
 
-def _parser():
+def _version(photo):
+    status = os.stat(photo) if os.path.exists(photo) else None
+    return photo, status and (status.st_size, status.st_mtime_ns)
+
+
+def _parse(argv):
     parser = script_parser(__doc__)
-    parser.add_argument("photos", type=Path, nargs="+", metavar="PHOTO|DIR", help="image files of any size, or folders")
-    parser.add_argument("--model", type=Path, required=True, metavar="FILE|DIR", help=MODEL_HELP)
+    parser.add_argument("photos", nargs="+", metavar="PHOTO|DIR", help="image files of any size, or folders")
+    parser.add_argument("--model", type=path, required=True, metavar="FILE|DIR", help=MODEL_HELP)
     add_model_options(parser, NETS)
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="file to write, .npz")
+    parser.add_argument("--output", type=path, required=True, metavar="FILE", help="file to write, .npz")
     parser.add_argument("--aligned", action=argparse.BooleanOptionalAction, default=False,
-                        help="the images are faces that are already aligned, 112x96 or 112x112; nothing is detected")
-    parser.add_argument("--mirror", choices=MIRROR, default="concatenate",
-                        help="how to use the embedding of the mirror image: append it, add it, or do not compute it "
-                             "(default: concatenate)")
+                        help="the images are aligned faces, 112x96 or 112x112; nothing is detected")
+    parser.add_argument("--flip", choices=FLIP, default="concatenate",
+                        help="what to do with the embedding of the flipped face")
+    parser.add_argument("--all-faces", action="store_true", help="embed all faces of a photo; each gets a row")
     add_select_option(parser)
-    parser.add_argument("--workers", type=int, metavar="N",
+    parser.add_argument("--workers", type=at_least(0), metavar="N",
                         help="processes that detect faces (default: one per core; 0 on a GPU)")
     add_options(parser)
-    return parser
+    args = parser.parse_args(argv)
+    if args.output.suffix != ".npz" or args.output.is_dir():
+        parser.error(f"--output {args.output} is not the name of a .npz file")
+    return args
 
 
 if __name__ == "__main__":

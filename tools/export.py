@@ -6,7 +6,6 @@ The exported network takes float32 (N, 3, 112, 96), any N, RGB, (x - 127.5) / 12
 (N, 512), not normalized. Metadata in the file describe how to prepare the input; they are stored in metadata_props for
 ONNX, in the header for safetensors, and in the extra file metadata.json for TorchScript.
 """
-import contextlib
 import copy
 import io
 import json
@@ -15,28 +14,26 @@ import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from faces.signals import end_quietly
-
-end_quietly(__name__)    # Ctrl-C during the slow imports below prints no traceback
 import cv2
 import numpy as np
 import safetensors.torch
 import torch
 
 from cosFace.net import NETS
-from faces.align import HEIGHT, TEMPLATE, WIDTH, crop_aligned
+from faces.align import HEIGHT, TEMPLATE, WIDTH
 from faces.device import to_input
-from faces.files import InputError, atomic_write, check_writable, command, folder, script_parser
-from faces.images import UnreadableImage, list_images, read_image
+from faces.files import InputError, atomic_write, check_writable, command, existing_folder, path, script_parser
+from faces.images import list_images
 from faces.verification.weights import MODEL_HELP, announce, load_net, model_file
 from faces.verification.weights import add_options as add_model_options
+from tools.embedder import crop_faces
 
 TOLERANCE = 1e-4      # accepted difference between embedding values, relative to the largest value if that exceeds 1
 SYNTHETIC_FACES = 8   # number of synthetic faces, which every check uses
 MAX_READ_FACES = 256  # maximum number of faces to read from --check-faces
 
 
-def export(net, format, faces, metadata):
+def export(net: torch.nn.Module, format: str, faces: np.ndarray, metadata: dict) -> tuple[bytes, float, float]:
     """Export a network and check the result.
 
     Args:
@@ -46,88 +43,73 @@ def export(net, format, faces, metadata):
         metadata: dict of strings, as make_metadata() returns it.
 
     Returns:
-        (bytes of the file, largest absolute difference between embedding values, largest absolute embedding value).
+        The file, the largest difference between embedding values, and the largest embedding value.
 
     Raises:
         InputError: a package is missing, or the exported network differs by more than TOLERANCE.
     """
-    write, open_exported = FORMATS[format]
     net.eval()
-    with torch.inference_mode():
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")    # PyTorch has deprecated both exporters, but deployments still need them
         batches = [to_input(torch.from_numpy(part)).contiguous() for part in (faces, faces[:1], faces[1:2])]
         expected = [net(batch).numpy() for batch in batches]
-        data = write(net, batches[0][:2], metadata)
-        run = open_exported(data, net)
+        data, run = FORMATS[format](net, batches[0][:2], metadata)
         actual = [run(batch) for batch in batches]
     difference = max(float(abs(a - b).max()) for a, b in zip(actual, expected))
     largest = float(abs(expected[0]).max())
-    if not difference <= TOLERANCE * max(1, largest):  # written so that NaN fails too
+    if not difference <= TOLERANCE * max(1, largest):    # NaN fails too
         raise InputError(f"the exported network differs from the original by {difference:.2g} (largest embedding "
                          f"value: {largest:.2g}), so nothing was written; try another --format.")
     return data, difference, largest
 
 
-def write_onnx(net, example, metadata):
-    """Return the bytes of an ONNX model with input "face", output "embedding" and folded batch normalization."""
-    onnx = _import_optional("onnx")
-    _import_optional("onnxruntime")  # fail before the export, because the result can't be verified without it
+# Each of these returns the bytes of the file, and a function that opens them again and maps float (N, 3, 112, 96) to
+# float32 (N, 512) with them.
+
+def to_onnx(net, example, metadata):
+    """Make an ONNX model with input "face", output "embedding" and folded batch normalization."""
+    try:
+        import onnx
+        import onnxruntime
+    except ImportError as error:
+        raise InputError(f"--format onnx needs the package {error.name}, which is not installed; run "
+                         "`pip install onnx onnxruntime`.") from None
     buffer, names = io.BytesIO(), ["face", "embedding"]
-    with _warnings_ignored():
-        torch.onnx.export(net, (example,), buffer, input_names=names[:1], output_names=names[1:],
-                          dynamic_axes={name: {0: "N"} for name in names},
-                          dynamo=False)  # the newer exporter would need another package
+    torch.onnx.export(net, (example,), buffer, input_names=names[:1], output_names=names[1:],
+                      dynamic_axes={name: {0: "N"} for name in names},
+                      dynamo=False)  # the newer exporter would need another package
     model = onnx.load_model_from_string(buffer.getvalue())
     onnx.helper.set_model_props(model, metadata)
     onnx.checker.check_model(model)
-    return model.SerializeToString()
+    data = model.SerializeToString()
+    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    return data, lambda batch: session.run(["embedding"], {"face": batch.numpy()})[0]
 
 
-def open_onnx(data, net):
-    """Return a function that maps float (N, 3, 112, 96) to float32 (N, 512) with ONNX Runtime."""
-    onnxruntime = _import_optional("onnxruntime")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    return lambda batch: session.run(["embedding"], {"face": batch.numpy()})[0]
-
-
-def write_torchscript(net, example, metadata):
-    """Return the bytes of a TorchScript module that has `metadata` as its extra file metadata.json."""
+def to_torchscript(net, example, metadata):
+    """Make a TorchScript module that has the metadata as its extra file metadata.json."""
     buffer = io.BytesIO()
-    with _warnings_ignored():
-        traced = torch.jit.trace(net, example, check_trace=False)  # export() checks the result itself
-        torch.jit.save(traced, buffer, _extra_files={"metadata.json": json.dumps(metadata, indent=2)})
-    return buffer.getvalue()
+    traced = torch.jit.trace(net, example, check_trace=False)  # export() checks the result itself
+    torch.jit.save(traced, buffer, _extra_files={"metadata.json": json.dumps(metadata, indent=2)})
+    module = torch.jit.load(io.BytesIO(buffer.getvalue()))
+    return buffer.getvalue(), lambda batch: module(batch).numpy()
 
 
-def open_torchscript(data, net):
-    """Return a function that maps float (N, 3, 112, 96) to float32 (N, 512) with the TorchScript module."""
-    with _warnings_ignored():
-        module = torch.jit.load(io.BytesIO(data))
-    return lambda batch: module(batch).numpy()
-
-
-def write_safetensors(net, example, metadata):
-    """Return the bytes of a safetensors file that holds the state dict, and `metadata` in its header."""
-    state = {name: value.contiguous() for name, value in net.state_dict().items()}
-    return safetensors.torch.save(state, metadata)
-
-
-def open_safetensors(data, net):
-    """Return a function that maps float (N, 3, 112, 96) to float32 (N, 512) with the weights in the file."""
+def to_safetensors(net, example, metadata):
+    """Make a safetensors file that holds the state dict, and the metadata in its header."""
+    data = safetensors.torch.save({name: value.contiguous() for name, value in net.state_dict().items()}, metadata)
     reloaded = copy.deepcopy(net)
     for value in reloaded.state_dict().values():
         value.zero_()  # the check must not pass because of weights copied from the original
     reloaded.load_state_dict(safetensors.torch.load(data))
-    return lambda batch: reloaded(batch).numpy()
+    return data, lambda batch: reloaded(batch).numpy()
 
 
-FORMATS = {"onnx": (write_onnx, open_onnx), "torchscript": (write_torchscript, open_torchscript),
-           "safetensors": (write_safetensors, open_safetensors)}
+FORMATS = {"onnx": to_onnx, "torchscript": to_torchscript, "safetensors": to_safetensors}
 EXTENSIONS = {".onnx": "onnx", ".pt": "torchscript", ".pth": "torchscript", ".safetensors": "safetensors"}
 
 
-def make_metadata(net_name, method):
+def make_metadata(net_name: str, method: str | None) -> dict:
     """Return a dict of strings that describes how to use the network; "template" is a JSON list of five [x, y]."""
     return {
         "net": net_name, "method": method or "unknown", "height": str(HEIGHT), "width": str(WIDTH),
@@ -137,10 +119,10 @@ def make_metadata(net_name, method):
                      "eye, image-right eye, nose, image-left and image-right corner of the mouth; x, y; pixel centers "
                      "have integer coordinates) onto template; bilinear interpolation, black outside the image",
         "embedding": "float32 (N, 512), not normalized; compare with cosine similarity, preferably after "
-                     "concatenating the embeddings of the face and of its mirror image"}
+                     "concatenating the embeddings of the face and its flipped image"}
 
 
-def synthetic_faces(count):
+def synthetic_faces(count: int) -> np.ndarray:
     """Return images that vary like faces in brightness, contrast and detail, uint8 (count, 112, 96, 3)."""
     random = np.random.default_rng(0)
     faces = []
@@ -151,49 +133,26 @@ def synthetic_faces(count):
     return np.stack(faces)
 
 
-def read_faces(root):
-    """Read at most MAX_READ_FACES aligned faces, evenly spaced in the folder's list of images.
-
-    Returns:
-        uint8 (N, 112, 96, 3).
+def read_faces(root: Path) -> np.ndarray:
+    """Return at most MAX_READ_FACES aligned faces of a folder, uint8 (N, 112, 96, 3), evenly spaced in its list.
 
     Raises:
         InputError: the folder contains no images, or one of them is unreadable or has a different size.
     """
-    root = folder(root, "aligned faces")
-    paths = list_images(root)
-    if not paths:
+    files = [root / name for name in list_images(existing_folder(root, "aligned faces"))]
+    files = [files[i] for i in np.unique(np.linspace(0, len(files) - 1, MAX_READ_FACES).astype(int)) if files]
+    found = crop_faces(files)
+    for file, faces in zip(files, found):
+        if isinstance(faces, str):
+            raise InputError(f"can't use {file} for the check: {faces}; pass a folder of aligned faces.")
+    if not files:
         raise InputError(f"{root} contains no images; pass a folder of faces aligned to 112x96 or 112x112.")
-    paths = [paths[i] for i in np.unique(np.linspace(0, len(paths) - 1, MAX_READ_FACES).astype(int))]
-    faces = []
-    for path in paths:
-        try:
-            faces.append(crop_aligned(read_image(root / path)))
-        except (UnreadableImage, ValueError) as error:
-            raise InputError(f"can't use {root / path} for the check: {error}; pass a folder of aligned "
-                             "faces.") from None
-    return np.stack(faces)
-
-
-def _import_optional(name):
-    try:
-        return __import__(name)
-    except ImportError:
-        raise InputError(f"--format onnx needs the package {name}, which is not installed; run "
-                         "`pip install onnx onnxruntime`.") from None
-
-
-@contextlib.contextmanager
-def _warnings_ignored():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PyTorch has deprecated both exporters, but deployments still need them
-        yield
+    return np.stack([face.crop for face, in found])
 
 
 @command
 def main(argv=None):
-    args = _parser().parse_args(argv)
-    check_output(args)
+    args = _parse(argv)
     faces = synthetic_faces(SYNTHETIC_FACES)
     if args.check_faces:
         faces = np.concatenate((faces, read_faces(args.check_faces)))
@@ -207,31 +166,25 @@ def main(argv=None):
           f"{len(faces) - SYNTHETIC_FACES} read): {difference:.1e} (largest embedding value: {largest:.1f})")
 
 
-def check_output(args):
-    """Raise InputError if --output is a folder, can't be written, is the model, or has the name of another format."""
-    if args.output.is_dir():
-        raise InputError(f"--output {args.output} is a folder; pass the name of a file.")
-    if args.output.exists() and args.output.samefile(model_file(args.model)):
-        raise InputError(f"--output {args.output} is the model itself; pass the name of another file.")
-    format = EXTENSIONS.get(args.output.suffix.lower(), args.format)
-    if format != args.format:
-        raise InputError(f"--output {args.output} has the extension of {format}; choose another name, or pass "
-                         f"--format {format}.")
-    check_writable(args.output.parent)
-
-
-def _parser():
+def _parse(argv):
     parser = script_parser(__doc__)
-    parser.add_argument("--model", type=Path, required=True, metavar="FILE|DIR", help=MODEL_HELP)
+    parser.add_argument("--model", type=path, required=True, metavar="FILE|DIR", help=MODEL_HELP)
     add_model_options(parser, NETS)
     parser.add_argument("--format", choices=tuple(FORMATS), required=True,
-                        help="onnx for other runtimes (run `pip install onnx onnxruntime` first), torchscript for "
-                             "LibTorch, safetensors for the weights alone")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="file to write")
-    parser.add_argument("--check-faces", type=Path, metavar="DIR",
-                        help="folder of aligned faces, 112x96 or 112x112, to use for the check in addition to "
-                             f"{SYNTHETIC_FACES} synthetic images; at most {MAX_READ_FACES} are read")
-    return parser
+                        help="onnx for other runtimes (`pip install onnx onnxruntime`), torchscript, or safetensors")
+    parser.add_argument("--output", type=path, required=True, metavar="FILE", help="file to write")
+    parser.add_argument("--check-faces", type=path, metavar="DIR",
+                        help=f"also use up to {MAX_READ_FACES} aligned faces in this folder for the check")
+    args = parser.parse_args(argv)
+    if args.output.is_dir():
+        parser.error(f"--output {args.output} is a folder; pass the name of a file")
+    if args.output.exists() and args.output.samefile(model_file(args.model)):
+        parser.error(f"--output {args.output} is the model itself; pass the name of another file")
+    format = EXTENSIONS.get(args.output.suffix.lower(), args.format)
+    if format != args.format:
+        parser.error(f"--output {args.output} has the extension of {format}; choose another name or --format")
+    check_writable(args.output.parent)
+    return args
 
 
 if __name__ == "__main__":

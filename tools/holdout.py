@@ -16,59 +16,35 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from faces.signals import end_quietly
-
-end_quietly(__name__)    # Ctrl-C during the slow imports below prints no traceback
 import cv2
 import numpy as np
 
 from faces.data.cache import build
-from faces.data.casia import list_casia
+from faces.data.casia import TrainingList, list_casia
 from faces.data.recordio import Records
-from faces.files import (
-    CACHE,
-    InputError,
-    atomic_write,
-    check_writable,
-    command,
-    locked,
-    remove_partial,
-    script_parser,
-)
+from faces.files import CACHE, InputError, at_least, atomic_write, command, count_of, locked, path, script_parser
 from faces.landmarks import write_landmarks
-from faces.signals import resumable
-from faces.text import count_of, printable
-from faces.verification.binset import FOLDS, MAX_BYTES, MAX_IMAGES
+from faces.verification.binset import MAX_BYTES, MAX_IMAGES
+from faces.verification.pairs import FOLDS
 
 MAX_OF_PERSON, MAX_OF_FOLD = 50, 2000    # photos that pairs are drawn from, so that all pairs can be listed
 
 
-def choose_people(labels, count, rng):
-    """Choose the people to hold out, among those with at least two images.
-
-    Args:
-        labels: int (N,), the person in each usable image.
-        count: number of people, at least 2 per fold.
-        rng: numpy random generator.
-
-    Returns:
-        int (count,), labels.
+def choose_people(labels: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Choose `count` people to hold out, among those with at least two images; `labels` is the person in each image.
 
     Raises:
-        InputError: too few people have two images, or none would be left to train on.
+        InputError: too few people have two images, or fewer than two would be left to train on.
     """
     people, images = np.unique(labels, return_counts=True)
     candidates = people[images > 1]
-    if min(len(candidates), len(people) - 2) < 2 * FOLDS:
-        raise InputError(f"the set is too small: {2 * FOLDS} people with two images or more must be held out, and two "
-                         f"be left to train on, but {len(candidates):,} of {len(people):,} people have two images.")
     if count > min(len(candidates), len(people) - 2):
         raise InputError(f"--people {count} is too many; {len(candidates):,} of {len(people):,} people have two images "
-                         "or more, and at least two people must be left to train on.")
+                         f"or more, at least two must be left to train on, and {2 * FOLDS} are needed for the pairs.")
     return rng.choice(candidates, count, replace=False)
 
 
-def draw_pairs(labels, rows, people, count, rng):
+def draw_pairs(labels: np.ndarray, rows: np.ndarray, people: np.ndarray, count: int, rng: np.random.Generator) -> tuple:
     """Draw the pairs of one fold.
 
     Args:
@@ -103,80 +79,42 @@ def draw_pairs(labels, rows, people, count, rng):
     return np.concatenate((genuine, impostor)), np.arange(count) < half
 
 
-def write_bin(path, images, pairs, same):
-    """Write a .bin set, atomically.
-
-    Args:
-        path: the file.
-        images: uint8 (N, 112, 96, 3), RGB.
-        pairs: int (P, 2), rows of `images`.
-        same: bool (P,).
+def write_bin(file: Path, images: np.ndarray, pairs: np.ndarray, same: np.ndarray):
+    """Write a .bin set, atomically, of int (P, 2) rows of `images`, uint8 (N, 112, 96, 3), RGB, and bool (P,).
 
     Raises:
         InputError: it would be too large to be read.
     """
     encoded = {row: cv2.imencode(".png", images[row][..., ::-1])[1].tobytes() for row in np.unique(pairs)}
     if sum(map(len, encoded.values())) > 0.99 * MAX_BYTES:
-        raise InputError(f"{path} would be larger than the {MAX_BYTES / 1e6:.0f} MB that can be read; lower --pairs.")
-    with atomic_write(path) as file:    # an image of several pairs is one object, which is written once
-        pickle.dump(([encoded[row] for row in pairs.ravel()], same.tolist()), file, protocol=4)
+        raise InputError(f"{file} would be larger than the {MAX_BYTES / 1e6:.0f} MB that can be read; lower --pairs.")
+    with atomic_write(file) as output:    # an image of several pairs is one object, which is written once
+        pickle.dump(([encoded[row] for row in pairs.ravel()], same.tolist()), output, protocol=4)
 
 
-def write_list(path, listing, rows):
-    """Write the list of the images to train on, atomically, with labels from 0; see faces.data.casia.read_casia().
-
-    Raises:
-        InputError: a list can't hold the name of an image.
-    """
-    labels, paths = np.unique(listing.labels[rows], return_inverse=True)[1], [listing.paths[row] for row in rows]
-    for name in paths:
-        if name != name.strip() or len(name.splitlines()) > 1:
-            raise InputError(f"the photo '{printable(name)}' of {listing.source} has a name that a list can't hold; "
-                             "remove line breaks, and spaces at its ends.")
+def write_list(file: Path, listing: TrainingList, rows: np.ndarray):
+    """Write the list of the images to train on, with labels from 0; see faces.data.casia.read_casia()."""
+    labels = np.unique(listing.labels[rows], return_inverse=True)[1]
     points = np.empty((len(rows), 0)) if listing.points is None else listing.points[rows]    # none, or five each
-    write_landmarks(path, zip(paths, labels, points))
-
-
-def parse_args(argv):
-    parser = script_parser(__doc__)
-    parser.add_argument("--casia", type=Path, required=True, metavar="DIR", help="training set, as for casia_train.py")
-    parser.add_argument("--landmarks", type=Path, metavar="FILE", help="landmark list (default: as for casia_train.py)")
-    parser.add_argument("--list", type=Path, metavar="FILE", help="list of aligned faces, `path label`")
-    parser.add_argument("--cache", type=Path, default=CACHE, metavar="DIR",
-                        help="folder for aligned faces (default: cache/ of this clone)")
-    parser.add_argument("--people", type=int, default=300, metavar="N",
-                        help=f"people to hold out, at least {2 * FOLDS} (default: 300)")
-    parser.add_argument("--pairs", type=int, default=6000, metavar="N",
-                        help=f"number of pairs, a multiple of {2 * FOLDS}, at most {MAX_IMAGES // 2} (default: 6000)")
-    parser.add_argument("--seed", type=int, default=0, help="random seed for people and pairs (default: 0)")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR",
-                        help="folder for train.txt and heldout.bin")
-    args = parser.parse_args(argv)
-    if args.people < 2 * FOLDS or args.seed < 0:
-        parser.error(f"--people must be at least {2 * FOLDS}, and --seed at least 0")
-    if args.pairs % (2 * FOLDS) or not 0 < args.pairs <= MAX_IMAGES // 2:
-        parser.error(f"--pairs must be a multiple of {2 * FOLDS}, at most {MAX_IMAGES // 2}")
-    return args
+    write_landmarks(file, zip([listing.paths[row] for row in rows], labels, points))
 
 
 @command
 def main(argv=None):
-    args = parse_args(argv)
-    pairs, train = args.output / "heldout.bin", args.output / "train.txt"
-    check_writable(args.output)
-    with resumable(), locked(args.output / ".lock", f"writing into {args.output}", wait=False):
-        if train.exists():    # it is written last, and models may have been trained on it
-            raise InputError(f"{train} exists already; choose another --output, or remove it.")
-        remove_partial(pairs, train)
-        hold_out(args, pairs, train)
+    args = _parse(argv)
+    args.output.mkdir(parents=True, exist_ok=True)
+    with locked(args.output / ".lock", f"writing into {args.output}", wait=False):
+        if (args.output / "train.txt").exists():    # it is written last, and models may have been trained on it
+            raise InputError(f"{args.output / 'train.txt'} exists already; choose another --output, or remove it.")
+        hold_out(args, args.output / "heldout.bin", args.output / "train.txt")
 
 
-def hold_out(args, pairs_path, list_path):
+def hold_out(args, pairs_file: Path, list_file: Path):
     """Choose people and pairs, write both files, and print what is in them."""
     listing = list_casia(args.casia, args.landmarks, args.list)
     if isinstance(listing.source, Records):
-        raise InputError(f"no people of {listing.source.path} can be held out, because a RecordIO set takes no list; "
-                         "extract its images into person folders first.")
+        raise InputError(f"no people of {args.casia} can be held out, because a RecordIO set takes no list; extract "
+                         "its images into person folders first.")
     images, failed = build(listing, args.cache)
     rows = np.setdiff1d(np.arange(len(listing.paths)), [row for row, _ in failed])
     rng = np.random.default_rng(args.seed)
@@ -184,13 +122,30 @@ def hold_out(args, pairs_path, list_path):
     folds = [draw_pairs(listing.labels, rows, some, args.pairs // FOLDS, rng) for some in np.array_split(people, FOLDS)]
     pairs, same = map(np.concatenate, zip(*folds))
     train = rows[~np.isin(listing.labels[rows], people)]
-    write_bin(pairs_path, images, pairs, same)
-    write_list(list_path, listing, train)
-    print(f"{pairs_path}: {len(pairs):,} pairs of {len(people):,} people",
-          f"{list_path}: {count_of(len(train), 'image~')} of the other {len(np.unique(listing.labels[train])):,}",
+    write_bin(pairs_file, images, pairs, same)
+    write_list(list_file, listing, train)
+    print(f"{pairs_file}: {len(pairs):,} pairs of {len(people):,} people",
+          f"{list_file}: {count_of(len(train), 'image~')} of the other {len(np.unique(listing.labels[train])):,}",
           *listing.notes, sep="\n")
     if failed:
         print(f"left out: {count_of(len(failed), 'unusable image~')}, see failed.txt in the cache")
+
+
+def _parse(argv):
+    parser = script_parser(__doc__)
+    parser.add_argument("--casia", type=path, required=True, metavar="DIR", help="training set, as for casia_train.py")
+    parser.add_argument("--landmarks", type=path, metavar="FILE", help="landmark list (default: as for casia_train.py)")
+    parser.add_argument("--list", type=path, metavar="FILE", help="list of aligned faces, `path label`")
+    parser.add_argument("--cache", type=path, default=CACHE, metavar="DIR", help="folder for aligned faces")
+    parser.add_argument("--people", type=at_least(2 * FOLDS), default=300, metavar="N", help="people to hold out")
+    parser.add_argument("--pairs", type=at_least(2 * FOLDS), default=6000, metavar="N",
+                        help=f"number of pairs, a multiple of {2 * FOLDS}, at most {MAX_IMAGES // 2}")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="random seed for people and pairs")
+    parser.add_argument("--output", type=path, required=True, metavar="DIR", help="folder of train.txt and heldout.bin")
+    args = parser.parse_args(argv)
+    if args.pairs % (2 * FOLDS) or args.pairs > MAX_IMAGES // 2:
+        parser.error(f"--pairs must be a multiple of {2 * FOLDS}, at most {MAX_IMAGES // 2}")
+    return args
 
 
 if __name__ == "__main__":

@@ -1,34 +1,25 @@
-"""Tests of the demo's pairs.txt: the LFW reader accepts it, the folds share no people, and every fold is balanced."""
+"""The demo's pairs.txt: the LFW reader accepts it, the folds share no people, and every fold is balanced."""
 import numpy as np
 import pytest
 
 from faces.files import InputError
-from faces.verification.lfw import read_pairs
+from faces.verification.pairs import open_images, read_pairs
 from tools import demo
 
 
-@pytest.fixture
-def pairs(tmp_path):
-    """Return the demo's pairs as the LFW reader reads them, with empty files in place of the images."""
+def test_pairs_are_balanced_and_no_person_is_in_two_folds(tmp_path):
     names = [f"Person_{i}" for i in range(demo.TEST_PEOPLE)]
     for name in names:
         (tmp_path / name).mkdir()
         for i in range(1, demo.PHOTOS_PER_PERSON + 1):
             (tmp_path / name / f"{name}_{i:04d}.png").touch()
     (tmp_path / "pairs.txt").write_text("".join(demo.make_pairs(names)))
-    return read_pairs(tmp_path)
-
-
-def test_no_person_appears_in_two_folds(pairs):
+    pairs = read_pairs(open_images(tmp_path))
     people = np.array([path.split("/")[0] for path in pairs.paths])[pairs.pairs]
     people_of_fold = [set(people[pairs.folds == fold].ravel()) for fold in range(demo.FOLDS)]
     assert len(set.union(*people_of_fold)) == sum(map(len, people_of_fold)) == demo.TEST_PEOPLE
-
-
-def test_each_fold_has_all_genuine_pairs_and_equally_many_impostor_pairs(pairs):
     assert len({tuple(sorted(pair)) for pair in pairs.pairs.tolist()}) == len(pairs.pairs)   # no pair appears twice
-    pairs_per_person = demo.PHOTOS_PER_PERSON * (demo.PHOTOS_PER_PERSON - 1) // 2
-    expected = demo.TEST_PEOPLE // demo.FOLDS * pairs_per_person
+    expected = demo.TEST_PEOPLE // demo.FOLDS * demo.PHOTOS_PER_PERSON * (demo.PHOTOS_PER_PERSON - 1) // 2
     for kind in (pairs.same, ~pairs.same):
         assert np.bincount(pairs.folds, kind).tolist() == demo.FOLDS * [expected]
 

@@ -7,7 +7,6 @@ import pytest
 import safetensors
 import torch
 from conftest import write_image
-from helpers import call, write_model
 
 from cosFace.net import NETS
 from faces.align import TEMPLATE
@@ -15,10 +14,7 @@ from faces.files import InputError
 from faces.verification.weights import fingerprint, load_net, load_weights
 from tools import export
 
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("model") / "checkpoint.pt")
+pytest_plugins = "helpers"
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +58,12 @@ def run_exported(format, path, net_name, biases):
 @pytest.mark.filterwarnings("ignore:.*deprecated")
 @pytest.mark.parametrize("format, net_name", [("safetensors", "sphere20a"), ("torchscript", "faceNet"),
                                               ("onnx", "faceNet")])
-def test_an_exported_network_computes_the_same_embeddings(format, net_name, model, public_model, tmp_path, capsys):
+def test_an_exported_network_computes_the_same_embeddings(format, net_name, model, public_model, tmp_path, call):
     if format == "onnx":
         pytest.importorskip("onnx", reason="onnx is not installed")
-        pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     source, path = model if net_name == "faceNet" else public_model, tmp_path / f"exported.{format}"
-    assert call(export, "--model", source, "--format", format, "--output", path) == 0
-    assert "largest difference from the original on 8 faces" in capsys.readouterr().out
+    status, out, _ = call(export, "--model", source, "--format", format, "--output", path)
+    assert status == 0 and "largest difference from the original on 8 faces" in out
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     net = NETS[net_name]()
     load_weights(net, source)
@@ -91,30 +86,27 @@ def test_an_exported_network_computes_the_same_embeddings(format, net_name, mode
             load_net(path, NETS)
 
 
-def test_nothing_is_written_unless_the_check_passes(model, tmp_path, monkeypatch, capsys):
-    def write_changed_weights(net, example, metadata):
-        state = safetensors.torch.load(export.write_safetensors(net, example, metadata))
-        state["relu3_2.weight"] += 0.01
-        return safetensors.torch.save(state, metadata)
-
-    monkeypatch.setitem(export.FORMATS, "safetensors", (write_changed_weights, export.open_safetensors))
-    status = call(export, "--model", model, "--format", "safetensors", "--output", tmp_path / "x")
-    assert status == 2 and "differs from the original by" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
+def test_a_wrong_export_is_not_written(model, tmp_path, monkeypatch, call):
+    def to_wrong(net, example, metadata):
+        data, run = export.to_torchscript(net, example, metadata)
+        return data, lambda batch: run(batch) + 0.01 * run(batch).max()
+    monkeypatch.setitem(export.FORMATS, "torchscript", to_wrong)
+    status, _, err = call(export, "--model", model, "--format", "torchscript", "--output", tmp_path / "x")
+    assert status == 2 and "differs from the original by" in err and not list(tmp_path.iterdir())
 
 
-def test_the_model_is_not_replaced_by_its_export(model, capsys):
+def test_the_model_is_not_replaced_by_its_export(model, call):
     before = model.read_bytes()
-    assert call(export, "--model", model, "--format", "torchscript", "--output", model) == 2
-    assert "is the model itself" in capsys.readouterr().err and model.read_bytes() == before
-    assert call(export, "--model", model, "--format", "safetensors", "--output", model.with_name("other.pt")) == 2
-    assert "has the extension of torchscript" in capsys.readouterr().err and not model.with_name("other.pt").exists()
+    status, _, err = call(export, "--model", model, "--format", "torchscript", "--output", model)
+    assert status == 2 and "is the model itself" in err and model.read_bytes() == before
+    status, _, err = call(export, "--model", model, "--format", "safetensors", "--output", model.with_name("other.pt"))
+    assert status == 2 and "has the extension of torchscript" in err and not model.with_name("other.pt").exists()
 
 
-def test_a_missing_onnx_package_is_reported(model, tmp_path, monkeypatch, capsys):
+def test_a_missing_onnx_package_is_reported(model, tmp_path, monkeypatch, call):
     monkeypatch.setitem(sys.modules, "onnx", None)
-    assert call(export, "--model", model, "--format", "onnx", "--output", tmp_path / "x") == 2
-    assert "pip install onnx onnxruntime" in capsys.readouterr().err
+    status, _, err = call(export, "--model", model, "--format", "onnx", "--output", tmp_path / "x")
+    assert status == 2 and "pip install onnx onnxruntime" in err
 
 
 def test_the_check_reads_aligned_faces_only(tmp_path):

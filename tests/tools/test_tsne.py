@@ -2,19 +2,15 @@
 import numpy as np
 import pytest
 from conftest import write_image
-from helpers import call, write_model
 from sklearn.metrics.pairwise import cosine_distances
 
 from faces.data.casia import list_casia
-from faces.files import RUNS, InputError
+from faces.files import InputError
 from faces.images import read_image
 from faces.landmarks import read_landmarks, write_landmarks
 from tools import tsne
 
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("model") / "checkpoint.pt")
+pytest_plugins = "helpers"
 
 
 def test_choice_of_images_depends_on_the_seed_and_skips_small_identities():
@@ -46,31 +42,23 @@ def test_silhouette_score_uses_the_cosine_distance_of_the_embeddings():
         tsne.layout_and_silhouette(np.full((12, 8), np.nan), labels, 0)
 
 
-def test_tsne_draws_two_models_on_the_same_images(casia, model, tmp_path, capsys):
+def test_two_models_are_drawn_on_the_same_images(casia, model, tmp_path, call):
     output = tmp_path / "tsne.png"
-    assert call(tsne, "--model", model, "--model", model, "--title", "before", "--title", "after",
-                "--faces", casia, "--identities", 2, "--per-identity", 3, "--device", "cpu", "--output", output,
-                "--points", tmp_path / "points.tsv") == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].replace("before", "after") == lines[1] and "2 identities, 3 images each" in lines[0]
-    assert -1 <= float(lines[0].split()[1]) <= 1
+    status, out, _ = call(tsne, "--model", model, "--model", model, "--title", "before", "--title", 'after "x"',
+                          "--faces", casia, "--identities", 2, "--per-identity", 3, "--device", "cpu", "--output",
+                          output, "--points", tmp_path / "points.tsv")
+    lines = out.splitlines()
+    assert status == 0 and lines[0].replace("before", 'after "x"') == lines[1]
+    assert "2 identities, 3 images each" in lines[0] and -1 <= float(lines[0].split()[1]) <= 1
     height, width = read_image(output).shape[:2]
     assert width > 2 * height * 0.9
     (before, after), labels, names = tsne.read_points(tmp_path / "points.tsv")
-    assert before[0].startswith("before: silhouette") and after[0].startswith("after: silhouette")
+    assert before[0].startswith("before: silhouette") and after[0].startswith('after "x": silhouette')
     assert before[1].shape == (6, 2) and np.array_equal(before[1], after[1])
     assert labels.tolist() == [0, 0, 0, 1, 1, 1] and len(set(names)) == 2
 
 
-def test_tsne_points_survive_writing_and_reading(tmp_path):
-    panels = [("a: b", np.array([[1.25, -2], [3, 4]])), ('"c"', np.array([[0, 0.5], [7, 1e3]]))]
-    tsne.write_points(tmp_path / "points.tsv", panels, [1, 0], ["one", "two words"])
-    read, labels, names = tsne.read_points(tmp_path / "points.tsv")
-    assert [title for title, _ in read] == ["a: b", '"c"'] and [names[i] for i in labels] == ["two words", "one"]
-    assert all(np.array_equal(actual, expected) for (_, actual), (_, expected) in zip(read, panels))
-
-
-def test_tsne_reads_lfw_casia_and_aligned_faces(casia, tmp_path):
+def test_lfw_casia_and_aligned_faces_are_read(casia, tmp_path):
     listed = read_landmarks(casia / "casia_landmark.txt", labeled=True)
     write_landmarks(tmp_path / "lfw.txt", zip(listed.paths, listed.points))
     lfw, train = tsne.list_lfw(casia, tmp_path / "lfw.txt"), list_casia(casia)
@@ -84,15 +72,8 @@ def test_tsne_reads_lfw_casia_and_aligned_faces(casia, tmp_path):
 
 
 @pytest.mark.parametrize("options, message", [
-    (("--per-identity", 9), "only 0 of 6 people"),
-    (("--identities", 1), "--identities 1"),
-    (("--title", "a", "--title", "b"), "--title was given 2 times and --model 1 time;"),
-    (("--output", "tsne.gif"), "tsne.gif has an unsupported extension"),
-])
-def test_tsne_refuses_invalid_options(casia, model, capsys, options, message):
-    assert call(tsne, "--model", model, "--faces", casia, "--device", "cpu", *options) == 2
-    assert message in capsys.readouterr().err
-
-
-def test_tsne_leaves_nothing_in_the_current_folder_by_default():
-    assert tsne._parser().get_default("output") == RUNS / "tsne.png"
+    (("--per-identity", 9), "only 0 of 6 people"), (("--identities", 1), "--identities"),
+    (("--title", "a", "--title", "b"), "--title once per --model"), (("--output", "tsne.gif"), "must end in .png")])
+def test_invalid_options_are_refused(casia, model, call, options, message):
+    status, _, err = call(tsne, "--model", model, "--faces", casia, "--device", "cpu", *options)
+    assert status == 2 and message in err
