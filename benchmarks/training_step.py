@@ -126,7 +126,8 @@ def plain_input(images, flip):
 def main(argv=None):
     parser = script_parser(__doc__)
     add_options(parser)
-    parser.add_argument("--batch-size", type=at_least(2), default=64, metavar="N", help="faces (default: 64)")
+    parser.add_argument("--batch-size", type=at_least(4), default=64, metavar="N",
+                        help="faces per step; batch normalization of fewer than 4 amplifies rounding (default: 64)")
     parser.add_argument("--turns", type=at_least(1), default=20, help="steps of each loop (default: 20)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
                         help="compile the network of our loop with torch.compile")

@@ -10,7 +10,7 @@ from faces.files import InputError
 
 @pytest.mark.parametrize("method", ["cosFace", "sphereFace"])
 def test_training_step_agrees_with_plain_pytorch(method, capsys):
-    assert not training_step.main(["--method", method, "--batch-size", "2", "--turns", "1", "--identities", "20",
+    assert not training_step.main(["--method", method, "--batch-size", "4", "--turns", "1", "--identities", "20",
                                    "--device", "cpu", "--precision", "float32"])
     assert "plain loop" in capsys.readouterr().out
 
@@ -19,7 +19,7 @@ def test_another_loss_is_noticed(monkeypatch, capsys):
     monkeypatch.setattr(training_step, "MARGIN", 0.3)
     monkeypatch.setitem(training_step.HEADS, "cosFace", (training_step.cosFace.net.CosFace, 1.0))
     with pytest.raises(SystemExit):
-        training_step.main(["--batch-size", "2", "--identities", "20", "--device", "cpu", "--precision", "float32"])
+        training_step.main(["--batch-size", "4", "--identities", "20", "--device", "cpu", "--precision", "float32"])
     assert "the loss of ours and the peer differ" in capsys.readouterr().err
     with pytest.raises(InputError):
         turns.check_same("it", torch.ones(2), torch.tensor((1.0, float("nan"))), 0.1)
