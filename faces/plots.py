@@ -39,21 +39,15 @@ def roc_picture(path, curves: dict):
 
 
 def draw_roc(axes, curves: dict):
-    """Draw ROC curves into matplotlib axes, as steps over a logarithmic false acceptance rate.
-
-    Args:
-        axes: matplotlib axes.
-        curves: dict from a curve's name to (far, tar), float (V + 1,) each; far rises from 0 to 1.
-    """
+    """Draw ROC curves into matplotlib axes: for each name, (far, tar), float (V + 1,), where far rises from 0 to 1."""
     min_far = min(0.1, *(10 ** np.floor(np.log10(far[far > 0].min())) for far, _ in curves.values()))
     lowest = 1.0
     for i, (name, (far, tar)) in enumerate(curves.items()):
         start = np.searchsorted(far, min_far, side="right") - 1  # the last point that is not right of the y axis
         axes.step(np.maximum(far[start:], min_far), tar[start:], where="post", label=plain(name), **_line(i))
         lowest = min(lowest, tar[start])
-    room_for_legend = 0.05 * len(curves)
-    axes.set(xscale="log", xlim=(min_far, 1), ylim=_rate_limits(lowest - room_for_legend),
-             xlabel="false acceptance rate", ylabel="true acceptance rate")
+    ylim = _rate_limits(lowest - 0.05 * len(curves))    # room for the legend
+    axes.set(xscale="log", xlim=(min_far, 1), ylim=ylim, xlabel="false acceptance rate", ylabel="true acceptance rate")
     if min_far == 0.1:
         axes.set_xticks((0.1, 0.2, 0.5, 1), ("0.1", "0.2", "0.5", "1"))    # one decade has only two powers of 10
     axes.xaxis.set_minor_formatter("")
@@ -61,13 +55,7 @@ def draw_roc(axes, curves: dict):
 
 
 def cmc_picture(path, ranks: int, curves: dict):
-    """Draw cumulative match characteristic (CMC) curves up to `ranks`: the fraction of probes identified at each rank.
-
-    Args:
-        path: file to write.
-        ranks: last rank to show; if the gallery has fewer people, all ranks are shown.
-        curves: dict from a curve's name to faces.verification.metrics.Identification.cmc, float (G,).
-    """
+    """Draw CMC curves up to the rank `ranks`: for each name, the cmc of faces.verification.metrics.Identification."""
     figure, axes = new_figure((6, 4))
     ranks = min(ranks, *(len(cmc) for cmc in curves.values()))
     for i, (name, cmc) in enumerate(curves.items()):  # ranks are whole numbers, so the rate does not change in between
@@ -98,8 +86,7 @@ def histogram_picture(path, similarities: np.ndarray, same: np.ndarray, threshol
 
 
 def draw_histogram(axes, similarities: np.ndarray, same: np.ndarray, threshold: float):
-    """Draw histograms of the similarities, float (P,), of genuine pairs, where `same` (P,) is true, and of impostor
-    pairs, with the threshold, into matplotlib axes."""
+    """Draw histograms of the similarities (P,) of genuine pairs, where `same` (P,) is true, and of impostor pairs."""
     bins = np.histogram_bin_edges(similarities, int(np.clip(len(similarities) ** 0.5, 10, 60)))
     for mask, name, color, hatch in ((~same, "impostor", COLORS[1], "////"), (same, "genuine", COLORS[0], None)):
         axes.hist(similarities[mask], bins, color=color, alpha=0.3)
@@ -127,16 +114,14 @@ def training_picture(path, images: np.ndarray, loss: np.ndarray, lfw: np.ndarray
 
 
 def tsne_panels(path, panels: list, labels: np.ndarray, names: list[str]):
-    """Draw t-SNE layouts of embeddings, one per panel; up to 70 identities have distinct colors and markers.
+    """Draw t-SNE layouts of the embeddings of up to 70 identities, one per panel.
 
     The legend numbers the identities. Each number is also drawn at the medoid of the identity's points: the point
     nearest to all others, which is always in a cluster, unlike the mean.
 
     Args:
-        path: file to write.
         panels: list of (title, float (N, 2) points).
-        labels: int (N,), 0 .. len(names) - 1.
-        names: name of each identity.
+        labels: int (N,), index into `names` for each point.
     """
     side = 5.4 if len(panels) == 1 else 3.3   # inches; several panels must fit side by side on a page
     figure, axes = new_figure((side * len(panels) + 1.6, side + 0.2), len(panels))

@@ -51,7 +51,8 @@ def margins(folder=HERE):
     theta = np.linspace(0, np.pi, 721)
     cosine = torch.tensor(np.cos(theta))
     annealed = {lam: ((lam * cosine + psi(cosine, 4)) / (1 + lam)).numpy() for lam in (1000, 20, 5, 0)}
-    figure, (left, middle, right) = _figure((10, 6.1), 3)
+    figure = plots.Figure((10, 6.1), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
     figure.get_layout_engine().set(rect=(0, 0, 1, 0.6))                # the formulas need the upper 40 % of the figure
     _curves(left, theta, r"SphereFace: $\psi(\theta)$", {f"m = {m}": psi(cosine, m).numpy() for m in (1, 2, 3, 4)})
     _curves(middle, theta, r"SphereFace during training, m = 4: $\psi_\lambda(\theta)$",
@@ -71,7 +72,8 @@ def detection(folder=HERE):
     photo = data.astronaut()[:300, 60:400]
     faces = Detector(device="cpu").detect(photo)
     crop = align(photo, faces.landmarks[0])
-    figure, (whole, aligned) = _figure((7, 3.4), 2, width_ratios=(1.9, 1))
+    figure = plots.Figure((7, 3.4), layout="constrained")
+    whole, aligned = figure.subplots(1, 2, width_ratios=(1.9, 1))
     outline = {"path_effects": [plots.withStroke(linewidth=3.5, foreground="black")]}    # orange is hard to see on skin
     whole.imshow(photo)
     for (x1, y1, x2, y2), score in zip(faces.boxes, faces.scores):
@@ -127,12 +129,6 @@ def _formulas(figure, x, title, lines):
     figure.text(x, 0.972, title, fontsize=12, fontweight="bold", va="center")
     for y, line, size in zip((0.87, 0.755, 0.665), lines, (16, 13, 13)):
         figure.text(x, y, line, fontsize=size, math_fontfamily="stix", va="center")
-
-
-def _figure(size, columns, **grid):
-    figure = plots.Figure(size, layout="constrained", facecolor="white")
-    plots.FigureCanvasAgg(figure)
-    return figure, figure.subplots(1, columns, gridspec_kw=grid)
 
 
 def main(argv=None):

@@ -29,11 +29,3 @@ def test_pictures_equal_the_committed_ones(name, tmp_path):
     # Another machine may round an edge differently, but a changed formula or curve alters at least a hundred pixels.
     differs = np.abs(np.asarray(drawn, int) - np.asarray(committed, int)).max(2) > 64
     assert differs.sum() < 50, f"{differs.sum()} pixels differ; run images/draw.py"
-
-
-def test_help_draws_nothing(monkeypatch, capsys):
-    for name in ("margins", "detection", "verification", "tsne"):
-        monkeypatch.setattr(draw, name, lambda folder: pytest.fail("--help drew a picture"))
-    with pytest.raises(SystemExit) as exit:
-        draw.main(["--help"])
-    assert exit.value.code == 0 and "usage" in capsys.readouterr().out

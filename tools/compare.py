@@ -29,11 +29,7 @@ from tools.embedder import NO_FACE, Embedder, add_select_option, find_faces
 
 
 class Comparison(NamedTuple):
-    """What compare() returns.
-
-    similarity: cosine similarity of the embeddings, with the flipped faces' appended, -1 to 1.
-    crops: uint8 (2, 112, 96, 3), RGB, the aligned faces.
-    face_counts: number of faces detected in each photo, at least 1.
+    """The cosine similarity, -1 to 1; the aligned faces, uint8 RGB (2, 112, 96, 3); the number of faces in each photo.
     """
     similarity: float
     crops: np.ndarray
@@ -74,7 +70,7 @@ def read_scores(file) -> Scores:
     """Read a scores.tsv that lfw_eval.py wrote, or the one in a folder, and the settings in results.json beside it.
 
     Raises:
-        InputError: the file can't be read, or the similarities were computed differently from compare()'s.
+        InputError: the file can't be read, or has cosines of other embeddings than compare()'s.
     """
     file = path(file) / "scores.tsv" if path(file).is_dir() else path(file)
     settings = (read_json(file.with_name("results.json")) or {}).get("settings", {})
@@ -83,20 +79,15 @@ def read_scores(file) -> Scores:
                          "lfw_eval.py with the defaults of both.")
     with reading(file, "scores.tsv of lfw_eval.py", "pass the folder that `lfw_eval.py --output DIR` wrote"):
         with open(file, encoding="utf-8", errors="surrogateescape", newline="") as lines:
-            table = [(int(row["same"]), float(row["similarity"]))
-                     for row in csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)]
-        same, similarity = np.array(table).reshape(-1, 2).T
+            rows = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+            same, similarity = np.array([(int(row["same"]), float(row["similarity"])) for row in rows]).T
         if set(same) != {0, 1} or not (abs(similarity) < 1.001).all():
             raise ValueError("it must hold genuine and impostor pairs, with similarities from -1 to 1")
     return Scores(similarity, same == 1, settings)
 
 
 def pick_threshold(args, scores: Scores | None, loaded: dict) -> Threshold | None:
-    """Return the threshold of the command line, the scores, or else the model; its counts are None if unknown.
-
-    Raises:
-        InputError: the scores or the saved threshold belong to another model.
-    """
+    """Return the threshold of the command line, the scores, or else the model; its counts are None if unknown."""
     if scores is None:
         if args.threshold is not None:
             return Threshold(args.threshold, None, None, None, None, "")
@@ -109,10 +100,6 @@ def pick_threshold(args, scores: Scores | None, loaded: dict) -> Threshold | Non
     return choose_threshold(scores.similarity, scores.same, f"{args.scores}{unknown}", args.threshold)
 
 
-def verdict(similarity: float, threshold: float) -> str:
-    return "same person" if similarity > threshold else "different people"
-
-
 def report(args, result: Comparison, threshold: Threshold | None, scores: Scores | None):
     """Print the similarity, the verdict, and the error rates to expect."""
     for photo, count in zip(args.photos, result.face_counts):
@@ -123,9 +110,8 @@ def report(args, result: Comparison, threshold: Threshold | None, scores: Scores
         print(f"no verdict without a threshold; run `lfw_eval.py --model {args.model} --lfw DIR --save-threshold` "
               "once, which saves one beside the model")
         return
-    sign = ">" if result.similarity > threshold.value else "<="
-    print(f"{verdict(result.similarity, threshold.value)}: {result.similarity:.4f} {sign} threshold "
-          f"{threshold.value:.4f}")
+    verdict, sign = ("same person", ">") if result.similarity > threshold.value else ("different people", "<=")
+    print(f"{verdict}: {result.similarity:.4f} {sign} threshold {threshold.value:.4f}")
     if threshold.genuine is None:
         print("the error rates at this threshold are unknown; pass --scores to print them")
         return
@@ -151,9 +137,7 @@ def main(argv=None):
     result = compare(embedder, *args.photos)
     report(args, result, threshold, scores)
     if args.output:
-        title = f"similarity {result.similarity:.3f}"
-        if threshold:
-            title += f", threshold {threshold.value:.3f}: {verdict(result.similarity, threshold.value)}"
+        title = f"similarity {result.similarity:.3f}" + (f", threshold {threshold.value:.3f}" if threshold else "")
         comparison_picture(args.output / "comparison.png", result.crops, [p.name for p in args.photos], title)
         print(f"picture: {args.output / 'comparison.png'}")
 

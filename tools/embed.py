@@ -100,13 +100,11 @@ def find(photos, detector, select, all_faces, indices):
 def embed_photos(embedder: Embedder, photos: list[str], rows: Rows, args) -> dict:
     """Append the rows of all photos that have none yet; return {photo: reason} for those that can't be used."""
     skipped, missing = {}, [i for i in range(len(photos)) if i not in rows.done]
-    detector, workers = None if args.aligned else embedder.detector, args.workers
+    parts, workers = [missing[i:i + PART] for i in range(0, len(missing), PART)], args.workers
     if workers is None:
         workers = count_cpus() if embedder.device.type == "cpu" else 0
-    parts = [missing[i:i + PART] for i in range(0, len(missing), PART)]
-    parallel = workers > 1 and len(parts) > 1
-    work = partial(find, photos, detector, args.select, args.all_faces)
-    results = in_processes(work, parts, workers, embedder.device) if parallel else map(work, parts)
+    work = partial(find, photos, None if args.aligned else embedder.detector, args.select, args.all_faces)
+    results = in_processes(work, parts, workers, embedder.device) if min(workers, len(parts)) > 1 else map(work, parts)
     with tqdm(desc="embedding", total=len(photos), initial=len(rows.done), unit=" photos") as bar:
         for indices, found in results:
             skipped |= {photos[i]: faces for i, faces in zip(indices, found) if isinstance(faces, str)}
@@ -135,8 +133,6 @@ def main(argv=None):
     with locked(args.output.with_name(f".{args.output.name}.lock"), f"writing {args.output}", wait=False):
         args.output.parent.mkdir(parents=True, exist_ok=True)
         rows = Rows(args.output, [model, options, [_version(photo) for photo in photos]], width, args.aligned)
-        if rows.done:
-            print(f"continuing: {count_of(len(rows.done), 'photo~')} of an earlier run")
         skipped = embed_photos(embedder, photos, rows, args)
         count = len(rows.read())
         listed = args.output.with_suffix(".skipped.txt")

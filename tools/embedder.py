@@ -26,12 +26,9 @@ NO_FACE = "no face was found"
 
 
 class Face(NamedTuple):
-    """A face in a photo.
+    """An aligned face, uint8 RGB (112, 96, 3), and where it was in the photo, as in mtcnn.detector.Faces.
 
-    crop: uint8 (112, 96, 3), RGB, the aligned face.
-    box, score, landmarks: float32 (4,), float32, float32 (5, 2), in pixels of the photo; see mtcnn.detector.Faces.
-    chosen: which of the detected faces it is, in order of decreasing score, from 0.
-    count: number of faces detected in the photo.
+    chosen, count: which of how many detected faces it is, in order of decreasing score, from 0.
     """
     crop: np.ndarray
     box: np.ndarray | None = None
@@ -111,33 +108,27 @@ class Embedder:
 
 
 def find_faces(photos, detector: Detector, select: str = "largest", all_faces: bool = False) -> list[list[Face] | str]:
-    """Find and align a face in each of N photos, or with all_faces, all of them by decreasing score.
+    """Find and align a face in each of N photos, or with all_faces, all of them by decreasing score; see Embedder.
 
-    Args:
-        photos, select: see Embedder. Few of the photos are in memory at a time.
-        detector: mtcnn.detector.Detector.
+    Few of the photos are in memory at a time.
 
     Returns:
         list of N: a list of Face, or the reason why there is none, as text.
     """
-    together = groups(map(_read, photos), lambda image: 0 if isinstance(image, str) else image[..., 0].size)
+    images = (_try(read_image, photo) for photo in photos)
+    together = groups(images, lambda image: 0 if isinstance(image, str) else image[..., 0].size)
     return [faces for group in prefetch(together) for faces in _find_in_images(group, detector, select, all_faces)]
 
 
 def crop_faces(photos) -> list[list[Face] | str]:
     """Return what find_faces() does for faces that are already aligned, 112x96 or 112x112; only `crop` is set."""
-    return [image if isinstance(image, str) else _try(lambda image: [Face(crop_aligned(image))], image)
-            for image in map(_read, photos)]
+    return [_try(lambda photo: [Face(crop_aligned(read_image(photo)))], photo) for photo in photos]
 
 
-def _read(photo):
-    return _try(read_image, photo)
-
-
-def _try(function, image):
-    """Return function(image), or the message of its ValueError."""
+def _try(function, photo):
+    """Return function(photo), or the message of its ValueError."""
     try:
-        return function(image)
+        return function(photo)
     except ValueError as error:
         return str(error)
 

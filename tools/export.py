@@ -22,25 +22,22 @@ import torch
 from cosFace.net import NETS
 from faces.align import HEIGHT, TEMPLATE, WIDTH
 from faces.device import to_input
-from faces.files import InputError, atomic_write, check_writable, command, existing_folder, path, script_parser
-from faces.images import list_images
+from faces.files import InputError, atomic_write, check_writable, command, path, script_parser
 from faces.verification.weights import MODEL_HELP, announce, load_net, model_file
 from faces.verification.weights import add_options as add_model_options
+from mtcnn.detector import list_photos
 from tools.embedder import crop_faces
 
 TOLERANCE = 1e-4      # accepted difference between embedding values, relative to the largest value if that exceeds 1
-SYNTHETIC_FACES = 8   # number of synthetic faces, which every check uses
-MAX_READ_FACES = 256  # maximum number of faces to read from --check-faces
+SYNTHETIC_FACES, MAX_READ_FACES = 8, 256
 
 
 def export(net: torch.nn.Module, format: str, faces: np.ndarray, metadata: dict) -> tuple[bytes, float, float]:
-    """Export a network and check the result.
+    """Export a network, and check the result with faces, uint8 (N, 112, 96, 3), N >= 2: as a batch, and two singly.
 
     Args:
         net: module on the CPU, float (N, 3, 112, 96) to (N, 512); it is switched to eval mode.
-        format: one of FORMATS.
-        faces: uint8 (N, 112, 96, 3), N >= 2, RGB; the check embeds all of them as one batch, and the first two singly.
-        metadata: dict of strings, as make_metadata() returns it.
+        format, metadata: one of FORMATS, and strings to store in the file.
 
     Returns:
         The file, the largest difference between embedding values, and the largest embedding value.
@@ -133,37 +130,22 @@ def synthetic_faces(count: int) -> np.ndarray:
     return np.stack(faces)
 
 
-def read_faces(root: Path) -> np.ndarray:
-    """Return at most MAX_READ_FACES aligned faces of a folder, uint8 (N, 112, 96, 3), evenly spaced in its list.
-
-    Raises:
-        InputError: the folder contains no images, or one of them is unreadable or has a different size.
-    """
-    files = [root / name for name in list_images(existing_folder(root, "aligned faces"))]
-    files = [files[i] for i in np.unique(np.linspace(0, len(files) - 1, MAX_READ_FACES).astype(int)) if files]
-    found = crop_faces(files)
-    for file, faces in zip(files, found):
-        if isinstance(faces, str):
-            raise InputError(f"can't use {file} for the check: {faces}; pass a folder of aligned faces.")
-    if not files:
-        raise InputError(f"{root} contains no images; pass a folder of faces aligned to 112x96 or 112x112.")
-    return np.stack([face.crop for face, in found])
-
-
 @command
 def main(argv=None):
     args = _parse(argv)
     faces = synthetic_faces(SYNTHETIC_FACES)
     if args.check_faces:
-        faces = np.concatenate((faces, read_faces(args.check_faces)))
+        files = list_photos([args.check_faces])
+        found = crop_faces(files[::1 + len(files) // MAX_READ_FACES])
+        faces = np.stack([*faces, *(face.crop for some in found if not isinstance(some, str) for face in some)])
     net, loaded = load_net(args.model, NETS, args.net, args.channels)
     announce(args.model, loaded)
     data, difference, largest = export(net, args.format, faces, make_metadata(loaded["net"], loaded["method"]))
     with atomic_write(args.output) as file:
         file.write(data)
     print(f"{args.output}: {args.format}, {len(data) / 1e6:.1f} MB, including metadata\n"
-          f"largest difference from the original on {len(faces)} faces ({SYNTHETIC_FACES} synthetic, "
-          f"{len(faces) - SYNTHETIC_FACES} read): {difference:.1e} (largest embedding value: {largest:.1f})")
+          f"largest difference from the original on {SYNTHETIC_FACES} synthetic faces and "
+          f"{len(faces) - SYNTHETIC_FACES} of --check-faces: {difference:.1e} (largest value: {largest:.1f})")
 
 
 def _parse(argv):
@@ -174,10 +156,8 @@ def _parse(argv):
                         help="onnx for other runtimes (`pip install onnx onnxruntime`), torchscript, or safetensors")
     parser.add_argument("--output", type=path, required=True, metavar="FILE", help="file to write")
     parser.add_argument("--check-faces", type=path, metavar="DIR",
-                        help=f"also use up to {MAX_READ_FACES} aligned faces in this folder for the check")
+                        help="also use aligned faces in this folder for the check")
     args = parser.parse_args(argv)
-    if args.output.is_dir():
-        parser.error(f"--output {args.output} is a folder; pass the name of a file")
     if args.output.exists() and args.output.samefile(model_file(args.model)):
         parser.error(f"--output {args.output} is the model itself; pass the name of another file")
     format = EXTENSIONS.get(args.output.suffix.lower(), args.format)

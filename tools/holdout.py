@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 
 from faces.data.cache import build
-from faces.data.casia import TrainingList, list_casia
+from faces.data.casia import list_casia
 from faces.data.recordio import Records
 from faces.files import CACHE, InputError, at_least, atomic_write, command, count_of, locked, path, script_parser
 from faces.landmarks import write_landmarks
@@ -31,11 +31,7 @@ MAX_OF_PERSON, MAX_OF_FOLD = 50, 2000    # photos that pairs are drawn from, so 
 
 
 def choose_people(labels: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Choose `count` people to hold out, among those with at least two images; `labels` is the person in each image.
-
-    Raises:
-        InputError: too few people have two images, or fewer than two would be left to train on.
-    """
+    """Choose `count` people to hold out, among those with at least two images; `labels` is the person in each image."""
     people, images = np.unique(labels, return_counts=True)
     candidates = people[images > 1]
     if count > min(len(candidates), len(people) - 2):
@@ -45,17 +41,12 @@ def choose_people(labels: np.ndarray, count: int, rng: np.random.Generator) -> n
 
 
 def draw_pairs(labels: np.ndarray, rows: np.ndarray, people: np.ndarray, count: int, rng: np.random.Generator) -> tuple:
-    """Draw the pairs of one fold.
+    """Draw the pairs of one fold: int (count, 2) rows, and bool (count,), whether a pair is genuine.
 
     Args:
         labels: int (N,), the person in each image of the set.
         rows: int (K,), the usable images.
         people: labels of the people in the fold, at least two.
-        count: number of pairs, even.
-        rng: numpy random generator.
-
-    Returns:
-        (int (count, 2) rows, genuine pairs first; bool (count,), whether a pair is genuine).
 
     Raises:
         InputError: these people have too few photos.
@@ -80,23 +71,12 @@ def draw_pairs(labels: np.ndarray, rows: np.ndarray, people: np.ndarray, count: 
 
 
 def write_bin(file: Path, images: np.ndarray, pairs: np.ndarray, same: np.ndarray):
-    """Write a .bin set, atomically, of int (P, 2) rows of `images`, uint8 (N, 112, 96, 3), RGB, and bool (P,).
-
-    Raises:
-        InputError: it would be too large to be read.
-    """
+    """Write a .bin set of int (P, 2) rows of `images`, uint8 (N, 112, 96, 3), RGB, and bool (P,)."""
     encoded = {row: cv2.imencode(".png", images[row][..., ::-1])[1].tobytes() for row in np.unique(pairs)}
     if sum(map(len, encoded.values())) > 0.99 * MAX_BYTES:
         raise InputError(f"{file} would be larger than the {MAX_BYTES / 1e6:.0f} MB that can be read; lower --pairs.")
     with atomic_write(file) as output:    # an image of several pairs is one object, which is written once
         pickle.dump(([encoded[row] for row in pairs.ravel()], same.tolist()), output, protocol=4)
-
-
-def write_list(file: Path, listing: TrainingList, rows: np.ndarray):
-    """Write the list of the images to train on, with labels from 0; see faces.data.casia.read_casia()."""
-    labels = np.unique(listing.labels[rows], return_inverse=True)[1]
-    points = np.empty((len(rows), 0)) if listing.points is None else listing.points[rows]    # none, or five each
-    write_landmarks(file, zip([listing.paths[row] for row in rows], labels, points))
 
 
 @command
@@ -123,7 +103,9 @@ def hold_out(args, pairs_file: Path, list_file: Path):
     pairs, same = map(np.concatenate, zip(*folds))
     train = rows[~np.isin(listing.labels[rows], people)]
     write_bin(pairs_file, images, pairs, same)
-    write_list(list_file, listing, train)
+    labels = np.unique(listing.labels[train], return_inverse=True)[1]    # from 0
+    points = np.empty((len(train), 0)) if listing.points is None else listing.points[train]    # none, or five each
+    write_landmarks(list_file, zip([listing.paths[row] for row in train], labels, points))
     print(f"{pairs_file}: {len(pairs):,} pairs of {len(people):,} people",
           f"{list_file}: {count_of(len(train), 'image~')} of the other {len(np.unique(listing.labels[train])):,}",
           *listing.notes, sep="\n")

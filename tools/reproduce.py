@@ -2,12 +2,12 @@
 
     make reproduce CASIA=DIR LFW=DIR                                        LFW may also be an InsightFace .bin set
     make reproduce CASIA=DIR LFW=DIR ARGS="--epochs 1 --batch-size 16"      a small trial
-    python tools/reproduce.py --casia DIR --lfw DIR                         the same without make
 
 Options that are not listed here are passed to both casia_train.py. Landmarks are detected only if the faces are not
 aligned and there is no list yet. Stop it at any moment, and continue with the same command: each of the commands that
 it prints and runs resumes by itself. The table is runs/reproduce/results.md, written after each evaluation.
 """
+import contextlib
 import os
 import shlex
 import signal
@@ -21,7 +21,6 @@ import torch
 import cosFace.casia_train
 import sphereFace.casia_train
 from faces import files
-from faces.align import crop_aligned
 from faces.data.casia import list_casia
 from faces.files import ROOT, RUNS, at_least, command, path, script_parser
 from faces.images import UnreadableImage, read_image
@@ -29,17 +28,12 @@ from faces.landmarks import found_list
 from faces.verification.binset import read_bin
 from faces.verification.pairs import open_images, read_pairs
 
-METHODS = {"CosFace": cosFace.casia_train, "SphereFace": sphereFace.casia_train}
+METHODS = {"cosFace": cosFace.casia_train, "sphereFace": sphereFace.casia_train}
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node"]
 
 
-def folder_of(method: str) -> str:
-    return method[0].lower() + method[1:]
-
-
 def plan(args, options: list[str]) -> list[tuple]:
-    """Check the sets and options; return (words, results) of each command: the words without `python`, and for an
-    evaluation the results.json that it writes, else None."""
+    """Check sets and options; return the words of each command, without `python`, and the results.json it writes."""
     for module in METHODS.values():    # both must understand the options
         first = module.parser.parse_args(["--casia", str(args.casia), *options])
     device = [] if first.device == "auto" else ["--device", first.device]
@@ -48,7 +42,7 @@ def plan(args, options: list[str]) -> list[tuple]:
     if casia.points is None and not first.list and not are_aligned(casia.source, casia.paths):
         commands.append((["mtcnn/casia_landmark.py", "--casia", args.casia, *device], None))
     if args.lfw.is_file() and args.lfw.suffix.lower() != ".zip":
-        read_bin(args.lfw)
+        read_bin(args.lfw)    # so that a mistake is noticed now
     else:
         images = open_images(args.lfw)
         pairs = read_pairs(images, identification=True)
@@ -62,42 +56,33 @@ def plan(args, options: list[str]) -> list[tuple]:
                 commands.append((["mtcnn/lfw_landmark.py", "--lfw", args.lfw, *device], None))
     processes = args.processes or (torch.cuda.device_count() if first.device in ("auto", "cuda") else 1)
     start = [*TORCHRUN, processes] if processes > 1 else []
-    for folder in map(folder_of, METHODS):
+    for folder in METHODS:
         run = args.output / folder
         commands.append(([*start, f"{folder}/casia_train.py", "--casia", args.casia, *options, "--output", run,
                           "--resume", "auto"], None))
         commands.append(([f"{folder}/lfw_eval.py", "--model", run, "--lfw", args.lfw, *evaluation, *device,
                           "--output", run / "lfw"], run / "lfw/results.json"))
-    return [([str(ROOT / word) if str(word).endswith(".py") else str(word) for word in words], results)
-            for words, results in commands]
+    return [([str(ROOT / w if str(w)[-3:] == ".py" else w) for w in words], results) for words, results in commands]
 
 
 def are_aligned(source, names: list[str]) -> bool:
     """Return whether most of 20 images of a set have the size of aligned faces, 112x96 or 112x112."""
-    aligned = []
+    sizes = []
     for name in names[::max(1, len(names) // 20)]:
-        try:
-            crop_aligned(read_image(source.open(name)))
-            aligned.append(True)
-        except UnreadableImage:
-            continue
-        except ValueError:    # another size
-            aligned.append(False)
-    return 2 * sum(aligned) > len(aligned)
+        with contextlib.suppress(UnreadableImage):
+            sizes.append(read_image(source.open(name)).shape[:2])
+    return 2 * sum(size in ((112, 96), (112, 112)) for size in sizes) > len(sizes)
 
 
 def run(words: list[str]) -> int:
-    """Print a command as it is typed in the current folder, run it, and return its exit status.
-
-    Ctrl-C reaches it by itself; SIGTERM and SIGHUP are passed on. In any case, it saves its work first.
-    """
-    print("\n$ python " + shlex.join(os.path.relpath(word) if word.startswith(f"{ROOT}{os.sep}") else word
-                                     for word in words), flush=True)
+    """Print a command as it is typed in the current folder, run it, and return its exit status."""
+    here = [os.path.relpath(word) if word.startswith(f"{ROOT}{os.sep}") else word for word in words]
+    print(f"\n$ python {shlex.join(here)}", flush=True)
     process, received = subprocess.Popen([sys.executable, *words]), []
 
-    def pass_on(number, _):
+    def pass_on(number, _):    # the command saves its work first, and this program waits for that
         received.append(number)
-        if number != signal.SIGINT:
+        if number != signal.SIGINT:    # Ctrl-C reaches it by itself
             process.send_signal(number)
     with files.on_signals(pass_on):
         status = process.wait()
@@ -108,7 +93,7 @@ def render(args, commands: list[tuple]) -> str:
     """Return the text of results.md, with the methods that have been evaluated so far."""
     rows, facts = [], []
     for method in METHODS:
-        folder = args.output / folder_of(method)
+        folder = args.output / method
         result = files.read_json(folder / "lfw/results.json")
         if result is None:
             continue
@@ -116,7 +101,7 @@ def render(args, commands: list[tuple]) -> str:
         tar = next(point for point in result["tar"] if point["far"] == 1e-3)
         few = "" if tar["resolved"] else f" (only {tar['impostors']} impostor pairs)"
         rank_1 = f"{result['identification']['rank_1']:.4f}" if result["identification"] else "-"
-        cells = (method, result["settings"]["net"], f"{result['accuracy']:.4f} (std {result['std']:.4f})",
+        cells = (state["method"], result["settings"]["net"], f"{result['accuracy']:.4f} (std {result['std']:.4f})",
                  "{:.4f} to {:.4f}".format(*result["interval_95"]), f"{tar['tar']:.4f}{few}", rank_1,
                  f"{state['step'] * state['settings']['batch_size']:,} of {state['classes']:,} people")
         rows.append(f"| {' | '.join(cells)} |")
@@ -124,7 +109,7 @@ def render(args, commands: list[tuple]) -> str:
         facts = [f"- training set: {args.casia}",
                  f"- test set: {args.lfw}, {counts['pairs']:,} pairs of {counts['images']:,} images",
                  f"- trained in {state['settings']['precision']} with {versions}"]
-    typed = [shlex.join(word.removeprefix(f"{ROOT}{os.sep}") for word in words) for words, _ in commands]
+    typed = [shlex.join(words).replace(f"{ROOT}{os.sep}", "") for words, _ in commands]
     return "\n".join(["# Results", "",
                       "| method | network | accuracy | 95 % interval | TAR@FAR=1e-3 | rank 1 | training images |",
                       "| --- | --- | --- | --- | --- | --- | --- |", *rows, "",
@@ -136,7 +121,6 @@ def render(args, commands: list[tuple]) -> str:
 @command
 def main(argv=None):
     parser = script_parser(__doc__)
-    parser.allow_abbrev = False
     parser.add_argument("--casia", type=path, required=True, metavar="DIR", help="as for casia_train.py")
     parser.add_argument("--lfw", type=path, required=True, metavar="DIR|FILE", help="as for lfw_eval.py")
     parser.add_argument("--output", type=path, default=RUNS / "reproduce", metavar="DIR", help="folder of runs, table")

@@ -37,10 +37,7 @@ def list_lfw(root: Path, landmarks: Path | None = None) -> TrainingList:
 
 
 def choose_images(labels: np.ndarray, identities: int, per_identity: int, seed: int) -> np.ndarray:
-    """Choose identities at random, and images of each; identities with fewer images are not chosen.
-
-    Returns:
-        int (identities, per_identity), indices into `labels`; each row is sorted and belongs to one identity.
+    """Choose identities and images of each at random, int (identities, per_identity), indices into `labels`.
 
     Raises:
         InputError: too few identities have enough images.
@@ -57,31 +54,19 @@ def choose_images(labels: np.ndarray, identities: int, per_identity: int, seed: 
 
 
 def read_faces(listing: TrainingList, rows) -> np.ndarray:
-    """Read and align some images of a list, uint8 (len(rows), 112, 96, 3).
-
-    Raises:
-        InputError: an image can't be read or aligned.
-    """
+    """Read and align some images of a list, uint8 (len(rows), 112, 96, 3)."""
     faces = []
     for row in rows:
         try:
             faces.append(load_face(*listing.face(row)))
         except ValueError as error:
-            raise InputError(f"can't use {listing.paths[row]} in {listing.source}: {error}; replace or remove the "
-                             "image, or try another --seed.") from None
+            raise InputError(f"can't use {listing.paths[row]} in {listing.source}: {error}; pass its --landmarks, "
+                             "replace the image, or try another --seed.") from None
     return np.stack(faces)
 
 
 def layout_and_silhouette(embeddings: np.ndarray, labels: np.ndarray, seed: int) -> tuple[np.ndarray, float]:
-    """Compute a t-SNE layout of embeddings, and a score of how well their identities separate.
-
-    Args:
-        embeddings: float (N, D).
-        labels: int (N,), at least two identities with at least two embeddings each.
-        seed: seed of the layout.
-
-    Returns:
-        (layout, float (N, 2); silhouette score of the embeddings with cosine distance, -1 to 1).
+    """Return a t-SNE layout of embeddings, float (N, 2), and their silhouette score with cosine distance, -1 to 1.
 
     Raises:
         InputError: an embedding is not finite, or is zero.
@@ -98,19 +83,17 @@ def layout_and_silhouette(embeddings: np.ndarray, labels: np.ndarray, seed: int)
 
 
 def write_points(file, panels: list, labels, names: list[str]):
-    """Write what tsne_panels() draws as a tab-separated table with columns panel, identity, x and y."""
+    """Write what tsne_panels() draws as a tab-separated table."""
+    rows = [(title, names[label], f"{x:.2f}", f"{y:.2f}") for title, points in panels
+            for label, (x, y) in zip(labels, points)]
     with atomic_write(file, "w", newline="") as output:
-        table = csv.writer(output, delimiter="\t", lineterminator="\n")
-        table.writerow(("panel", "identity", "x", "y"))
-        for title, points in panels:
-            table.writerows((title, names[label], f"{x:.2f}", f"{y:.2f}") for label, (x, y) in zip(labels, points))
+        csv.writer(output, "excel-tab", lineterminator="\n").writerows([("panel", "identity", "x", "y"), *rows])
 
 
 def read_points(file) -> tuple:
     """Return the panels, labels and names that write_points() wrote to a file; see faces.plots.tsne_panels()."""
-    with reading(file, "table of points", "write it again with tools/tsne.py --points"), \
-            open(file, encoding="utf-8", errors="surrogateescape", newline="") as lines:
-        rows = list(csv.DictReader(lines, delimiter="\t"))
+    with reading(file, "table of points"), open(file, encoding="utf-8", errors="surrogateescape", newline="") as lines:
+        rows = list(csv.DictReader(lines, dialect="excel-tab"))
         titles, names = (list(dict.fromkeys(row[column] for row in rows)) for column in ("panel", "identity"))
         panels = [(title, np.array([(float(row["x"]), float(row["y"])) for row in rows if row["panel"] == title]))
                   for title in titles]

@@ -1,6 +1,4 @@
 """holdout.py: the people of the pairs are not in the list to train on, and both files work with training."""
-import shutil
-
 import numpy as np
 import pytest
 from conftest import draw_face, write_image
@@ -78,15 +76,3 @@ def test_aligned_faces_get_a_list_without_landmarks(photos, tmp_path, call):
 def test_bad_input_is_one_sentence_and_writes_nothing(photos, tmp_path, call, wrong, sentence):
     status, _, err = call(holdout, *options(photos[0], tmp_path, *wrong))
     assert status == 2 and sentence in err and not list(tmp_path.glob("out/[!.]*"))
-
-
-def test_unusable_photos_are_counted_and_not_in_the_list(photos, tmp_path, call, monkeypatch):
-    shutil.copytree(photos[0], tmp_path / "photos")
-    lines = (photos[0] / "casia_landmark.txt").read_text().splitlines()
-    kept = [line for line in lines if not line.startswith("0000003/001.png")]
-    (tmp_path / "photos" / "casia_landmark.txt").write_text("\n".join(kept) + "\n")
-    (tmp_path / "photos" / "0000007" / "002.png").write_bytes(b"not an image")
-    monkeypatch.setattr("faces.data.cache.MAX_FAILED", 0.1)
-    status, out, _ = call(holdout, *options(tmp_path / "photos", tmp_path))
-    assert status == 0 and "1 photo not in the list" in out and "1 unusable image, see failed.txt" in out
-    assert "0000007/002.png" not in (tmp_path / "out" / "train.txt").read_text()
