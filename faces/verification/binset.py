@@ -48,7 +48,7 @@ def read_bin(file) -> tuple[Pairs, Images]:
         InputError: the file can't be read, is too large, or holds anything but what it should.
     """
     file = path(file)
-    with reading(file, "InsightFace .bin set", "pass lfw.bin or a similar file, or a folder of images"):
+    with reading(file, "verification set in InsightFace's format", "pass lfw.bin or the like, or a folder of images"):
         images, same = _check(unpickle(read_bytes(file, MAX_BYTES)))
         index = {}
         rows = np.array([index.setdefault(image, len(index)) for image in images])

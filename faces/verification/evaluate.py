@@ -41,15 +41,16 @@ def evaluate(net: nn.Module, lfw: Lfw, device, flip: str = "concatenate", subtra
     return _verify(embed(net, lfw.faces, device, batch_size, flip, dtype, progress), lfw.pairs, subtract_mean)
 
 
-def evaluate_epoch(net: nn.Module, lfw: Lfw | None, device, dtype: torch.dtype, step: int) -> tuple[dict, dict | None]:
+def evaluate_epoch(net: nn.Module, lfw: Lfw | None, device, dtype: torch.dtype, step: int,
+                   threshold: dict | None = None) -> tuple[dict, dict | None]:
     """Evaluate a network that is being trained.
 
     Returns:
         The accuracy and its standard deviation over the folds, for a log; and for a checkpoint, the threshold with the
-        highest accuracy. Nothing without a set.
+        highest accuracy. Without a set, no figures and the `threshold` of an earlier evaluation.
     """
     if lfw is None:
-        return {}, None
+        return {}, threshold
     result, pairs = evaluate(net, lfw, device, dtype=dtype), lfw.pairs.judged()
     best = choose_threshold(result.similarities, pairs.same, f"{count_of(len(pairs.same), 'pair~')} of {lfw.source}")
     return {"lfw": result.accuracy, "lfw_std": result.std}, {**best._asdict(), "step": step}

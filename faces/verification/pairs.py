@@ -99,6 +99,8 @@ def read_list(file) -> tuple[list, np.ndarray, np.ndarray]:
     """
     with reading(file, "list of pairs", "correct it, or pass a text file like LFW's pairs.txt"):
         lines = [(number, _split(line)) for number, line in read_lines(file)]
+        if not lines:
+            raise ValueError("it is empty")
         per_image = all(len(fields) == 2 for _, fields in lines)
         header = lines[0][1]
         sized = not per_image and len(header) <= 2 and all(field.isdecimal() for field in header)

@@ -1,20 +1,26 @@
 """Report the results of lfw_eval.py: the summary line, a table per model, and the files in --output."""
 import re
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from faces import plots
+from faces import plots  # before matplotlib: see MPLBACKEND there
 from faces.files import atomic_write, count_of, write_json
 from faces.verification.bootstrap import interval
 from faces.verification.lfw import Lfw
 from faces.verification.metrics import Identification, Verification, operating_point
 
+font_manager = plots.matplotlib.font_manager
+
 FAR = 1e-3             # allows three false accepts among the 3,000 impostor pairs of LFW
 MAX_CMC_RANK = 100     # last rank in results.json and cmc.png
 PAIRS_PER_ROW = 5      # of errors.png
+# Fonts for names in scripts that matplotlib's own font lacks; those that are installed are used.
+FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "WenQuanYi Micro Hei",
+         "Microsoft YaHei", "PingFang SC", "Hiragino Sans", "Malgun Gothic", "Arial Unicode MS", "Nirmala UI")
 
 
 class Measured(NamedTuple):
@@ -145,6 +151,8 @@ def error_sheet(file, faces: np.ndarray, pairs, similarities: np.ndarray, correc
     shown = [hardest(similarities, pairs.same, genuine, count) for genuine in (True, False)]
     rows = [-(-len(indices) // PAIRS_PER_ROW) for indices in shown]    # rounded up
     figure, grid = plots.new_figure((PAIRS_PER_ROW * 2.15, 0.5 + 1.9 * sum(rows)), PAIRS_PER_ROW, sum(rows))
+    installed = {entry.name for entry in font_manager.fontManager.ttflist}
+    fonts = [font for font in FONTS if font in installed]
     gap = np.full((faces.shape[1], 6, 3), 255, np.uint8)
     for panel in grid.flat:
         panel.set_axis_off()
@@ -160,8 +168,10 @@ def error_sheet(file, faces: np.ndarray, pairs, similarities: np.ndarray, correc
             panel.set_title(f"{similarities[i]:.3f}  {decision}", pad=3, fontsize=10,
                             color=plots.COLORS[int(not correct[i])], weight="normal" if correct[i] else "bold")
             names = "\n".join(plots.plain(_caption(pairs.paths[image])) for image in (left, right))
-            panel.text(0.5, -0.04, names, fontsize=7.5, ha="center", va="top", transform=panel.transAxes)
-    plots.save(figure, file)
+            panel.text(0.5, -0.04, names, fontsize=7.5, ha="center", va="top", transform=panel.transAxes, family=fonts)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")    # about characters that no font has
+        plots.save(figure, file)
 
 
 def hardest(similarities: np.ndarray, same: np.ndarray, genuine: bool, count: int = 10) -> np.ndarray:

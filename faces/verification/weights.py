@@ -281,12 +281,12 @@ def _load(file, stated, found, net, channels):
     (layout, tensors, source, ignored), *others = found
     stated_channels = str(stated.get("colour_order")).lower()
     channels = channels or (stated_channels if stated_channels in CHANNELS else layout.channels)
-    modules = dict(net.named_modules())
-    for name in tensors.keys() - net.state_dict().keys():    # in public files, residual convolutions may have biases
-        layer = modules.get(name.removesuffix(".bias"))
-        if isinstance(layer, nn.Conv2d) and name.endswith(".bias"):
-            layer.bias = nn.Parameter(layer.weight.new_zeros(layer.out_channels))
-    expected = net.state_dict()
+    expected, modules = net.state_dict(), dict(net.named_modules())
+    # In public files, residual convolutions may have biases that the network does not have yet.
+    biases = {name: nn.Parameter(layer.weight.new_zeros(layer.out_channels)) for name in tensors
+              if name not in expected and name.endswith(".bias")
+              and isinstance(layer := modules.get(name.removesuffix(".bias")), nn.Conv2d)}
+    expected |= biases
     with reading(file, "checkpoint of ordinary tensors", "pass another checkpoint"):
         for name in [*expected, *tensors]:
             file_name, value = tensors.get(name, (name, None))
@@ -300,6 +300,8 @@ def _load(file, stated, found, net, channels):
         first = weights["conv1_1.weight"].flip(1) if channels == "bgr" else weights["conv1_1.weight"]
         # Both inputs are zero at x = 127.5 and in the padding, so scaling the weight is exact.
         weights["conv1_1.weight"] = (first.double() * (128 / layout.divisor)).float()
+        for name, bias in biases.items():
+            modules[name.removesuffix(".bias")].bias = bias
         net.load_state_dict({**expected, **weights})
     method = stated.get("method")
     return {"format": stated["format"], "method": None if method == "unknown" else method,

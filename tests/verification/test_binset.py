@@ -1,4 +1,4 @@
-"""InsightFace's .bin sets can be read, whatever wrote them; other files are rejected, and none of their code runs."""
+"""InsightFace's .bin sets can be read, whatever wrote them; other files are refused, and none of their code runs."""
 import os
 import pickle
 import struct
@@ -6,14 +6,12 @@ import struct
 import cv2
 import numpy as np
 import pytest
-from conftest import draw_face, run_lfw_eval
+from conftest import draw_face
 
-import cosFace.net
 from faces.files import InputError
 from faces.images import read_image
-from faces.training import checkpoint
 from faces.verification import binset
-from faces.verification.binset import Refused, read_bin, unpickle
+from faces.verification.binset import read_bin, unpickle
 from faces.verification.lfw import load_lfw
 
 PEOPLE = 12
@@ -29,13 +27,6 @@ def images():
     faces = [[cv2.imencode(".png", draw_face(p, i, 112)[0])[1].tobytes() for i in (0, 1)] for p in range(PEOPLE)]
     pairs = [(faces[p][0], faces[(p + i) % PEOPLE][1 - i]) for p in range(PEOPLE) for i in (0, 1)]
     return [image for pair in pairs for image in pair]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "checkpoint.pt"
-    checkpoint.save(path, {"method": "CosFace", "weights": cosFace.net.faceNet().state_dict()})
-    return path
 
 
 def python2_pickle(images, same):
@@ -61,40 +52,33 @@ def write_bin(tmp_path, data):
     return path
 
 
-@pytest.mark.parametrize("protocol", range(6))
-def test_every_pickle_protocol_and_type_of_list_can_be_read(images, protocol):
+@pytest.mark.parametrize("protocol", range(2, 6))
+def test_every_pickle_protocol_and_type_of_list_can_be_read(tmp_path, images, protocol):
     arrays = [np.frombuffer(image, np.uint8) for image in images]
-    for encoded in (images, arrays, [array.copy() for array in arrays]):
-        for same in (SAME, tuple(SAME), np.array(SAME), [np.bool_(s) for s in SAME], [int(s) for s in SAME]):
-            read_images, read_same = unpickle(pickle.dumps((encoded, same), protocol))
-            assert [bytes(image) for image in read_images] == images and list(read_same) == SAME
-    big_endian = np.arange(6, dtype=">f4").reshape(2, 3, order="F")
-    np.testing.assert_array_equal(unpickle(pickle.dumps(big_endian, protocol)), big_endian)
+    for encoded, same in ((images, SAME), (arrays, tuple(SAME)), ([array.copy() for array in arrays], np.array(SAME)),
+                          (images, [np.bool_(s) for s in SAME]), (images, np.array(SAME, ">i8"))):
+        pairs, read = read_bin(write_bin(tmp_path, pickle.dumps((encoded, same), protocol)))
+        assert [read.open(pairs.paths[i]) for i in pairs.pairs.ravel()] == images and pairs.same.tolist() == SAME
 
 
-def test_files_written_by_python_2_can_be_read(images):
-    strings, arrays = python2_pickle(images, SAME), python2_array_pickle(images, SAME)
-    assert unpickle(strings) == (images, SAME)
-    read_images, read_same = unpickle(arrays)
-    assert [image.tobytes() for image in read_images] == images and read_same == SAME
-    # Python's own unpickler reads the same, so the synthetic files are valid.
-    assert pickle.loads(strings, encoding="bytes") == (images, SAME)
-    assert pickle.loads(arrays, encoding="bytes")[0][5].tobytes() == images[5]
+def test_files_written_by_python_2_can_be_read(tmp_path, images):
+    for data in (python2_pickle(images, SAME), python2_array_pickle(images, SAME)):
+        pairs, read = read_bin(write_bin(tmp_path, data))
+        assert [read.open(pairs.paths[i]) for i in pairs.pairs.ravel()] == images and pairs.same.tolist() == SAME
+        # Python's own unpickler reads the same, so the synthetic files are valid.
+        assert bytes(pickle.loads(data, encoding="bytes")[0][5]) == images[5]
 
 
 def test_pairs_folds_and_identities_of_a_set(tmp_path, images):
-    pairs, distinct = read_bin(write_bin(tmp_path, python2_pickle(images, SAME)))
-    assert len(distinct) == len(set(images)) == 2 * PEOPLE and not pairs.named
-    assert [distinct[i] for i in pairs.pairs.ravel()] == images and pairs.same.tolist() == SAME
-    assert all(images[int(path.removeprefix("lfw.bin#"))] == image for path, image in zip(pairs.paths, distinct))
+    path = write_bin(tmp_path, python2_pickle(images, SAME))
+    pairs, read = read_bin(path)
+    assert len(read.encoded) == len(set(images)) == 2 * PEOPLE and not pairs.named
+    assert all(images[int(name.removeprefix("lfw.bin#"))] == image for name, image in read.encoded.items())
     assert np.bincount(pairs.folds).tolist() == [3] * 4 + [2] * 6 and (np.diff(pairs.folds) >= 0).all()
     people = np.array([[p, (p + i) % PEOPLE] for p in range(PEOPLE) for i in (0, 1)])
     identities = pairs.identities[pairs.pairs]
     assert len({(a, b) for a, b in zip(people.ravel(), identities.ravel())}) == PEOPLE == len(np.unique(identities))
-
-
-def test_faces_are_cropped_to_the_template(tmp_path, images):
-    loaded = load_lfw(write_bin(tmp_path, pickle.dumps([images, SAME])))
+    loaded = load_lfw(path)
     assert loaded.faces.shape == (2 * PEOPLE, 112, 96, 3) and "lfw.bin" in loaded.landmarks
     np.testing.assert_array_equal(loaded.faces[loaded.pairs.pairs[7, 1]], read_image(images[15])[:, 8:-8])
 
@@ -109,7 +93,7 @@ class PickledCall:
         return self.call
 
 
-@pytest.mark.parametrize("protocol", (0, 2, 4, 5))
+@pytest.mark.parametrize("protocol", (0, 2, 5))
 @pytest.mark.parametrize("name", ("os.system", "eval", "numpy.load", "object array"))
 def test_no_code_in_a_file_is_run(tmp_path, name, protocol):
     marker = tmp_path / "run"
@@ -118,7 +102,7 @@ def test_no_code_in_a_file_is_run(tmp_path, name, protocol):
                  "numpy.load": PickledCall(np.load, str(marker))}
     malicious["object array"] = np.array([malicious["os.system"]], object)
     data = pickle.dumps(([malicious[name]], [True]), protocol)
-    with pytest.raises(InputError, match="is refused as an InsightFace .bin set: it (asks for|has an array of)"):
+    with pytest.raises(InputError, match=r"lfw.bin is damaged or not a.* \(it (asks for|has an array of)"):
         read_bin(write_bin(tmp_path, data))
     assert not marker.exists()
     if name == "os.system":
@@ -127,70 +111,58 @@ def test_no_code_in_a_file_is_run(tmp_path, name, protocol):
 
 
 RECONSTRUCT = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85C\x01b\x87R"
+U1 = b"cnumpy\ndtype\nX\x02\x00\x00\x00u1\x85R"
 
 
 @pytest.mark.parametrize("data", [
-    b"", b"no pickle", b"\x80\x04.", b"\x80\x04]", b"\x80\x04a.", b"\x80\x04(.", b"h\x00.", b"\x86.", b"]]R.", b"]]b.",
+    b"", b"no pickle", b"\x80\x04.", b"\x80\x04]", b"\x80\x04a.", b"h\x00.", b"]]R.", b"]]b.",
     b"(ios\nsystem\n.", b"(cos\nsystem\no.", b"cos\nsystem\n)\x81.", b"Pid\n.", b"\x82\x01.", b"}.", b"\x8f.",
-    b"cbuiltins\ngetattr\n.", b"\x8c\x02os\x8c\x06system\x93.", b"]]\x93.", b"cnumpy\nndarray\nJ\xff\xff\xff\x7f\x85R.",
-    b"cnumpy\ndtype\nX\x01\x00\x00\x00O\x85R.", b"cnumpy\ndtype\n]\x85R.",
+    b"cbuiltins\ngetattr\n.", b"\x8c\x02os\x8c\x06system\x93.", b"cnumpy\nndarray\nJ\xff\xff\xff\x7f\x85R.",
+    b"cnumpy\ndtype\nX\x01\x00\x00\x00O\x85R.", b"cnumpy\ndtype\n)\x81]b.",
     b"c_codecs\nencode\nX\x00\x00\x00\x00X\x03\x00\x00\x00hex\x86R.",
-    # These declare more bytes, or more array elements, than they contain.
-    b"B\xff\xff\xff\xff.", b"\x8e\xff\xff\xff\xff\xff\xff\xff\x7f.",
-    RECONSTRUCT + b"(K\x01J\xff\xff\xff\x7f\x85cnumpy\ndtype\nX\x02\x00\x00\x00u1\x85R\x89C\x01xtb.",
-    # This contains the instruction POP, which plain data never needs.
-    b"X\x40\x42\x0f\x00" + b"a" * 1_000_000 + b"q\x000" + b"h\x00." * 3])
-def test_damaged_files_and_unneeded_instructions_are_refused(data):
-    with pytest.raises(Refused):
-        unpickle(data)
+    # These declare more bytes, more array elements, or a larger memo than they contain.
+    b"B\xff\xff\xff\xff.", b"\x8e\xff\xff\xff\xff\xff\xff\xff\x7f.", b"\x96\xff\xff\xff\xff\xff\xff\x00\x00.",
+    RECONSTRUCT + b"(K\x01J\xff\xff\xff\x7f\x85" + U1 + b"\x89C\x01xtb.", b"\x80\x02]r\xff\xff\xff\x7f.",
+    RECONSTRUCT + b"(K\x01J\xff\xff\xff\x7f\x85" + U1 + b"\x89J\xff\xff\xff\x7ftb.",    # an integer as its data
+    # A tuple in a tuple, 100,000 deep: hashing it would crash Python.
+    b"\x8f()" + b"\x85" * 100_000 + b"\x90.", b"})" + b"\x85" * 100_000 + b"Ns.",
+], ids=range(29))
+def test_damaged_and_hostile_files_are_refused(tmp_path, data):
+    path = write_bin(tmp_path, data)
+    with pytest.raises(InputError, match="lfw.bin is damaged or not a verification set"):
+        read_bin(path)
 
 
-def test_decompression_bombs_are_refused(monkeypatch):
+def test_memory_is_bounded_by_the_size_of_the_file(tmp_path, monkeypatch):
     text = b"X" + struct.pack("<i", 100_000) + b"a" * 100_000 + b"q\x00"
     encode = b"c_codecs\nencode\nh\x00X\x06\x00\x00\x00latin1\x86R"
-    with pytest.raises(Refused, match="many times its size"):
+    with pytest.raises(ValueError, match="many times its size"):
         unpickle(b"(" + text + encode * 1000 + b"t.")               # 150 KB that decode to 100 MB
-    array = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85C\x01b\x87R"
-    dtype = b"cnumpy\ndtype\nX\x02\x00\x00\x00u1\x85R"
-    fill = b"(K\x01J" + struct.pack("<i", 100_000) + b"\x85" + dtype + b"\x89h\x00tb"
     one = b"B" + struct.pack("<i", 100_000) + b"a" * 100_000 + b"q\x00"
-    assert len(unpickle(b"(" + one + array + fill + b"t.")) == 2
-    with pytest.raises(Refused, match="many times its size"):
-        unpickle(b"(" + one + (array + fill) * 10 + b"t.")           # the same bytes in ten arrays
-    # Each list contains the previous list twice, so traversing the last one would visit 2**59 items.
-    billion_laughs = b"]q\x00" + b"".join(b"]q" + bytes([i]) + b"h" + bytes([i - 1]) + b"ah" + bytes([i - 1]) + b"a"
-                                          for i in range(1, 60))
-    with pytest.raises(Refused):
-        unpickle(billion_laughs + b"cnumpy\ndtype\nh\x3b\x85R.")
-    nested = b"\x80\x04" + b"]" * 50_000 + b"a" * 49_999 + b"."
-    assert len(unpickle(nested)) == 1
-    assert unpickle(b"\x80\x02]r\xff\xff\xff\x7f.") == []           # an entry at index 2**31 - 1 of the memo
-    monkeypatch.setattr(binset, "MAX_READS", 1000)
-    with pytest.raises(Refused, match="too many instructions"):
-        unpickle(nested)
+    arrays = unpickle(b"(" + one + (RECONSTRUCT + b"(K\x01J" + struct.pack("<i", 100_000) + b"\x85" + U1
+                                    + b"\x89h\x00tb") * 1000 + b"t.")
+    assert all(array.data is arrays[0] for array in arrays[1:])     # the same bytes in a thousand arrays
+    monkeypatch.setattr(binset, "MAX_INSTRUCTIONS", 1000)
+    with pytest.raises(ValueError, match="more than plain data"):
+        unpickle(b"\x80\x04" + b"]" * 5000 + b"a" * 4999 + b".")
+    monkeypatch.setattr(binset, "MAX_BYTES", 100)
+    with pytest.raises(InputError, match="lfw.bin: over"):
+        read_bin(write_bin(tmp_path, b"]" * 101))
 
 
 @pytest.mark.parametrize("value, message", [
-    ([1, 2, 3], "two lists"), ((b"ab", [True]), "two lists"), (([b""], [True, False]), "1 image for 2 pairs"),
+    ([1, 2, 3], "unpack"), ((b"ab", [True]), "two lists"), (([b""], [True, False]), "1 image for 2 pairs"),
     (([b"x"] * 18, SAME[:9]), "9 pairs, 5 of them genuine"), (([b"x"] * 48, [True] * 24), "24 of them genuine"),
-    (([b"x"] * 48, [2] * 24), "neither true nor false"), (([None] * 48, SAME), "image 0 is not the bytes"),
-    (([np.zeros((112, 112, 3), np.uint8)] * 48, SAME), "image 0 is not the bytes"),
+    (([b"x"] * 48, [2] * 24), "neither true nor false"), (([None] * 48, SAME), "not the bytes of image files"),
 ])
 def test_pickles_with_other_contents_are_refused(tmp_path, value, message):
     with pytest.raises(InputError, match=message):
         read_bin(write_bin(tmp_path, pickle.dumps(value)))
 
 
-def test_the_command_reports_mistakes_in_one_sentence(tmp_path, images, capsys, model):
-    def run(*options):
-        status, _, err = run_lfw_eval(capsys, "--model", model, *options)
-        return status, err
-    valid = write_bin(tmp_path, pickle.dumps((images, SAME)))
-    for options, message in (((valid, "--pairs", valid), "leave out --pairs"),
-                             ((valid, "--protocol", "identification"), "does not name the people on its images")):
-        status, err = run("--lfw", *options)
-        assert status == 2 and message in err and "Traceback" not in err
+def test_images_that_cannot_be_read_are_named(tmp_path, images):
     photo = cv2.imencode(".png", np.zeros((50, 40, 3), np.uint8))[1].tobytes()
-    invalid = write_bin(tmp_path, pickle.dumps(([photo, b"no image", *images[2:]], SAME)))
-    status, err = run("--lfw", invalid)
-    assert status == 2 and "2 of 25 images" in err and "lfw.bin#1: not an image" in err
+    with pytest.raises(InputError, match="2 of 25 images in .*lfw.bin#1: not an image"):
+        load_lfw(write_bin(tmp_path, pickle.dumps(([photo, b"no image", *images[2:]], SAME))))
+    with pytest.raises(InputError, match="leave out --pairs"):
+        load_lfw(write_bin(tmp_path, b""), file="pairs.txt")

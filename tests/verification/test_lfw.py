@@ -17,15 +17,14 @@ from conftest import ROOT, run_lfw_eval
 import cosFace.net
 from faces import landmarks
 from faces.align import TEMPLATE, align, similarity_transform
-from faces.files import InputError
+from faces.files import CHECKPOINT, InputError
 from faces.images import read_image
-from faces.landmarks import write_landmarks
-from faces.training import checkpoint
-from faces.verification.contact_sheet import error_sheet
+from faces.landmarks import photos_digest, write_landmarks
 from faces.verification.evaluate import evaluate
-from faces.verification.lfw import load_faces, load_lfw, read_pairs
+from faces.verification.lfw import load_faces, load_lfw
 from faces.verification.metrics import best_threshold
-from faces.verification.pairs import Pairs
+from faces.verification.pairs import Pairs, open_images, read_pairs
+from faces.verification.report import error_sheet
 from faces.verification.weights import load_weights
 from mtcnn.landmark_lists import find_landmarks
 
@@ -64,8 +63,8 @@ def model(tmp_path_factory):
     with torch.no_grad():
         net(torch.randn(4, 3, 112, 96))
     path = tmp_path_factory.mktemp("model") / "checkpoint.pt"
-    checkpoint.save(path, {"method": "CosFace", "net": "faceNet", "weights": net.state_dict(),
-                           "head": {"weight": torch.zeros(2, 512)}})
+    torch.save({"format": CHECKPOINT, "method": "CosFace", "net": "faceNet", "weights": net.state_dict(),
+                "head": {"weight": torch.zeros(2, 512)}}, path)
     return path
 
 
@@ -90,6 +89,47 @@ def test_pairs_txt_may_be_beside_the_folder_with_a_short_header_and_images_may_b
     assert pairs.paths[0] == "Ann/Ann_0001.png" and pairs.folds.tolist() == [0] * 4 + [1] * 4
 
 
+def test_pairs_in_other_formats_give_the_same_pairs(lfw, tmp_path):
+    expected = read_pairs(lfw)
+    paths = [[expected.paths[i] for i in pair] for pair in expected.pairs]
+    same = expected.same.astype(int)
+    lists = {
+        "three.txt": [f"{a} {b} {s}" for (a, b), s in zip(paths, same)],
+        "first.txt": [f"{s}\t{a}\t{b}" for (a, b), s in zip(paths, same)],
+        "columns.csv": ["left,right,same", *(f"{a},{b},{s}" for (a, b), s in zip(paths, same))],
+        "absolute.txt": [f"{lfw / a} {lfw / b} {s}" for (a, b), s in zip(paths, same)],
+        "from_the_parent.txt": [f"lfw/{a} lfw/{b} {s}" for (a, b), s in zip(paths, same)],
+        "per_image.txt": [f"{a.rpartition('/')[2]} {s and i + 1}\n{b.rpartition('/')[2]} {s and i + 1}"
+                          for i, ((a, b), s) in enumerate(zip(paths, same))],
+        "pairs.csv": ["name,imagenum1,imagenum2,", *(line.replace("\t", ",") + "," * (line.count("\t") == 2)
+                                                     for line in PAIRS[1:-1])],
+        "no_header.txt": PAIRS[1:]}
+    for name, lines in lists.items():
+        (tmp_path / name).write_text("\n".join(lines))
+        pairs = read_pairs(lfw, tmp_path / name)
+        assert [[pairs.paths[i] for i in pair] for pair in pairs.pairs] == paths, name
+        assert (pairs.same == expected.same).all() and pairs.named and pairs.folds.tolist() == list(range(8)), name
+
+
+def test_photos_in_one_folder_are_people_as_their_pairs_say(tmp_path):
+    for name in "abcd":
+        write_image(tmp_path / "photos" / f"{name}.png", np.zeros((112, 96, 3), np.uint8))
+    (tmp_path / "list.txt").write_text("photos/a.png photos/b.png 1\nphotos/a.png photos/c.png 0\n"
+                                       "photos/c.png photos/d.png 1\nphotos/b.png photos/d.png 0\n")
+    pairs = read_pairs(tmp_path, tmp_path / "list.txt")
+    assert not pairs.named and pairs.identities.tolist() == [0, 0, 1, 1] and pairs.folds.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("pairs_are", ["outermost", "inside"])
+def test_lfw_as_kaggle_has_it(lfw, tmp_path, pairs_are):
+    inner = tmp_path / "archive" / "lfw-deepfunneled" / "lfw-deepfunneled"
+    inner.parent.mkdir(parents=True)
+    lfw.rename(inner)
+    (inner / "pairs.txt").rename((inner if pairs_are == "inside" else tmp_path / "archive") / "pairs.txt")
+    for root in (tmp_path / "archive", inner.parent, inner):
+        assert read_pairs(root).paths[0] == "Ann/Ann_0001.jpg"
+
+
 @pytest.mark.skipif(not REAL_LFW.is_dir(), reason="needs the real LFW in ../shared/data/lfw")
 def test_pairs_of_the_real_lfw():
     pairs = read_pairs(REAL_LFW)
@@ -102,9 +142,8 @@ def test_pairs_of_the_real_lfw():
 
 
 @pytest.mark.parametrize("line, text, message", [
-    (0, "", "LFW's header"),
-    (0, "ten\t300", "LFW's header"),
-    (0, "2\t0", "LFW's header"),
+    (0, "ten\t300", "line 1: expected"),
+    (0, "2\t0", "declares 2 x 0 = 0 pairs"),
     (0, "10\t300", "declares 10 x 600 = 6,000 pairs but contains 8"),
     (0, "3", "declares 1 x 6 = 6 pairs but contains 8"),
     (0, "1\t4", "1 fold"),
@@ -135,10 +174,13 @@ def test_each_face_is_aligned_with_its_own_landmarks(lfw):
 
 def test_the_list_that_lfw_landmark_wrote_is_used_by_default(lfw, tmp_path, monkeypatch):
     monkeypatch.setattr(landmarks, "CACHE", tmp_path / "cache")
-    listed = landmarks.default_list(lfw, "lfw_landmark.txt")
-    listed.parent.mkdir(parents=True)
-    (tmp_path / "landmarks.txt").rename(listed)
+    listed, rows = landmarks.default_list(lfw, "lfw_landmark.txt"), landmarks.read_landmarks(
+        tmp_path / "landmarks.txt", labeled=False)
+    write_landmarks(listed, zip(rows.paths, rows.points), photos_digest(open_images(lfw)))
     assert load_lfw(lfw).landmarks == str(listed)
+    (lfw / "Ann" / "Ann_0001.jpg").write_bytes((lfw / "Ann" / "Ann_0002.jpg").read_bytes())    # another edition
+    with pytest.raises(InputError, match="no landmark list"):
+        load_lfw(lfw)
 
 
 def test_landmarks_are_detected_if_there_is_no_list(tmp_path, monkeypatch, capsys):
@@ -161,16 +203,16 @@ def test_aligned_faces_need_no_landmarks(tmp_path):
     image = np.random.default_rng(0).integers(0, 256, (112, 112, 3), dtype=np.uint8)
     write_image(tmp_path / "a.png", image)
     write_image(tmp_path / "b.png", image[:, 8:-8])
-    faces = load_faces(tmp_path, ["a.png", "b.png"])
+    faces = load_faces(open_images(tmp_path), ["a.png", "b.png"])
     np.testing.assert_array_equal(faces, [image[:, 8:-8]] * 2)
 
 
-@pytest.mark.parametrize("folder, mirror, mean_option", [("cosFace", "concatenate", "--no-subtract-mean"),
+@pytest.mark.parametrize("folder, flip, mean_option", [("cosFace", "concatenate", "--no-subtract-mean"),
                                                          ("sphereFace", "none", "--subtract-mean")])
-def test_the_command_works_in_its_own_folder(lfw, model, folder, mirror, mean_option):
+def test_the_command_works_in_its_own_folder(lfw, model, folder, flip, mean_option):
     command = [sys.executable, "lfw_eval.py", "--model", model, "--net", "faceNet", "--lfw", lfw, "--device", "cpu",
                "--landmarks", lfw.parent / "landmarks.txt", "--output", lfw.parent / "out",
-               "--mirror", mirror, mean_option]
+               "--flip", flip, mean_option]
     process = subprocess.run(command, cwd=ROOT / folder, capture_output=True, text=True,
                              env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert process.returncode == 0, process.stderr
@@ -178,7 +220,7 @@ def test_the_command_works_in_its_own_folder(lfw, model, folder, mirror, mean_op
     results = json.loads((lfw.parent / "out" / "results.json").read_text())
     assert [round(results[name], 4) for name in ("accuracy", "std", "threshold")] == [accuracy, std, threshold]
     assert results["method"] == "CosFace"  # comes from the checkpoint, whichever of the two commands reads it
-    assert results["settings"]["mirror"] == mirror
+    assert results["settings"]["flip"] == flip
     assert results["settings"]["subtract_mean"] == (mean_option == "--subtract-mean")
     assert results["counts"] == {"pairs": 8, "genuine": 4, "images": 7}
     header, *rows = [line.split("\t") for line in (lfw.parent / "out" / "scores.tsv").read_text().splitlines()]
@@ -198,7 +240,7 @@ def test_options_change_the_similarities(lfw, model):
     data = load_lfw(lfw, landmarks=lfw.parent / "landmarks.txt")
     net = cosFace.net.faceNet()
     load_weights(net, model)
-    options = {"default": {}, "sum": {"mirror": "sum"}, "none": {"mirror": "none"}, "mean": {"subtract_mean": True},
+    options = {"default": {}, "sum": {"flip": "sum"}, "none": {"flip": "none"}, "mean": {"subtract_mean": True},
                "small batches": {"batch_size": 3}}
     scores = {name: evaluate(net, data, "cpu", progress=False, **arguments).similarities
               for name, arguments in options.items()}
@@ -254,7 +296,7 @@ def test_landmarks_of_other_copies_of_the_images_are_refused(lfw, tmp_path):
         write_image(lfw / path, np.zeros((160, 150, 3), np.uint8))
     points = np.array([points for _, points in rows])
     with pytest.raises(InputError, match="the landmarks of .* are in the upper left part of the images"):
-        load_faces(lfw, [path for path, _ in rows], points)
+        load_faces(open_images(lfw), [path for path, _ in rows], points)
 
 
 # matplotlib warns about characters that become boxes; old versions of it use what other packages have deprecated
@@ -285,9 +327,9 @@ def make_mistake(lfw, model, mistake):
     elif mistake == "no pairs":
         (lfw / "pairs.txt").unlink()
     elif mistake == "failed training":
-        state = checkpoint.load_tensors(model)
+        state = torch.load(model)
         state["weights"]["fc5.bias"][0] = float("nan")
-        checkpoint.save(parent / "failed.pt", state)
+        torch.save(state, parent / "failed.pt")
     return {"no folder": ("--lfw", parent / "missing"), "empty folder": ("--lfw", parent / "empty"),
             "no landmarks": ("--landmarks", parent / "missing.txt"), "not aligned": ("--aligned",),
             "no model": ("--model", parent / "missing.pt"), "not a checkpoint": ("--model", parent / "landmarks.txt"),
@@ -301,14 +343,14 @@ def make_mistake(lfw, model, mistake):
     ("empty folder", "no pairs.txt in"),
     ("no pairs", "no pairs.txt in"),
     ("missing image", r"lacks 1 of the 7 images named in .* \(Ann/Ann_0002\)"),
-    ("unreadable image", r"1 of 7 images in .* can't be used \(Ann/Ann_0002.jpg: not an image\)"),
+    ("unreadable image", r"1 of 7 images in .* can't be used \(Ann/Ann_0002.jpg: not an image.*\)"),
     ("mirrored landmarks", "landmarks.txt is not a usable landmark list: .* as in mirrored images"),
     ("not aligned", "Ann/Ann_0001.jpg: an image of 160 rows and 150 columns is not an aligned face.*and 6 like it"),
     ("no landmarks", "missing.txt: No such file"),
     ("list lacks an image", r"lacks 1 of the 7 images that are needed \(Ann/Ann_0001.jpg\)"),
-    ("nine numbers", "line 1: expected 11"),
+    ("nine numbers", "line 1: expected a path, ten"),
     ("no model", "missing.pt: No such file"),
-    ("not a checkpoint", "landmarks.txt is not a checkpoint"),
+    ("not a checkpoint", "landmarks.txt is damaged or not a file of tensors"),
     ("other network", "pass --net faceNet"),
     ("no such device", "--device cuda:99"),
     ("failed training", "embeddings are not finite"),

@@ -4,8 +4,6 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from faces import plots
-from faces.images import read_image
 from faces.verification import metrics
 from faces.verification.embed import embed
 from faces.verification.metrics import (
@@ -159,61 +157,22 @@ def test_similarities_do_not_depend_on_how_many_pairs_are_in_memory(monkeypatch)
 
 
 class ColumnSums(torch.nn.Module):
-    """Embed a face as the sums of the 96 columns of its red channel, so that mirroring reverses the embedding."""
+    """Embed a face as the sums of the 96 columns of its red channel, so that flipping reverses the embedding."""
 
     def forward(self, x):
         assert not self.training
         return x[:, 0].sum(1)
 
 
-def test_the_network_gets_scaled_faces_and_their_mirror_images():
+def test_the_network_gets_scaled_faces_and_their_flipped_images():
     faces = np.random.default_rng(0).integers(0, 256, (5, 112, 96, 3), dtype=np.uint8)
     net = ColumnSums().train()
     expected = ((faces[..., 0].astype(np.float64) - 127.5) / 128).sum(1)
-    plain, concatenated, summed = (embed(net, faces, "cpu", 2, mirror, progress=False)
-                                   for mirror in ("none", "concatenate", "sum"))
+    plain, concatenated, summed = (embed(net, faces, "cpu", 2, flip, progress=False)
+                                   for flip in ("none", "concatenate", "sum"))
     assert plain.dtype == np.float32 and concatenated.shape == (5, 192) and net.training
     np.testing.assert_allclose(plain, expected, atol=1e-3)
     np.testing.assert_allclose(concatenated, np.hstack((expected, expected[:, ::-1])), atol=1e-3)
     np.testing.assert_allclose(summed, expected + expected[:, ::-1], atol=1e-3)
-    with pytest.raises(ValueError, match="mirror"):
-        embed(net, faces, "cpu", mirror="add")
-
-
-def test_pictures_have_content_on_a_white_background(tmp_path):
-    similarity, same = random_scores(0)
-    far, tar = roc(similarity, same)
-    plots.roc_picture(tmp_path / "roc.png", {"one": (far, tar), "two": (far, tar ** 0.5)})
-    plots.histogram_picture(tmp_path / "histogram.png", similarity, same, 0.2)
-    points = np.random.default_rng(0).normal(size=(60, 2))
-    plots.tsne_panels(tmp_path / "tsne.png", [("", points)], np.arange(60) % 12, [f"person {i}" for i in range(12)])
-    for name in ("roc.png", "histogram.png", "tsne.png"):
-        picture = read_image(tmp_path / name)
-        assert (picture[0, 0] == 255).all() and picture.std() > 5
-
-
-@pytest.mark.parametrize("count", (8, 30, 100, 600, 6000))
-def test_the_labels_of_a_roc_curve_keep_their_distance_with_few_pairs(count):
-    same = np.arange(count) % 2 == 0
-    figure, axes = plots.new_figure((6, 4.5))
-    plots.draw_roc(axes, {"model": roc(np.random.default_rng(count).normal(0.4 * same, 0.2), same)})
-    figure.canvas.draw()
-    labels = [label for minor in (False, True) for label in axes.get_xticklabels(minor) if label.get_text()]
-    boxes = sorted((label.get_window_extent() for label in labels), key=lambda box: box.x0)
-    assert len(boxes) > 1 and all(left.x1 + 20 < right.x0 for left, right in zip(boxes, boxes[1:]))
-
-
-def test_any_name_can_be_drawn(tmp_path):
-    name, empty = "Jos\udce9 $x^ $\t\x1b.png", np.zeros((2, 112, 96, 3), np.uint8)
-    plots.comparison_picture(tmp_path / "a.png", empty, [name, name], "similarity 1")
-    plots.tsne_panels(tmp_path / "b.png", [(name, np.eye(4)[:, :2])], np.array([0, 0, 1, 1]), [name, name])
-    plots.roc_picture(tmp_path / "c.png", {name: (np.array((0, 1)), np.array((0, 1)))})
-    plots.cmc_picture(tmp_path / "d.png", 5, {name: np.array((0.5, 1))})
-
-
-def test_curves_and_histograms_differ_without_color():
-    _, (curves, histogram) = plots.new_figure((8, 4), 2)
-    plots.draw_roc(curves, {str(i): (np.array((0, 0.01 * i, 1)), np.array((0.1, 0.5, 1))) for i in range(1, 8)})
-    assert len({line.get_linestyle() + str(line._dash_pattern) for line in curves.get_lines()}) == 7
-    plots.draw_histogram(histogram, *random_scores(0), 0.2)
-    assert len({patch.get_hatch() for patch in histogram.get_legend().get_patches()}) == 2
+    with pytest.raises(ValueError, match="flip"):
+        embed(net, faces, "cpu", flip="add")

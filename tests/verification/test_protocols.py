@@ -11,11 +11,9 @@ import torch
 from conftest import ROOT, draw_face, run_lfw_eval, write_image
 
 import cosFace.net
-from faces.files import InputError
+from faces.files import CHECKPOINT, InputError
 from faces.images import read_image
-from faces.training import checkpoint
 from faces.verification.bootstrap import bootstrap, draw, interval, pair_weights
-from faces.verification.contact_sheet import error_sheet, hardest
 from faces.verification.metrics import (
     best_threshold,
     choose_gallery,
@@ -26,6 +24,7 @@ from faces.verification.metrics import (
     verify,
 )
 from faces.verification.pairs import Pairs, read_pairs
+from faces.verification.report import error_sheet, hardest
 
 PEOPLE, PHOTOS = 6, 3
 GENUINE = [f"P{p}\t{i}\t{j}" for p in range(PEOPLE) for i, j in ((1, 2), (1, 3))]
@@ -54,7 +53,7 @@ def models(tmp_path_factory):
         net = cosFace.net.faceNet().train()
         with torch.no_grad():
             net(torch.randn(4, 3, 112, 96))
-        checkpoint.save(path, {"method": "CosFace", "net": "faceNet", "weights": net.state_dict()})
+        torch.save({"format": CHECKPOINT, "method": "CosFace", "net": "faceNet", "weights": net.state_dict()}, path)
     return paths
 
 
@@ -106,9 +105,8 @@ def test_view_1_is_the_default_without_pairs_txt_and_its_errors_are_one_sentence
     (tmp_path / "pairsDevTest.txt").unlink()
     with pytest.raises(InputError, match="no pairsDevTest.txt"):
         read_pairs(tmp_path)
-    for text, message in (("", "does not start with"), ("3\t4", "does not start with"),
-                          ("4\nP0\t1\t2", "but contains 1 and 0"),
-                          ("1\nP0\t1\tP1\t1\nP1\t1\tP2\t1", "1 genuine and 1 impostor pairs but contains 0 and 2")):
+    for text, message in (("", "it is empty"), ("4\nP0\t1\t2", "declares 1 x 8 = 8 pairs but contains 1"),
+                          ("1\nP0\t1\tP1\t1\nP1\t1\tP2\t1", "0 genuine pairs and 2 impostor pairs")):
         (tmp_path / "pairsDevTest.txt").write_text(text)
         with pytest.raises(InputError, match=message):
             read_pairs(tmp_path)
@@ -221,7 +219,7 @@ def test_the_hardest_pairs_and_their_contact_sheet(tmp_path):
 
 def test_two_models_with_every_protocol(lfw, models, tmp_path, capsys):
     status, out, err = run_lfw_eval(capsys, "--model", models[0], "--model", models[1], "--lfw", lfw,
-                                    "--aligned", "--mirror", "none", "--protocol", "folds", "tar", "identification",
+                                    "--aligned", "--flip", "none", "--protocol", "folds", "tar", "identification",
                                     "--far", 1e-3, 0.25, "--resamples", 200, "--output", tmp_path)
     assert status == 0, err
     results = json.loads((tmp_path / "results.json").read_text())
@@ -254,7 +252,7 @@ def test_titles_name_the_folders_of_several_models(lfw, models, tmp_path, capsys
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "checkpoint.pt").symlink_to(models[0])
-    command = ("--lfw", lfw, "--aligned", "--mirror", "none", "--resamples", 1, "--output", tmp_path / "out",
+    command = ("--lfw", lfw, "--aligned", "--flip", "none", "--resamples", 1, "--output", tmp_path / "out",
                "--model", tmp_path / "one/checkpoint.pt", "--model", tmp_path / "two")
     for options, expected in (((), {"one", "two"}), (("--title", "../a b", "--title", "../a b"), {"a-b", "a-b-2"})):
         assert run_lfw_eval(capsys, *command, *options)[0] == 0
@@ -283,7 +281,7 @@ def test_a_single_protocol_and_a_bin_set(lfw, models, tmp_path, capsys):
     pairs = read_pairs(lfw)
     images = [cv2.imencode(".png", read_image(lfw / path)[..., ::-1])[1].tobytes() for path in pairs.paths]
     (tmp_path / "own.bin").write_bytes(pickle.dumps(([images[i] for i in pairs.pairs.ravel()], pairs.same.tolist()), 2))
-    options = ("--model", models[0], "--mirror", "none", "--output")
+    options = ("--model", models[0], "--flip", "none", "--output")
     status, out, _ = run_lfw_eval(capsys, *options, tmp_path / "bin", "--lfw", tmp_path / "own.bin")
     assert status == 0 and "over 10 folds" in out and "the faces in own.bin are aligned" in out
     run_lfw_eval(capsys, *options, tmp_path / "folder", "--lfw", lfw, "--aligned")
@@ -294,8 +292,9 @@ def test_a_single_protocol_and_a_bin_set(lfw, models, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("options, message", [
-    (("--net", "faceNet", "--net", "sphere20a"), "--net was given 2 times for 1 model"), (("--far", "0"), "above 0"),
-    (("--resamples", "100001"), "more than 100,000"),
+    (("--net", "faceNet", "--net", "sphere20a"), "--net was given 2 times for 1 model"),
+    (("--far", "0.1"), "pass --protocol folds tar"), (("--far", "0", "--protocol", "tar"), "above 0"),
+    (("--resamples", "0"), "at least 1"),
     (("--protocol", "roc"), "invalid choice"), (("--view", "1", "--pairs", "pairs.txt"), "does not belong to view 1")])
 def test_invalid_options_are_one_sentence_errors(lfw, models, capsys, options, message):
     status, _, err = run_lfw_eval(capsys, "--model", models[0], "--lfw", lfw, "--aligned", *options)
