@@ -43,13 +43,7 @@ FIELDS = {"boxes": "box", "scores": "score", "landmarks": "landmarks", "chosen":
 
 class Rows:
     """The rows so far, in a file beside the output. Its name holds a digest of all that the rows depend on, so a run
-    with other photos, another model or other options starts its own.
-
-    Args:
-        output: the .npz file to be made.
-        depends: what the rows depend on, as JSON.
-        width: number of values of an embedding.
-        aligned: whether no faces are detected.
+    with other photos, another model or other options starts its own. An embedding has `width` values.
     """
 
     def __init__(self, output: Path, depends, width: int, aligned: bool):
@@ -71,7 +65,6 @@ class Rows:
         return np.memmap(self.file, self.kind, "r", shape=count) if count else np.empty(0, self.kind)
 
     def append(self, photos: list[int], faces: list, embeddings: np.ndarray):
-        """Append the rows of some faces."""
         rows = np.empty(len(faces), self.kind)
         rows["photo"], rows["embeddings"] = photos, embeddings
         for name in self.kind.names[2:]:
@@ -112,8 +105,7 @@ def embed_photos(embedder: Embedder, photos: list[str], rows: Rows, args) -> dic
             if faces:
                 embeddings = embedder.embed(np.stack([face.crop for _, face in faces]))
                 if not np.isfinite(embeddings).all():
-                    raise InputError("the model's embeddings are not finite, so its training must have failed; pass "
-                                     "another --model.")
+                    raise InputError(f"the embeddings of {args.model} are not finite; its training must have failed.")
                 rows.append([i for i, _ in faces], [face for _, face in faces], embeddings)
             bar.update(len(indices))
     return skipped
@@ -127,12 +119,12 @@ def main(argv=None):
                         detector=make_detector(args))
     announce(args.model, embedder.loaded)
     embedder.net = optimized_copy(embedder.net, embedder.device, images=len(photos))    # not anew for each part
-    model = embedder.loaded["fingerprint"]
     width = embedder.net.fc5.out_features * (2 if args.flip == "concatenate" else 1)
-    options = args.select, args.flip, args.aligned, args.all_faces, args.min_face_size
+    depends = [embedder.loaded["fingerprint"], args.select, args.flip, args.aligned, args.all_faces, args.min_face_size,
+               *map(_version, photos)]
     with locked(args.output.with_name(f".{args.output.name}.lock"), f"writing {args.output}", wait=False):
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        rows = Rows(args.output, [model, options, [_version(photo) for photo in photos]], width, args.aligned)
+        rows = Rows(args.output, depends, width, args.aligned)
         skipped = embed_photos(embedder, photos, rows, args)
         count = len(rows.read())
         listed = args.output.with_suffix(".skipped.txt")
@@ -140,7 +132,7 @@ def main(argv=None):
         if not count:
             raise InputError(f"no face that can be used in {count_of(len(photos), 'photo~')} "
                              f"({shorten([f'{p}: {reason}' for p, reason in skipped.items()])}).")
-        rows.finish(photos, model)
+        rows.finish(photos, embedder.loaded["fingerprint"])
         print(f"{args.output}: {count_of(count, 'embedding~')} of {width} values; {len(skipped):,} of "
               f"{count_of(len(photos), 'photo~')} skipped")
         if skipped:

@@ -114,8 +114,7 @@ def main(argv=None):
         net, loaded = load_net(model, NETS, args.net, args.channels)
         announce(model, loaded)
         layout, silhouette = layout_and_silhouette(embed(net, faces, device, args.batch_size), labels, args.seed)
-        title = args.title[i] if args.title else f"{loaded['method'] or ''} {model}".strip() if len(args.model) > 1 \
-            else loaded["method"] or model.name
+        title = args.title[i] if args.title else f"{loaded['method'] or ''} {model}".strip()
         print(f"silhouette {silhouette:.4f}  {title}  ({args.identities} identities, {args.per_identity} images each)")
         panels.append((f"{title}: silhouette {silhouette:.2f}", layout))
     names = [_person(listing.paths[row]).replace("_", " ") or f"label {listing.labels[row]}" for row in rows[:, 0]]
