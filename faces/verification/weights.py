@@ -189,8 +189,9 @@ def model_file(model) -> Path:
         if not (file / "checkpoint.pt").is_file():
             raise InputError(f"the folder {file} holds no checkpoint.pt; pass the folder of a run, or a file.")
         return file / "checkpoint.pt"
-    is_torchscript = zipfile.is_zipfile(file) and any(
-        name.endswith("/constants.pkl") for name in zipfile.ZipFile(file).namelist())
+    with reading(file, "file of weights"):
+        is_torchscript = zipfile.is_zipfile(file) and any(
+            name.endswith("/constants.pkl") for name in zipfile.ZipFile(file).namelist())
     if file.suffix.lower() == ".onnx" or is_torchscript:
         raise InputError(f"{file} is an export for other programs; pass the checkpoint it was made from, or export "
                          "safetensors.")
