@@ -1,159 +1,229 @@
-"""Feed damaged files to every reader for as long as you like, and keep those that do harm.
+"""Feed damaged files to the readers of files from elsewhere for as long as you like, and keep those that do harm.
 
     python tests/fuzz/run.py --seconds 3600
     python tests/fuzz/run.py --repeat runs/fuzz/images-123        # read a finding again
 
-A worker process takes the targets in turn. It is a finding if a reader raises anything but InputError or
-UnreadableImage, needs over 5 s of processor time, takes over 1 GB of memory, or kills the process. Findings are folders
-in runs/fuzz with the input and what happened.
+It is a finding if a reader runs code from the file, ends the interpreter, raises anything but an error that names the
+file, or needs over 5 s of processor time or 1 GB of memory. Findings are folders in runs/fuzz.
 """
-import argparse
-import collections
-import contextlib
+import io
 import os
+import pickle
 import random
 import resource
 import shutil
 import signal
+import struct
 import sys
 import tempfile
 import time
 import traceback
-import warnings
+import zipfile
+from collections import Counter
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
-import cv2
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
-from targets import ALLOWED, TARGETS, attempt
+from PIL import Image
+from safetensors.torch import save as save_safetensors
 
-from faces.files import RUNS
-from faces.text import printable
+from cosFace.net import sphere20a
+from faces.data.casia import list_casia
+from faces.data.sources import open_source
+from faces.files import RUNS, InputError, at_least, command, path, script_parser
+from faces.images import UnreadableImage, read_image
+from faces.landmarks import read_labels, read_landmarks
+from faces.verification.binset import read_bin
+from faces.verification.pairs import read_pairs
+from faces.verification.weights import load_weights
 
 SECONDS, MEMORY = 5, 10**9    # for one input
-ROUND = 500                   # inputs per worker process, at most
-ROUND_SECONDS = 20            # after which the next target has its turn
+ROUND = 200                   # inputs per process
 OUTPUT = RUNS / "fuzz"
+TOKENS = (b"nan", b"-inf", b"1e999", b"-1", b"9" * 5000, b"\0", b"../", b"/", b"\t", b"\n", b" ", b"", b"\xff\xfe",
+          b"\xff", b"\xef\xbb\xbf", b"[" * 100_000, "²".encode(), b"\xc2\x85", b"cos\nsystem\n(S'kill -9 $PPID'\ntR.")
+INTEGERS = (0, 1, 7, 127, 128, 255, 32767, 32768, 65535, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**64 - 1)
 
 
-def peak_memory(reset=False):
-    """Return the peak memory of this process in bytes since the last reset, which takes Linux; elsewhere 0."""
+# Targets: a function that returns valid files, {name: bytes}, and one that reads them from a folder.
+
+def images(rng, formats=("JPEG", "JPEG", "JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF", "JPEG2000")):
+    size = rng.choice((1, 8, 33)), rng.choice((1, 8, 33))
+    image, format = Image.frombytes("L", size, rng.randbytes(size[0] * size[1])), rng.choice(formats)
+    options = {"JPEG": {"progressive": rng.random() < 0.5, "restart_marker_blocks": rng.choice((0, 1))},
+               "TIFF": {"compression": rng.choice((None, "tiff_lzw", "jpeg"))}}.get(format, {})
+    if rng.random() < 0.3:
+        options["exif"] = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
+    file = io.BytesIO()
     try:
-        if reset:
-            Path("/proc/self/clear_refs").write_text("5")
-        return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        return 0
+        image.convert(rng.choice(("L", "RGB"))).save(file, format, **options)
+    except (OSError, ValueError, KeyError):    # a format that this Pillow lacks
+        image.save(file, "PNG")
+    return {"image": file.getvalue()}
 
 
-def read(call, may_refuse):
-    """Return what is wrong with a reader, as text, or None."""
-    before = peak_memory(reset=True)
-    signal.setitimer(signal.ITIMER_PROF, SECONDS)    # the signals end the process
-    signal.setitimer(signal.ITIMER_REAL, 12 * SECONDS)
+def lists(rng):
+    points = [f"{v + rng.random():.2f}" for v in (30, 52, 65, 52, 48, 72, 34, 92, 65, 92)]
+    rows = ["\t ".join((f"A/A_{i:04d}.jpg", str(i % 4), *points)) for i in range(12)]
+    text = lambda rows: "".join(f"{row}\n" for row in rows).encode()
+    pairs = text(["2\t1", "A\t1\t2", "A\t1\tB\t1", "B\t1\t2", "A\t2\tB\t2"])
+    return {"list.txt": text(rows), "labels.txt": text(row.rsplit("\t", 10)[0] for row in rows), "pairs.txt": pairs,
+            **{f"{name}/{name}_{i:04d}.jpg": b"" for name in "AB" for i in (1, 2)}}
+
+
+def read_lists(folder):
+    readers = (lambda: read_landmarks(folder / "list.txt", True, folder), lambda: read_labels(folder / "labels.txt"),
+               lambda: read_landmarks(folder / "list.txt", False), lambda: read_pairs(open_source(folder)))
+    for read in readers:
+        try:
+            read()
+        except InputError as error:
+            assert str(folder) in str(error)
+
+
+def zips(rng):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for i in range(4):
+            archive.writestr(f"set/p{i % 2}/{i}.jpg", images(rng)["image"], rng.choice((0, 8)))
+    return {"faces.zip": file.getvalue()}
+
+
+def records(rng):
+    rec, idx = b"", []
+    for key in range(5):
+        idx.append(f"{key}\t{len(rec)}\n")
+        data = struct.pack("<IfQQff", 2, 0, 0, 0, 5, 5) if key == 0 else (
+            struct.pack("<IfQQ", 0, key % 2, key, 0) + images(rng)["image"])
+        rec += struct.pack("<II", 0xCED7230A, len(data)) + data + b"\0" * (-len(data) % 4)
+    return {"train.rec": rec, "train.idx": "".join(idx).encode(), "property": b"2,112,112\n"}
+
+
+def read_set(root):
+    listing = list_casia(root)
+    for name in listing.paths:
+        try:
+            read_image(listing.source.open(name))
+        except UnreadableImage:
+            pass
+
+
+def bins(rng):
+    value = [images(rng)["image"] for _ in range(20)], [i % 2 == 0 for i in range(10)]
+    return {"set.bin": pickle.dumps(value, rng.choice((0, 2, 3, 4)))}
+
+
+def weights(rng):
+    state = {name: torch.zeros(()).expand(value.shape) for name, value in sphere20a().state_dict().items()}
+    if rng.random() < 0.3:
+        return {"net.pt": save_safetensors({name: value.flatten()[:1].clone() for name, value in state.items()})}
+    file = io.BytesIO()
+    torch.save({"state_dict": state, "epoch": 3}, file, _use_new_zipfile_serialization=rng.random() < 0.5)
+    return {"net.pt": file.getvalue()}
+
+
+TARGETS = {
+    "images": (images, lambda folder: read_image(folder / "image")), "lists": (lists, read_lists),
+    "zips": (zips, lambda folder: read_set(folder / "faces.zip")), "records": (records, read_set),
+    "bins": (bins, lambda folder: read_bin(folder / "set.bin")),
+    "weights": (weights, lambda folder: load_weights(sphere20a(), folder / "net.pt"))}
+
+
+def write(target: str, number: int, folder: Path):
+    """Write the damaged input with a number, which determines it, into a folder."""
+    rng = random.Random(f"{target} {number}")
+    files = TARGETS[target][0](rng)
+    name = rng.choice([name for name in files if files[name]])
+    data = bytearray(files[name])
+    for _ in range(rng.choice((0, 1, 1, 2, 4))):
+        start = rng.randrange(len(data) + 1)
+        end = min(len(data), start + rng.choice((1, 2, 4, 8, 50, 1000)))
+        size, order = rng.choice((1, 2, 4, 8)), rng.choice(("big", "little"))
+        number = (rng.choice(INTEGERS) % 2**(8 * size)).to_bytes(size, order)
+        data[start:end] = rng.choice((b"", bytes(end - start), data[start:end] * 50, rng.choice(TOKENS),
+                                      number + data[start + size:end], rng.randbytes(1) + data[start + 1:end]))
+        if rng.random() < 0.2:
+            del data[start:]
+    for other, content in {**files, name: bytes(data)}.items():
+        (folder / other).parent.mkdir(parents=True, exist_ok=True)
+        (folder / other).write_bytes(content)
+
+
+def read(target: str, folder: Path) -> str | None:
+    """Read an input in this process; return what is wrong with that, or None."""
     try:
-        call()
-    except BaseException as error:
-        if not may_refuse or not isinstance(error, ALLOWED):
-            return traceback.format_exc()
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-    taken = peak_memory() - before
-    return f"{taken / 1e9:.1f} GB" if taken > MEMORY else None
+        TARGETS[target][1](folder)
+    except InputError as error:
+        return None if str(folder) in str(error) and "\n" not in str(error) else f"bad message: {error}"
+    except UnreadableImage:    # whose callers name the file
+        return None
+    except BaseException:
+        return traceback.format_exc()
 
 
-def work(target, numbers, folder):
-    """Read the inputs with these numbers in a process of its own; the file `at` says which one is read."""
-    cv2.setNumThreads(1)
+def work(target: str, numbers: range, folder: Path):
+    """Read inputs, and end this process; with status 0 if nothing was wrong, or else folder/report says what."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(1, 2)
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    resource.setrlimit(resource.RLIMIT_AS, (12 * MEMORY, 12 * MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    nothing = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, 1)
-    os.dup2(nothing, 2)
-    end = time.monotonic() + ROUND_SECONDS
     for number in numbers:
-        if time.monotonic() > end:
-            break
-        with input_folder(target, number, folder) as (call, may_refuse):
-            (folder / "at").write_text(str(number))
-            problem = read(call, may_refuse)
+        report, here = folder / "report", Path(tempfile.mkdtemp(dir=folder))
+        report.write_text(f"{number} ends the process")
+        write(target, number, here)
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, resource.RLIM_INFINITY))
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)    # the signal ends the process
+        problem = read(target, here)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+        shutil.rmtree(here)
         if problem:
-            keep(target, number, problem)
+            report.write_text(f"{number} {problem}")
+            os._exit(1)
+    os._exit(0)
 
 
-@contextlib.contextmanager
-def input_folder(target, number, folder):
-    """Give what attempt() returns for a folder that is deleted afterwards."""
-    path = Path(tempfile.mkdtemp(dir=folder))
-    try:
-        yield attempt(target, number, path)
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def keep(target, number, problem):
-    """Save a finding with its input, unless there is one with the same traceback."""
-    reports = [path.read_text() for path in OUTPUT.glob(f"{target}-*/report.txt")]
-    if problem.splitlines()[:-1] in [report.splitlines()[:-1] for report in reports]:
-        return
-    finding = OUTPUT / f"{target}-{number}"
-    finding.mkdir(parents=True, exist_ok=True)
-    attempt(target, number, finding)
-    (finding / "report.txt").write_text(problem)
-
-
-def run_round(target, numbers, folder):
-    """Return the number of inputs that a worker process read; one that kills it is the last."""
+def run_round(target: str, numbers: range, folder: Path) -> dict[int, str]:
+    """Read inputs in a process of its own, until something is wrong with one; return {its number: what}."""
     process = os.fork()
     if process == 0:
-        status = 1
         try:
             work(target, numbers, folder)
-            status = 0
-        except BaseException:
-            (folder / "error").write_text(traceback.format_exc())
         finally:
-            os._exit(status)
-    status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-    if status == 1:
-        raise SystemExit((folder / "error").read_text())
-    last = int((folder / "at").read_text())
-    if status:
-        hung = -status in (signal.SIGPROF, signal.SIGALRM)
-        keep(target, last, f"hangs ({signal.Signals(-status).name})" if hung else f"killed by signal {-status}")
-    return last - numbers[0] + 1
+            (folder / "report").write_text(f"0 {traceback.format_exc()}")
+            os._exit(1)
+    if os.waitpid(process, 0)[1] == 0:
+        return {}
+    number, _, problem = (folder / "report").read_text().partition(" ")
+    return {int(number): problem}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--seconds", type=float, default=60, help="how long to go on (default: 60)")
-    parser.add_argument("--target", choices=TARGETS, action="append", help="only this one; may be repeated")
-    parser.add_argument("--seed", type=int, help="number of the first input (default: at random, and printed)")
-    parser.add_argument("--repeat", type=Path, metavar="DIR", help="read one finding again, and show what it raises")
-    args = parser.parse_args()
+@command
+def main(argv=None):
+    parser = script_parser(__doc__)
+    parser.add_argument("--seconds", type=at_least(0, float), default=60, help="how long to go on")
+    parser.add_argument("--seed", type=int, default=random.randrange(10**12), help="number of the first input")
+    parser.add_argument("--repeat", type=path, metavar="DIR", help="read one finding again, and show what it raises")
+    args = parser.parse_args(argv)
     if args.repeat:
-        TARGETS[args.repeat.name.partition("-")[0]][1](args.repeat)
-        return
-    number = random.randrange(10**12) if args.seed is None else args.seed
-    print(f"seed {number}; findings go to {OUTPUT}", flush=True)
-    counts, end = collections.Counter(), time.monotonic() + args.seconds
-    with tempfile.TemporaryDirectory() as folder:
-        while time.monotonic() < end:
-            for target in args.target or TARGETS:
-                started = time.monotonic()
-                counts[target] += run_round(target, range(number, number + ROUND), Path(folder))
-                counts[f"{target} s"] += round(time.monotonic() - started)
-            number += ROUND
-    for target in args.target or TARGETS:
-        print(f"{target:12}{counts[target]:>10,} inputs in {counts[target + ' s']} s")
-    findings = sorted(OUTPUT.glob("*/report.txt"))
-    for finding in findings:
-        print(f"{finding.parent.name}: {printable(finding.read_text().splitlines()[-1])}")
-    sys.exit(bool(findings))
+        return TARGETS[args.repeat.name.partition("-")[0]][1](args.repeat)
+    counts, first, end = Counter(), args.seed, time.monotonic() + args.seconds
+    print(f"seed {first}; findings go to {OUTPUT}", flush=True)
+    while time.monotonic() < end:
+        for target in TARGETS:
+            with tempfile.TemporaryDirectory() as folder:
+                found = run_round(target, range(first, first + ROUND), Path(folder))
+            counts[target] += ROUND
+            for number, problem in found.items():
+                write(target, number, OUTPUT / f"{target}-{number}")
+                (OUTPUT / f"{target}-{number}/report.txt").write_text(problem)
+                print(f"{target}-{number}: {problem.strip().splitlines()[-1]}", flush=True)
+                counts["findings"] += 1
+        first += ROUND
+    print(", ".join(f"{name} {count:,}" for name, count in counts.items()))
+    return int(counts["findings"] > 0)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
