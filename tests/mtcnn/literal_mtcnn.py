@@ -49,23 +49,19 @@ def literal(image):
 
 
 def layer(weights, name, number, x):
-    """Apply a convolution and its PReLU."""
     x = F.conv2d(x, weights[f"{name}.body.conv{number}.weight"], weights[f"{name}.body.conv{number}.bias"])
     return F.prelu(x, weights[f"{name}.body.prelu{number}.weight"])
 
 
 def dense(weights, name, x):
-    """Apply a linear layer, or a 1x1 convolution to the last dimension of x."""
     return F.linear(x, weights[f"{name}.weight"].flatten(1), weights[f"{name}.bias"])
 
 
 def network_input(pixels):
-    """Turn uint8 (H, W, 3) into float (1, 3, H, W)."""
     return torch.tensor((pixels.transpose(2, 0, 1)[None] - 127.5) / 128).float()
 
 
 def pnet(weights, pixels):
-    """Return the probability of a face (h, w) and offsets (4, h, w)."""
     x = F.max_pool2d(layer(weights, "pnet", 1, network_input(pixels)), 2, ceil_mode=True)
     x = layer(weights, "pnet", 3, layer(weights, "pnet", 2, x))[0].permute(1, 2, 0)
     return (dense(weights, "pnet.face", x).softmax(2)[..., 1].numpy(),
@@ -73,7 +69,6 @@ def pnet(weights, pixels):
 
 
 def heads(weights, name, x, outputs):
-    """Return the probability of a face and the named outputs of R-Net or O-Net from its last feature map."""
     x = F.linear(x.permute(0, 3, 2, 1).flatten(1), weights[f"{name}.dense.0.weight"], weights[f"{name}.dense.0.bias"])
     x = F.prelu(x, weights[f"{name}.dense.1.weight"])
     probability = dense(weights, f"{name}.face", x).softmax(1)[0, 1].item()
@@ -81,7 +76,6 @@ def heads(weights, name, x, outputs):
 
 
 def rnet(weights, pixels):
-    """Return the probability of a face and offsets (4,) for a crop of 24 x 24 pixels."""
     x = F.max_pool2d(layer(weights, "rnet", 1, network_input(pixels)), 3, 2, ceil_mode=True)
     x = F.max_pool2d(layer(weights, "rnet", 2, x), 3, 2, ceil_mode=True)
     return heads(weights, "rnet", layer(weights, "rnet", 3, x), ["box"])
@@ -96,14 +90,12 @@ def onet(weights, pixels):
 
 
 def overlap(a, b, smaller):
-    """Return the intersection over the union of two boxes or, with `smaller`, over the smaller area."""
     inner = max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
     areas = [(c[2] - c[0]) * (c[3] - c[1]) for c in (a, b)]
     return inner / (min(areas) if smaller else sum(areas) - inner)
 
 
 def suppress(faces, threshold, smaller=False, box="box"):
-    """Apply non-maximum suppression; face[box] is the box that is compared."""
     kept = []
     for face in sorted(faces, key=lambda f: -f["score"]):
         if all(overlap(face[box], other[box], smaller) <= threshold for other in kept):
@@ -112,19 +104,16 @@ def suppress(faces, threshold, smaller=False, box="box"):
 
 
 def regress(box, offsets):
-    """Move the sides of a box by fractions of its width or height."""
     w, h = box[2] - box[0], box[3] - box[1]
     return [box[0] + offsets[0] * w, box[1] + offsets[1] * h, box[2] + offsets[2] * w, box[3] + offsets[3] * h]
 
 
 def square(box):
-    """Return the square with the same center and the longer side."""
     side, x, y = max(box[2] - box[0], box[3] - box[1]), (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
     return [x - side / 2, y - side / 2, x + side / 2, y + side / 2]
 
 
 def in_image(box, height, width):
-    """Return whether a box overlaps the image and is at least one pixel wide."""
     return box[2] - box[0] >= 1 and box[0] < width and box[1] < height and box[2] > 0 and box[3] > 0
 
 
