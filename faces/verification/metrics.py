@@ -129,10 +129,7 @@ def similarities(embeddings: np.ndarray, pairs: np.ndarray, means: np.ndarray) -
 
 
 def training_means(embeddings: np.ndarray, pairs: np.ndarray, folds: np.ndarray) -> np.ndarray:
-    """Return the mean embedding of each fold's training images, float64 (K, D).
-
-    Row k is the mean over the distinct images that occur in a pair of any fold except k.
-    """
+    """Return the mean embedding of the distinct images in the pairs of all folds except k, float64 (K, D)."""
     count, e = folds.max() + 1, np.asarray(embeddings, np.float64)
     member = np.zeros((count, len(e)), bool)
     for k in range(count):
@@ -159,11 +156,7 @@ def best_threshold(similarity: np.ndarray, same: np.ndarray) -> float:
 
 
 def roc(similarity: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the points of the ROC curve, one per distinct outcome.
-
-    Args:
-        similarity: float (P,).
-        same: bool (P,).
+    """Return the points of the ROC curve, one per distinct outcome; similarity float (P,), same bool (P,).
 
     Returns:
         far, tar: float64 (V + 1,) for V distinct similarities, from (0, 0), nothing accepted, to (1, 1).
@@ -193,13 +186,8 @@ def equal_error_rate(far: np.ndarray, tar: np.ndarray) -> float:
 
 
 def operating_point(similarity: np.ndarray, same: np.ndarray, far: float) -> OperatingPoint:
-    """Return the OperatingPoint with the highest TAR among the thresholds with at most this FAR, 0 to 1.
-
-    Args:
-        similarity: float (P,).
-        same: bool (P,), with pairs of both kinds.
-        far: the false acceptance rate.
-    """
+    """Return the OperatingPoint with the highest TAR among the thresholds with at most the rate `far`, 0 to 1;
+    similarity float (P,), same bool (P,), with pairs of both kinds."""
     impostors = np.sort(similarity[~same])[::-1]
     allowed = _allowed(far, len(impostors))
     threshold = impostors[allowed] if allowed < len(impostors) else np.nextafter(similarity.min(), -np.inf)

@@ -107,7 +107,7 @@ def read_list(file) -> tuple[list, np.ndarray, np.ndarray]:
         if sized or not any(field.isdecimal() or "/" in field or "." in field for field in header):    # or column names
             del lines[0]
         if per_image:
-            lines = [(number, [*first, *second]) for (number, first), (_, second)
+            lines = [(number, [left, right, "10"[fold == other == "0"]]) for (number, (left, fold)), (_, (right, other))
                      in zip(lines[::2], lines[1::2], strict=True)]
         rows = [_pair(number, fields) for number, fields in lines]
         same = np.array([row[2] for row in rows], bool)
@@ -128,14 +128,12 @@ def _pair(number, fields):
     match fields:
         case [name, i, j] if i.isdecimal() and j.isdecimal():
             return _lfw_name(name, i), _lfw_name(name, j), True
-        case [name, i, other, j] if i.isdecimal() and j.isdecimal() and "." not in name:
+        case [name, i, other, j] if i.isdecimal() and j.isdecimal():
             if name == other:
                 raise ValueError(f"line {number}: the impostor pair names the same person twice")
             return _lfw_name(name, i), _lfw_name(other, j), False
         case [left, right, ("0" | "1") as same] | [("0" | "1") as same, left, right]:
             return _name(left), _name(right), same == "1"
-        case [left, fold, right, other] if fold == other and fold.isdecimal():
-            return _name(left), _name(right), fold != "0"
     raise ValueError(f"line {number}: expected `Name i j`, `Name1 i Name2 j` or `path path 0|1`")
 
 

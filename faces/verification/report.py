@@ -159,13 +159,14 @@ def error_sheet(file, faces: np.ndarray, pairs, similarities: np.ndarray, correc
     for genuine, indices, panels in zip((True, False), shown, np.split(grid.reshape(-1, PAIRS_PER_ROW), rows[:1])):
         wrong, total = int((~correct & (pairs.same == genuine)).sum()), int((pairs.same == genuine).sum())
         title = "genuine pairs: lowest similarity" if genuine else "impostor pairs: highest similarity"
-        panels[0, 0].set_title(f"Hardest {title} ({wrong:,} of {total:,} {'rejected' if genuine else 'accepted'})\n",
-                               loc="left", fontsize=13, weight="bold", pad=10)
+        title = f"Hardest {title} ({wrong:,} of {total:,} {'rejected' if genuine else 'accepted'})"
+        panels[0, 0].text(0, 1.27, title, fontsize=13, weight="bold", transform=panels[0, 0].transAxes, in_layout=False)
         for i, panel in zip(indices, panels.flat):
             left, right = pairs.pairs[i]
             panel.imshow(np.concatenate((faces[left], gap, faces[right]), 1))
             decision = "accepted" if correct[i] == pairs.same[i] else "rejected"
-            panel.set_title(f"{similarities[i]:.3f}  {decision}", pad=3, fontsize=10,
+            room = "\n\n" if panel in panels[0] else ""    # for the title
+            panel.set_title(f"{room}{similarities[i]:.3f}  {decision}", pad=3, fontsize=10,
                             color=plots.COLORS[int(not correct[i])], weight="normal" if correct[i] else "bold")
             names = "\n".join(plots.plain(_caption(pairs.paths[image])) for image in (left, right))
             panel.text(0.5, -0.04, names, fontsize=7.5, ha="center", va="top", transform=panel.transAxes, family=fonts)

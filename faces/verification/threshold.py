@@ -59,12 +59,7 @@ def save_threshold(model, fingerprint: str, threshold: Threshold):
 def load_threshold(model, loaded: dict) -> Threshold | None:
     """Return the Threshold that was saved beside a model, or else the one in its checkpoint, or else None.
 
-    Args:
-        model: path of the model.
-        loaded: dict that faces.verification.weights.load_net() returned for it.
-
-    Raises:
-        InputError: the file belongs to other weights.
+    `loaded` is what load_net() returned for the model. Raises InputError if the file belongs to other weights.
     """
     content = read_json(threshold_path(model))
     if content:

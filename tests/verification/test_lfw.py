@@ -1,4 +1,5 @@
 """LFW: pairs files, alignment, and lfw_eval.py on a tiny synthetic set."""
+import itertools
 import json
 import os
 import re
@@ -363,3 +364,10 @@ def test_mistakes_are_one_sentence_errors(lfw, model, capsys, mistake, message):
     lines = [line for line in re.split(r"[\r\n]+", err) if line.strip() and "%|" not in line]  # no progress bars
     assert status == 2 and len(lines) == 1 and "Traceback" not in err
     assert re.match(rf"\S+: .*{message}", lines[0])
+
+
+def test_names_with_dots_and_equal_numbers_are_impostors_in_lfws_format(tmp_path):
+    (tmp_path / "pairs.txt").write_text("m.01 1 m.02 1\nm.01 1 2\nm.02 1 m.01 2\nm.02 1 2\n")
+    for name, i in itertools.product(("m.01", "m.02"), (1, 2)):
+        write_image(tmp_path / name / f"{name}_{i:04d}.png", np.zeros((112, 96, 3), np.uint8))
+    assert read_pairs(tmp_path).same.tolist() == [False, True, False, True]
