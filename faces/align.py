@@ -20,15 +20,12 @@ MIN_TYPICAL = 0.8                          # correlation of upright faces, media
 def similarity_transform(source: np.ndarray, target: np.ndarray = TEMPLATE) -> np.ndarray:
     """Return the least-squares similarity transform from `source` to `target`: rotation, scale, translation.
 
-    A reflection is never returned. This is the closed form of Umeyama (PAMI 1991) in two dimensions: in complex
-    numbers, target = a * source + b.
-
     Args:
         source: float (K, 2) points, x then y, K >= 2.
         target: float (K, 2) points to map to.
 
     Returns:
-        float64 (2, 3), a matrix for cv2.warpAffine.
+        float64 (2, 3), a matrix for cv2.warpAffine, never a reflection.
 
     Raises:
         ValueError: the points nearly coincide, are not finite, or are not arranged like those of `target`, or a
@@ -41,11 +38,9 @@ def similarity_transform(source: np.ndarray, target: np.ndarray = TEMPLATE) -> n
 
 
 def similarity_transforms(source: np.ndarray, target: np.ndarray = TEMPLATE) -> tuple[np.ndarray, list[str | None]]:
-    """Return the similarity transforms of many faces at once; see similarity_transform().
+    """Return the similarity transforms of N faces, float (N, K, 2); see similarity_transform().
 
-    Args:
-        source: float (N, K, 2) points.
-        target: float (K, 2) points to map to.
+    This is the closed form of Umeyama (PAMI 1991) in two dimensions: in complex numbers, target = a * source + b.
 
     Returns:
         (float64 (N, 2, 3), list of N): the transforms; and per face, None or the reason why its transform is invalid.
@@ -68,12 +63,9 @@ def similarity_transforms(source: np.ndarray, target: np.ndarray = TEMPLATE) -> 
 
 
 def arrangement_problem(points: np.ndarray) -> str | None:
-    """Return what is wrong with the order of the numbers in a landmark list, or None.
+    """Return what is wrong with the order of the numbers in a landmark list, float (N, 5, 2), or None.
 
     A single face can have any pose, but most faces in a list are upright. If they are not, other orders are tried.
-
-    Args:
-        points: float (N, 5, 2).
     """
     if len(points) < 5:
         return None
@@ -99,10 +91,8 @@ def arrangement_problem(points: np.ndarray) -> str | None:
 def position_problem(centers: np.ndarray) -> str | None:
     """Return where the landmarks of a set of images are, to follow "are in", if they belong to copies of another size.
 
-    In most photos of a set, the face is near the center; in those of CASIA-WebFace and LFW, it always is.
-
-    Args:
-        centers: float (N, 2), the mean of an image's landmarks as a fraction of its width and height; NaN if unknown.
+    In most photos of a set, the face is near the center; in those of CASIA-WebFace and LFW, it always is. `centers`,
+    float (N, 2), are the means of each image's landmarks as fractions of its width and height; NaN if unknown.
     """
     centers = centers[np.isfinite(centers).all(1)]
     if len(centers) < 10:
@@ -160,15 +150,9 @@ def align(image: np.ndarray, landmarks: np.ndarray) -> np.ndarray:
 
 
 def warp(image: np.ndarray, transform: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-    """Return the aligned face of an image, given its transform.
+    """Return the aligned face of an image, uint8 (HEIGHT, WIDTH, 3), given its transform; see similarity_transform().
 
-    Args:
-        image: uint8 (H, W, 3).
-        transform: float64 (2, 3), see similarity_transform().
-        out: contiguous uint8 (HEIGHT, WIDTH, 3) to write the face to; None allocates a new array.
-
-    Returns:
-        uint8 (HEIGHT, WIDTH, 3), which is `out` if that was given; pixels outside the image are black.
+    The face is written to the contiguous array `out` if one is given. Pixels outside the image are black.
     """
     if max(image.shape) >= MAX_SIDE:
         image, transform = _part(image, transform)
@@ -187,13 +171,7 @@ def _part(image, transform):
 
 
 def crop_aligned(image: np.ndarray) -> np.ndarray:
-    """Return a face that is already aligned, 112x96 or 112x112, cropped to 112x96.
-
-    Args:
-        image: uint8 (H, W, 3).
-
-    Returns:
-        uint8 (HEIGHT, WIDTH, 3), `image` itself or a view of it.
+    """Return a face that is already aligned, uint8 112x96 or 112x112, cropped to 112x96, as a view.
 
     Raises:
         ValueError: the image has another size.
@@ -208,18 +186,10 @@ def crop_aligned(image: np.ndarray) -> np.ndarray:
 
 
 def load_face(source, landmarks: np.ndarray | None = None) -> np.ndarray:
-    """Read an image and return its aligned face; without landmarks, the image must already be aligned.
-
-    Args:
-        source: path of a file, or the file's bytes.
-        landmarks: float (5, 2), or None.
-
-    Returns:
-        uint8 (HEIGHT, WIDTH, 3), RGB.
+    """Read an image and return its aligned face; without landmarks, float (5, 2), it must already be aligned.
 
     Raises:
-        faces.images.UnreadableImage: see read_image().
-        ValueError: see align() and crop_aligned().
+        ValueError: see read_image(), align() and crop_aligned().
     """
     image = read_image(source)
     return crop_aligned(image) if landmarks is None else align(image, landmarks)

@@ -26,16 +26,14 @@ NO_PHOTOS = frozenset(""".txt .csv .tsv .json .jsonl .xml .md .html .htm .yaml .
 LISTS = frozenset("""casia_landmark.txt casia_landmark.json lfw_landmark.txt lfw_landmark.json pairs.txt
     pairsDevTrain.txt pairsDevTest.txt""".split())
 FORMATS = "JPEG", "MPO", "PNG", "BMP", "DIB", "PPM", "WEBP", "TIFF", "GIF", "AVIF", "JPEG2000"     # Pillow's names
-# The header is checked against these before memory is allocated.
-MAX_PIXELS = 128_000_000
-MAX_BYTES = 384_000_000      # an uncompressed file of that many pixels
-MAX_MEMORY = 1_000_000_000   # for the file, the image, and whatever else the decoder needs
-MAX_SCAN_PIXELS = 850_000_000    # in all scans of a progressive JPEG, which usually has ten scans
+# The header is checked against these before memory is allocated. MAX_MEMORY is for all that is needed to decode a file.
+MAX_PIXELS, MAX_BYTES, MAX_MEMORY = 128_000_000, 384_000_000, 1_000_000_000
+MAX_SCAN_PIXELS = 850_000_000                # in all scans of a progressive JPEG, which usually has ten scans
 LEAN, JPEG_WITH_SCANS, GREEDY = 6, 12, 18    # bytes per pixel, with those of a rotated copy and of the decoder
 ORIENTATION = 0x0112                         # EXIF tag
 # Markers of JPEG. In compressed data, MARKER finds none but the one that ends them.
 START_OF_FRAME = frozenset(range(0xc0, 0xd0)) - {0xc4, 0xc8, 0xcc}
-PROGRESSIVE, SOI, EOI, SOS, APP1, APP14 = 0xc2, 0xd8, 0xd9, 0xda, 0xe1, 0xee
+SOI, EOI, SOS, APP1, APP14 = 0xd8, 0xd9, 0xda, 0xe1, 0xee
 NEEDED = START_OF_FRAME | {0xc4, 0xcc, 0xdb, 0xdd, SOS, EOI}    # tables, frames and scans: what pixels depend on
 MARKER = re.compile(rb"\xff[^\x00-\x01\xd0-\xd7\xff]")
 MAX_SEGMENTS = 10_000        # an ordinary JPEG has a few dozen
@@ -49,15 +47,10 @@ class UnreadableImage(ValueError):
 
 
 class Scan(NamedTuple):
-    """What was found below a folder.
-
-    paths: relative paths of all images, sorted, with forward slashes.
-    ignored: Counter of what is left out because it is no photo, by its kind, see count_of().
-    lost: Counter of what is left out although it may be a photo.
-    """
-    paths: list
-    ignored: Counter
-    lost: Counter
+    """What was found below a folder."""
+    paths: list         # relative paths of all images, sorted, with forward slashes
+    ignored: Counter    # what is left out because it is no photo, by its kind, see count_of()
+    lost: Counter       # what is left out although it may be a photo
 
     def left_out(self) -> str:
         """Return the counts in words, such as "2 .heic files, 1 broken link", or an empty string."""
@@ -74,16 +67,16 @@ def read_image(source) -> np.ndarray:
     """Read one image.
 
     Args:
-        source: path of a file, its bytes, an open binary file, a PIL image, or an array or uint8 tensor, RGB (H, W, 3)
-            or gray (H, W), which is returned as it is if it is an RGB array.
+        source: path of a file, its bytes, an open binary file, a PIL image, or a uint8 array or tensor, RGB (H, W, 3)
+            or gray (H, W).
 
     Returns:
         uint8 (H, W, 3), RGB. Gray is repeated in all channels and transparency is dropped. Of more than 8 bits, those
         from the highest one used are kept.
 
     Raises:
-        UnreadableImage: the file is missing, empty, damaged, not a regular file, not an image, or would need more than
-            MAX_MEMORY; or `source` is something else.
+        UnreadableImage: the file is missing, damaged, or no image, would need more than MAX_MEMORY, or `source` is
+            something else.
     """
     try:
         if isinstance(source, Image.Image):
@@ -99,11 +92,8 @@ def read_image(source) -> np.ndarray:
 
 def summarize(failures: list[tuple[str, str]], count: int = 3) -> str:
     """Return the `count` most frequent reasons among failures, (name, reason), in words, with one image of each."""
-    names, reasons = {}, Counter()
-    for name, reason in failures:
-        names.setdefault(reason, name)
-        reasons[reason] += 1
-    shown = [f"{names[reason]}: {reason}" + (f" (and {number - 1:,} like it)" if number > 1 else "")
+    first, reasons = {reason: name for name, reason in reversed(failures)}, Counter(reason for _, reason in failures)
+    shown = [f"{first[reason]}: {reason}" + (f" (and {number - 1:,} like it)" if number > 1 else "")
              for reason, number in reasons.most_common(count)]
     return "; ".join(shown) + ("; ..." if len(reasons) > count else "")
 
@@ -125,10 +115,7 @@ def list_images(root) -> list[str]:
 
 
 def scan_images(root) -> Scan:
-    """Return the Scan of a folder.
-
-    Links to folders are followed, but no folder is read twice. Hidden files and folders are left out.
-    """
+    """Return the Scan of a folder. Links are followed, but no folder is read twice; hidden files are left out."""
     scan, seen = Scan([], Counter(), Counter()), set()
     folders, links = [""], []
     while folders or links:
@@ -141,8 +128,7 @@ def scan_images(root) -> Scan:
         except OSError:
             scan.lost["folder~ that can't be read"] += 1
             continue
-        if repeated:
-            scan.ignored["link~ to a folder that is read anyway"] += 1
+        scan.ignored["link~ to a folder that is read anyway"] += repeated
         seen.add((status.st_dev, status.st_ino))
         for entry in entries:
             relative = f"{name}/{entry.name}" if name else entry.name
@@ -155,7 +141,7 @@ def scan_images(root) -> Scan:
             else:
                 scan.lost["broken link~" if entry.is_symlink() else "special file~ such as a pipe"] += 1
     scan.paths.sort()
-    return scan
+    return scan._replace(ignored=+scan.ignored)    # without zeros
 
 
 def is_system_name(name: str) -> bool:
@@ -188,22 +174,17 @@ def _read(source):
     """Return the bytes of a path, of bytes, or of an open file."""
     try:
         if hasattr(source, "read"):
-            if hasattr(source, "seek"):
-                source.seek(0)    # so that one file can be read twice
+            getattr(source, "seek", int)(0)    # so that one file can be read twice
             data = source.read(MAX_BYTES + 1)
-        elif isinstance(source, (bytes, bytearray, memoryview)):
-            data = bytes(source)
         elif isinstance(source, (str, os.PathLike)):
             data = read_bytes(path(source), MAX_BYTES)
         else:
-            raise UnreadableImage(f"an image is a path, bytes, a binary file, a PIL image, or a uint8 array, not "
-                                  f"{type(source).__name__}")
-    except OSError as error:
-        raise UnreadableImage(error.strerror or str(error)) from None
-    except ValueError as error:    # a NUL character in the name, or a closed file
-        raise UnreadableImage(str(error)) from None
+            data = bytes(source) if is_image(source) else source
+    except (OSError, ValueError) as error:    # a ValueError for a NUL character in the name, or a closed file
+        raise UnreadableImage(getattr(error, "strerror", None) or str(error)) from None
     if not isinstance(data, bytes):
-        raise UnreadableImage("open the file in binary mode")
+        raise UnreadableImage("an image is a path, bytes, a binary file, a PIL image, or a uint8 array, not "
+                              f"{type(data).__name__}")
     if not data or len(data) > MAX_BYTES:
         raise UnreadableImage(f"over {MAX_BYTES // 10**6} MB" if data else "empty file")
     return data
@@ -212,9 +193,9 @@ def _read(source):
 def _from_array(source):
     image = source.cpu().numpy() if _is_tensor(source) else source
     if image.dtype != np.uint8 or image.ndim < 2 or image.shape[2:] not in ((), (3,)) or not image.size:
-        raise UnreadableImage(
-            f"an array must be uint8 RGB (H, W, 3) or gray (H, W), not {source.dtype} {tuple(source.shape)}; scale "
-            "floats to 0..255, drop alpha with image[..., :3], put channels last, and pass a batch as a list")
+        raise UnreadableImage(f"an array must be uint8 RGB (H, W, 3) or gray (H, W), not {source.dtype} "
+                              f"{tuple(source.shape)}; scale floats to 0..255, drop alpha with image[..., :3], put "
+                              "channels last, and pass a batch as a list")
     return np.repeat(image[..., None], 3, axis=2) if image.ndim == 2 else image
 
 
@@ -259,16 +240,17 @@ def _decode_jpeg(data):
         raise UnreadableImage("truncated JPEG")
     kind, frame = frames[0]
     height, width = (int.from_bytes(frame[i:i + 2], "big") for i in (5, 7))
-    several = kind == PROGRESSIVE or kinds.count(SOS) != 1    # then the decoder keeps all coefficients, of two bytes
+    scans, progressive = kinds.count(SOS), kind & 3 == 2
+    several = progressive or scans != 1    # then the decoder keeps all coefficients, of two bytes each
     _check_size(len(data), width, height, JPEG_WITH_SCANS if several else LEAN)
-    if kinds.count(SOS) * width * height > MAX_SCAN_PIXELS:    # a scan of a few bytes can take a pass over the image
-        raise UnreadableImage(f"{width} x {height} in {kinds.count(SOS)} scans takes too long to decode")
+    if scans * width * height > MAX_SCAN_PIXELS:    # a scan of a few bytes can take a pass over the whole image
+        raise UnreadableImage(f"{width} x {height} in {scans} scans takes too long to decode")
     if several and kinds[-1] != EOI:    # a single scan may be whole without an end marker
         raise UnreadableImage("truncated JPEG")
     try:
         image = simplejpeg.decode_jpeg(data if kinds[-1] == EOI else b"", "RGB")
     except ValueError:
-        image = _decode_in_order(data, segments, kind == PROGRESSIVE)
+        image = _decode_in_order(data, segments, progressive)
     return _turned(image, _orientation(data)) if APP1 in kinds else image
 
 
@@ -319,11 +301,8 @@ def _decode_in_order(data, segments, progressive):
 
 
 def _orientation(data):
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return image.getexif().get(ORIENTATION)
-    except Exception:    # damaged metadata, which say nothing about the pixels
-        return None
+    with contextlib.suppress(Exception), Image.open(io.BytesIO(data)) as image:    # the metadata may be damaged
+        return image.getexif().get(ORIENTATION)
 
 
 def _turned(image, orientation):
@@ -360,8 +339,8 @@ def _decode_other(data):
         orientation = image.getexif().get(ORIENTATION)
     # With IMREAD_COLOR_RGB, OpenCV 5.0 returns what was in the memory for TIFFs of 16 bits.
     flags = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
-    with contextlib.suppress(cv2.error):
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-        if pixels is not None:
-            return _turned(_to_8_bits(pixels)[..., ::-1], orientation)
-    raise UnreadableImage(f"damaged {image.format}")
+    try:
+        pixels = _to_8_bits(cv2.imdecode(np.frombuffer(data, np.uint8), flags))
+    except (cv2.error, AttributeError):    # an exception or None
+        raise UnreadableImage(f"damaged {image.format}") from None
+    return _turned(pixels[..., ::-1], orientation)

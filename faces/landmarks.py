@@ -23,19 +23,15 @@ from faces.align import arrangement_problem
 from faces.files import CACHE, InputError, atomic_write, read_json, reading, write_json
 
 ADVICE = "create one with mtcnn/lfw_landmark.py or mtcnn/casia_landmark.py"
+OUTSIDE = "the path {!r} leaves the folder of the images; lists may only name files below it."
 MAX_LINE = 20_000    # characters; a path has at most 4,096 bytes
 
 
 class LandmarkList(NamedTuple):
-    """The images and faces of a landmark list.
-
-    paths: N relative paths.
-    labels: int64 (N,); None if the list has no labels.
-    points: float32 (N, 5, 2), landmarks in pixels of the whole image.
-    """
-    paths: list
-    labels: np.ndarray | None
-    points: np.ndarray
+    """The images and faces of a landmark list."""
+    paths: list                  # N relative paths
+    labels: np.ndarray | None    # int64 (N,); None if the list has no labels
+    points: np.ndarray           # float32 (N, 5, 2), landmarks in pixels of the whole image
 
 
 def read_landmarks(path, labeled: bool, root=None) -> LandmarkList:
@@ -61,18 +57,7 @@ def read_landmarks(path, labeled: bool, root=None) -> LandmarkList:
 
 
 def read_labels(path, root=None) -> tuple[list[str], np.ndarray]:
-    """Read a list of aligned faces.
-
-    Args:
-        path: the file.
-        root: folder of the images; absolute paths below it become relative.
-
-    Returns:
-        (list of N relative paths, int64 (N,) labels).
-
-    Raises:
-        InputError: see read_landmarks().
-    """
+    """Return the N relative paths and the labels, int64 (N,), of a list of aligned faces; see read_landmarks()."""
     with reading(path, "list", "pass a text file with lines of `path label`"):
         paths, labels, _ = _read(path, root, True, 0)
     return paths, np.array(labels, np.int64)
@@ -105,12 +90,7 @@ def default_list(root, name: str) -> Path:
 
 
 def photos_digest(source, names: list[str] | None = None) -> str:
-    """Return a digest of photos, which changes with their names, sizes and modification times.
-
-    Args:
-        source: faces.data.sources.Folder or Zip.
-        names: the photos; None takes all.
-    """
+    """Return a digest of the names, sizes and times of photos in a faces.data source, by default of all of them."""
     names = source.names() if names is None else names
     digest = hashlib.sha256("\n".join(names).encode(errors="surrogateescape"))    # names need not be UTF-8
     digest.update(source.versions(names).tobytes())
@@ -118,14 +98,9 @@ def photos_digest(source, names: list[str] | None = None) -> str:
 
 
 def found_list(source, name: str) -> Path | None:
-    """Return the list `name` that belongs to a set, or None.
+    """Return the list `name` of a faces.data source: in its own folder, or else where our scripts write it; or None.
 
-    It is in the set's own folder, or else where our scripts write it. A list made for other photos than those that are
-    there now is not used, and that is printed.
-
-    Args:
-        source: faces.data.sources.Folder or Zip.
-        name: such as "casia_landmark.txt".
+    A list made for other photos than those that are there now is not used, and that is printed.
     """
     own = Path(source.root) / name
     for file in (own, default_list(source.root, name)):
@@ -143,9 +118,6 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
 
     Names of files are not always UTF-8; their bytes are kept, as os.fsdecode() does.
 
-    Args:
-        path: Path of a regular file, or anything else that has open() and is_file().
-
     Yields:
         (number, line) of each line that is not blank, counted from 1.
 
@@ -153,8 +125,8 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
         OSError: the file can't be read.
         ValueError: it is not text, or a line has MAX_LINE characters.
     """
-    if not path.is_file():      # reading a named pipe would wait forever
-        raise OSError(0, "not a regular file" if path.exists() else "No such file or directory")
+    if path.exists() and not path.is_file():      # reading a named pipe would wait forever
+        raise OSError(0, "not a regular file")
     with path.open("rb") as file:
         is_utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
         file.seek(0)
@@ -196,11 +168,10 @@ def _read(path, root, labeled, numbers):
             if len(fields) != labeled + numbers or "\t" in text or not 0 <= label < 2**31 \
                     or not all(map(math.isfinite, coordinates)):
                 raise ValueError
+            paths.append(relative(text))
         except (ValueError, IndexError):
             expected = ", ".join(["a path", *["a label from 0"] * labeled, *["ten finite numbers"] * (numbers > 0)])
             raise InputError(f"{path}, line {number}: expected {expected}; correct the line.") from None
-        try:
-            paths.append(relative(text))
         except InputError as error:
             raise InputError(f"{path}, line {number}: {error}") from None
         labels.append(label)
@@ -217,42 +188,39 @@ def _read(path, root, labeled, numbers):
 class _Relative:
     """Turns the paths of a list into relative ones with forward slashes, and refuses those outside the folder `root`.
 
-    Absolute paths may name the folder, or a person's folder in it, in any way: links have the identity of their target.
+    Absolute paths may name the folder, or a link to a person's folder in it, in any way: identities are compared.
     """
 
     def __init__(self, root):
-        self.known, self.folders = {}, {}    # identity of a folder: path below `root`; text of a folder: the same
-        if root is not None and os.path.isdir(root):
-            links = [entry for entry in os.scandir(root) if entry.is_symlink() and os.path.isdir(entry)]
-            self.known = {self._identity(entry): PurePath(entry.name) for entry in links}
-            self.known[self._identity(root)] = PurePath()
+        links = [] if root is None or not os.path.isdir(root) else [root, *filter(os.path.islink, Path(root).iterdir())]
+        self.known = {_identity(link): PurePath(link).relative_to(root) for link in links}
+        self.folders = {}    # from the text of a folder to its path below `root`
 
     def __call__(self, text):
         name = text.lstrip(" \t").replace("\\", "/")
-        while name.startswith("./"):
+        if name.startswith("./"):
             name = name[2:]
         if name.startswith("/") or os.path.splitdrive(name)[0]:
             folder, _, file = name.rpartition("/")
             if folder not in self.folders:
-                self.folders[folder] = self._locate(folder)
+                self.folders[folder] = self._locate(PurePath(folder))
             return f"{self.folders[folder]}{file}"
         if ".." in name and ".." in name.split("/"):
-            self._refuse(name)
+            raise InputError(OUTSIDE.format(name))
         return name
 
     def _locate(self, folder):
-        path = PurePath(folder)
-        for parent in (path, *path.parents):
-            with contextlib.suppress(OSError):
-                below = self.known.get(self._identity(parent))
-                if below is not None:
-                    inner = (below / path.relative_to(parent)).as_posix()
-                    return "" if inner == "." else f"{inner}/"
-        self._refuse(folder)
+        for parent in (folder, *folder.parents):
+            below = self.known.get(_identity(parent))
+            if below is not None:
+                inner = (below / folder.relative_to(parent)).as_posix()
+                return "" if inner == "." else f"{inner}/"
+        raise InputError(OUTSIDE.format(str(folder)))
 
-    def _identity(self, path):
-        status = os.stat(path)
+
+def _identity(file):
+    try:
+        status = os.stat(file)
         return status.st_dev, status.st_ino
-
-    def _refuse(self, name):
-        raise InputError(f"the path {name!r} leaves the folder of the images; lists may only name files below it.")
+    except OSError:
+        return file    # nothing that exists

@@ -19,8 +19,7 @@ class Batches:
     Which faces a step sees, which of them are flipped and how far they are shifted depends on the seed and the step
     alone, so a resumed run sees what the uninterrupted one would have seen, on any number of processes.
 
-    Threads gather the faces of the next batches from the memory map, on CUDA into pinned memory. Copying releases the
-    interpreter lock, so processes would not be faster.
+    Threads gather the faces of the next batches, on CUDA into pinned memory. Copying releases the interpreter lock.
 
     Args:
         faces: faces.data.cache.AlignedFaces.
@@ -57,7 +56,7 @@ class Batches:
                 pool.shutdown(cancel_futures=True)
 
     def _gather(self, step, rows):
-        """Return faces and labels on the CPU, and which faces to flip and how far to shift them, or None."""
+        """Return faces and labels on the CPU, which faces to flip, and how far to shift them."""
         images = torch.empty(len(rows), HEIGHT, WIDTH, 3, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
         _, labels = self.faces.batch(rows, out=images.numpy())
         flip = shifts = None
@@ -111,14 +110,9 @@ def _use_device(device):
 
 
 def shift_faces(faces: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
-    """Shift faces by whole pixels. The border is repeated, because a black edge would reveal the shift.
+    """Shift faces, uint8 (N, 112, 96, 3), by whole pixels, int64 (N, 2), down and to the right.
 
-    Args:
-        faces: uint8 (N, 112, 96, 3), on any device.
-        shifts: int64 (N, 2), pixels down and to the right.
-
-    Returns:
-        uint8 (N, 112, 96, 3).
+    The border is repeated, because a black edge would reveal the shift.
     """
     face = torch.arange(len(faces), device=faces.device)[:, None, None]
     row = (torch.arange(HEIGHT, device=faces.device) - shifts[:, :1]).clamp(0, HEIGHT - 1)      # (N, 112)

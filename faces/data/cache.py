@@ -29,11 +29,10 @@ from faces.data.casia import TrainingList, list_casia, without_lfw_overlap
 from faces.data.sources import Folder
 from faces.device import count_cpus
 from faces.files import CACHE, InputError, atomic_write, check_writable, count_of, locked, path, reading
-from faces.images import UnreadableImage, one_opencv_thread, read_image, summarize
+from faces.images import one_opencv_thread, read_image, summarize
 
 FACE_SHAPE, FACE_BYTES = (HEIGHT, WIDTH, 3), HEIGHT * WIDTH * 3
-CHUNK = 1024                # faces that are written at a time
-BLOCK = 32                  # faces per task of a thread
+BLOCK, AHEAD = 32, 64       # faces per task of a thread, and tasks that wait, so that no thread runs out of work
 MAX_FAILED = 0.01           # fraction of the list; more failures suggest a wrong folder or list
 
 
@@ -63,15 +62,7 @@ class AlignedFaces:
         return self.summary
 
     def batch(self, index: np.ndarray, out: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Return the faces and labels at an int array of B positions.
-
-        Args:
-            index: the positions.
-            out: where to copy the faces to, uint8 (B, 112, 96, 3); None makes a new array.
-
-        Returns:
-            (uint8 (B, 112, 96, 3), int64 (B,)).
-        """
+        """Return faces, uint8 (B, 112, 96, 3), in `out` if that is given, and labels, int64 (B,), at B positions."""
         # With mode="clip", numpy copies without a buffer. The positions are valid, so nothing is clipped.
         return np.take(self.images, self.rows[index], axis=0, out=out, mode="clip"), self.labels[index]
 
@@ -168,62 +159,48 @@ def _build(listing, folder):
     if size > shutil.disk_usage(folder).free:
         raise InputError(f"{folder} needs {size / 1e9:.1f} GB for the aligned faces, but less is free; free "
                          "some space or choose a larger disk with --cache.")
-    sizes = np.full((total, 2), np.nan, np.float32)    # width and height of every image
     print(f"aligning {count_of(total, 'face~')} of {listing.source} into the cache {folder}")
-    # The pool already has a thread per CPU, with which OpenCV's own threads would compete.
+    centers = np.full((total, 2), np.nan)    # of the landmarks, as fractions of the image
+    # The pool has a thread per CPU, with which OpenCV's own would compete.
     with one_opencv_thread(), ThreadPoolExecutor(count_cpus()) as pool, atomic_write(folder / "faces.u8") as file, \
             tqdm(total=total, unit=" images", unit_scale=True, dynamic_ncols=True, disable=sys.stderr is None) as bar:
         try:
-            for chunk, chunk_failed in _align(listing, total, pool, sizes):
-                failed += chunk_failed
-                _check(listing, failed, sizes)
-                file.write(chunk)
-                bar.update(len(chunk))
+            for number, (faces, block_failed) in enumerate(_align(listing, pool, centers), 1):
+                failed += block_failed
+                file.write(faces)
+                bar.update(len(faces))
+                if number % BLOCK == 0 or bar.n == total:
+                    _check(listing, failed, centers)
         finally:
             pool.shutdown(cancel_futures=True)    # an interrupted build does not wait for what is queued
         with atomic_write(folder / "failed.txt", "w") as report:
             report.writelines(f"{listing.paths[row]}\t{' '.join(reason.split())}\n" for row, reason in failed)
 
 
-def _align(listing, total, pool, sizes):
-    """Align chunks of rows; yield (uint8 (B, 112, 96, 3), list of (row, reason) of unusable images).
-
-    Each chunk is submitted before the previous one is complete, so that the threads of the pool never run out of work.
-    """
+def _align(listing, pool, centers):
+    """Align all faces in order; yield blocks of (uint8 (B, 112, 96, 3), list of (row, reason) of unusable images)."""
     pending = deque()
-    for start in range(0, total, CHUNK):
-        chunk = np.empty((min(CHUNK, total - start), *FACE_SHAPE), np.uint8)
-        blocks = [slice(block, block + BLOCK) for block in range(0, len(chunk), BLOCK)]
-        rows = range(start, start + len(chunk))
-        pending.append((chunk, [pool.submit(_fill_block, chunk[b], listing, rows[b], sizes) for b in blocks]))
-        if len(pending) > 1:
-            yield _collect(*pending.popleft())
-    yield from (_collect(*item) for item in pending)
+    for start in range(0, len(listing.paths), BLOCK):
+        rows = range(start, min(start + BLOCK, len(listing.paths)))
+        pending.append(pool.submit(_align_block, listing, rows, centers))
+        if len(pending) > AHEAD:
+            yield pending.popleft().result()
+    yield from (task.result() for task in pending)
 
 
-def _collect(chunk, tasks):
-    return chunk, sum((task.result() for task in tasks), [])
-
-
-def _fill_block(faces, listing, rows, sizes):
-    """Align the images of `rows` into `faces`; return a list of (row, reason) of unusable images.
-
-    The width and height of each image go into `sizes`. Only decoding and warping release the interpreter lock, so the
-    transforms are computed for all rows at once.
-    """
+def _align_block(listing, rows, centers):
+    faces, failed = np.zeros((len(rows), *FACE_SHAPE), np.uint8), []
     transforms = reasons = [None] * len(rows)
-    if listing.points is not None:
+    if listing.points is not None:    # for all rows at once, because this holds the interpreter lock
         transforms, reasons = similarity_transforms(listing.points[rows.start:rows.stop])
-    failed = []
     for face, row, transform, reason in zip(faces, rows, transforms, reasons):
-        reason = reason or _fill(face, listing, row, transform, sizes)
+        reason = reason or _fill(face, listing, row, transform, centers)
         if reason:
-            face[:] = 0
             failed.append((row, reason))
-    return failed
+    return faces, failed
 
 
-def _fill(face, listing, row, transform, sizes):
+def _fill(face, listing, row, transform, centers):
     """Align the image of a row into `face`; return None, or the reason why the image can't be used."""
     try:
         image = read_image(listing.source.open(listing.paths[row]))
@@ -232,12 +209,12 @@ def _fill(face, listing, row, transform, sizes):
         else:
             check_inside(listing.points[row], image.shape)
             warp(image, transform, out=face)
-            sizes[row] = image.shape[1::-1]
-    except (UnreadableImage, ValueError) as error:
+            centers[row] = listing.points[row].mean(0) / image.shape[1::-1]
+    except ValueError as error:    # UnreadableImage is one as well
         return str(error)
 
 
-def _check(listing, failed, sizes):
+def _check(listing, failed, centers):
     """Raise InputError if too many images have failed, or if the landmarks are those of copies of another size."""
     source, total = listing.source, len(listing.paths)
     if len(failed) > MAX_FAILED * total:
@@ -248,6 +225,6 @@ def _check(listing, failed, sizes):
         suspects = "folder" if listing.points is None else "folder and the landmark list"
         raise InputError(f"more than {MAX_FAILED:.0%} of the {count_of(total, 'image~')} of {source} can't be used "
                          f"({examples}); check the {suspects}.")
-    if listing.points is not None and (problem := position_problem(listing.points.mean(1) / sizes)):
+    if problem := position_problem(centers):
         raise InputError(f"the landmarks of {source} are in {problem}; use the images that the landmark list was made "
                          "for, or create a list for these with mtcnn/casia_landmark.py.")

@@ -2,7 +2,7 @@
 or aligned faces in folders, in a zip, or in InsightFace's RecordIO."""
 import re
 from collections import Counter
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
@@ -23,21 +23,13 @@ LFW_OVERLAP = frozenset("""
 
 
 class TrainingList(NamedTuple):
-    """The images of a training set.
-
-    source: Folder, Zip or Records.
-    paths: the N names of the images in `source`.
-    labels: int64 (N,), 0..C-1.
-    points: float32 (N, 5, 2), landmarks; None if the faces are already aligned.
-    notes: sentences about what was left out, and where it was found.
-    gaps: how the labels were renumbered, as the end of a phrase about the people; "" if they were not.
-    """
+    """The images of a training set."""
     source: Folder | Zip | Records
-    paths: list
-    labels: np.ndarray
-    points: np.ndarray | None
-    notes: tuple = ()
-    gaps: str = ""
+    paths: list                  # the N names of the images in `source`
+    labels: np.ndarray           # int64 (N,), 0..C-1
+    points: np.ndarray | None    # float32 (N, 5, 2), landmarks; None if the faces are already aligned
+    notes: tuple = ()            # sentences about what was left out, and where it was found
+    gaps: str = ""               # how the labels were renumbered, as the end of a phrase about the people
 
     def face(self, row: int) -> tuple:
         """Return the arguments of faces.align.load_face() for a row: the image, and its landmarks or None."""
@@ -77,7 +69,7 @@ def list_casia(root, landmarks=None, label_list=None) -> TrainingList:
     refuse_lfw(source, paths)
     listed = set(map(normal_form, paths))
     unlisted = sum(normal_form(name) not in listed for name in source.names())
-    notes = _left_out_notes(source, unlisted, "photo~ not in the list")
+    notes = _left_out(source, unlisted, "photo~ not in the list")
     return _renumbered(TrainingList(source, paths, labels, points, notes), file)
 
 
@@ -120,7 +112,7 @@ def list_photos(source) -> tuple[list[str], tuple[str, ...]]:
     if lost > MAX_LOST * (total + lost):
         raise InputError(f"{lost:,} of {total + lost:,} files in {source} can't be read ({left_out}); "
                          "convert them to JPEG or PNG, make them readable, or remove them.")
-    notes = _left_out_notes(source, len(strays), "photo~ outside the person folders")
+    notes = _left_out(source, len(strays), "photo~ outside the person folders")
     return paths, notes + _layout_notes(source, people)
 
 
@@ -147,24 +139,18 @@ def without_lfw_overlap(listing: TrainingList) -> np.ndarray:
     return np.array([LFW_OVERLAP.isdisjoint(PurePosixPath(path).parts) for path in listing.paths])
 
 
-def _left_out_notes(source, unused, kind):
-    """Return a tuple with one sentence about what is left out of a set, or an empty tuple.
-
-    Args:
-        unused: number of photos that are left out.
-        kind: what they are, for the sentence.
-    """
-    counts = [count_of(unused, kind)] * (unused > 0) + [source.scan.left_out()] * bool(source.scan.left_out())
-    return (f"left out: {', '.join(counts)}",) if counts else ()
+def _left_out(source, unused, kind):
+    """Return the sentence about what is left out of a set, such as `unused` photos of a kind, in a tuple if any."""
+    counts = ", ".join(filter(None, [unused and count_of(unused, kind), source.scan.left_out()]))
+    return (f"left out: {counts}",) if counts else ()
 
 
 def _layout_notes(source, people):
     """Return a tuple of sentences about where the person folders are, unless they are directly in the set."""
     parents, names = {name.rpartition("/")[0] for name in people}, {name.rpartition("/")[2] for name in people}
     notes = ()
-    if len(parents) == 1 and "" not in parents or source.wrapper:
-        inner = parents.pop() if len(parents) == 1 else ""
-        notes += (f"the person folders are in {Path(source.root, inner)}",)
+    if len(parents) == 1 and (source.wrapper or "" not in parents):
+        notes += (f"the person folders are in {source.root / parents.pop()}",)
     if len(names) < len(people):
         notes += (f"{len(people):,} person folders have only {count_of(len(names), 'different name~')}; folders "
                   "of the same name in different folders count as different people",)

@@ -16,6 +16,7 @@ property is an optional file of one line, `classes,height,width`.
 """
 import os
 import struct
+import sys
 import threading
 import warnings
 import weakref
@@ -32,10 +33,9 @@ MAGIC = 0xCED7230A
 WHOLE, FIRST, MIDDLE, LAST = range(4)
 PART = struct.Struct("<II")                                              # magic, kind << 29 | length
 PREFIX = struct.Struct("<IfQQ")                                          # flag, label, id, id2
-HEADER = np.dtype([("magic", "<u4"), ("word", "<u4"), ("flag", "<u4"), ("label", "<f4"), ("id", "<u8", 2),
-                   ("first_label", "<f4")])                              # PART, PREFIX, and the first label if flag > 0
+HEADER = struct.Struct("<IIIfQQf")                                       # both, and the first label if flag > 0
+MAX_LENGTH = (1 << 29) - 1
 MAX_PARTS = 1000                                                         # of a record; a second one is rare
-CHUNK = 65536                                                            # headers to read at a time
 ADVICE = "copy the set again; train.rec, train.idx and property must be of one set"
 
 
@@ -92,7 +92,7 @@ class Records:
         data, kinds = bytearray(), (WHOLE, FIRST)
         for _ in range(MAX_PARTS):
             magic, word = PART.unpack(self._read(offset, PART.size))
-            kind, length = word >> 29, word & (1 << 29) - 1
+            kind, length = word >> 29, word & MAX_LENGTH
             if magic != MAGIC or kind not in kinds:
                 raise ValueError("has an invalid header")
             if len(data) + length > MAX_BYTES:
@@ -127,26 +127,23 @@ class Records:
 
     def _read_labels(self):
         labels = np.empty(len(self.keys), np.float32)
-        for start in tqdm(range(0, len(labels), CHUNK), f"reading labels in {self.path.name}", delay=2, leave=False):
-            chunk = slice(start, start + CHUNK)
-            length = np.clip(self.size - self.offsets[chunk], 0, HEADER.itemsize).tolist()    # the last may be shorter
-            raw = b"".join(self._read(offset, size).ljust(HEADER.itemsize, b"\0")
-                           for offset, size in zip(self.offsets[chunk].tolist(), length))
-            header = np.frombuffer(raw, HEADER)
-            labels[chunk] = np.where(header["flag"] > 0, header["first_label"], header["label"])
-            kind, end = header["word"] >> 29, self.offsets[chunk] + PART.size + (header["word"] & (1 << 29) - 1)
-            self._refuse(chunk, (header["magic"] != MAGIC) | (kind > FIRST), "has an invalid header")
-            self._refuse(chunk, end > self.size, "extends past the end of the file")
-            for row in start + np.flatnonzero(kind == FIRST):    # one image in millions has the magic number by chance
-                labels[row] = _unpack(self._record(int(self.offsets[row])))[0]
-            # From 2**24 on, float32 can't represent every whole number, so the label may have been rounded.
-            exact = (labels[chunk] >= 0) & (labels[chunk] == np.floor(labels[chunk])) & (labels[chunk] < 2**24)
-            self._refuse(chunk, ~exact, "has a label that is not a whole number from 0 to 16,777,215")
-        return labels.astype(np.int64)
-
-    def _refuse(self, chunk, bad, problem):
+        for row, offset in enumerate(tqdm(self.offsets.tolist(), f"reading labels in {self.path.name}", delay=2,
+                                          leave=False, disable=sys.stderr is None)):
+            header = self._read(offset, min(HEADER.size, max(0, self.size - offset)))    # the last may be shorter
+            magic, word, flag, label, _, _, first_label = HEADER.unpack(header.ljust(HEADER.size, b"\0"))
+            if magic != MAGIC or word >> 29 > FIRST:
+                raise ValueError(f"record {self.keys[row]} has an invalid header")
+            if offset + PART.size + (word & MAX_LENGTH) > self.size:
+                raise ValueError(f"record {self.keys[row]} extends past the end of the file")
+            labels[row] = first_label if flag else label
+            if word >> 29 == FIRST:    # one image in millions contains the magic number by chance
+                labels[row] = _unpack(self._record(offset))[0]
+        # From 2**24 on, float32 can't represent every whole number, so the label may have been rounded.
+        bad = ~((labels >= 0) & (labels == np.floor(labels)) & (labels < 2**24))
         if bad.any():
-            raise ValueError(f"record {self.keys[chunk][bad.argmax()]} {problem}")
+            raise ValueError(f"record {self.keys[bad.argmax()]} has a label that is not a whole number from 0 to "
+                             "16,777,215")
+        return labels.astype(np.int64)
 
     def _check_classes(self, file):
         """Check that there are no more people than `property` says, if that exists; a selection has fewer."""

@@ -51,7 +51,7 @@ def test_a_zip_with_a_wrapper_folder_gives_the_same_faces(casia, tmp_path):
 def test_a_build_that_was_killed_is_repeated(casia, tmp_path, monkeypatch):
     original = cache_module._fill
     monkeypatch.setattr(cache_module, "_fill", lambda *args: os._exit(9) if args[2] == 30 else original(*args))
-    monkeypatch.setattr(cache_module, "CHUNK", 10)
+    monkeypatch.setattr(cache_module, "BLOCK", 10)
     if os.fork() == 0:
         load_casia(casia, cache=tmp_path / "cache")
     os.wait()
