@@ -1,7 +1,6 @@
 """Paths, atomic writes, locks, and mistakes of the user as one sentence."""
 import argparse
 import contextlib
-import errno
 import functools
 import json
 import os
@@ -63,10 +62,6 @@ def command(main):
             if type(error).__name__ != "OutOfMemoryError":    # torch's, which is not imported everywhere
                 raise
             message, status = "the GPU has too little free memory; pass --device cpu or a smaller --batch-size.", 2
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
-                raise
-            message, status = f"the disk is full ({error.filename or 'no name'}); free some space.", 2
         finally:
             sys.stdout.flush()
             sys.stdout, sys.stderr = sys.stdout.stream, sys.stderr.stream
@@ -78,37 +73,29 @@ def command(main):
 
 
 class Output:
-    """A standard stream that drops what can't be written: to no console, a closed terminal, or a pipe without reader.
-
-    Args:
-        stream: sys.stdout or sys.stderr; None in a program without a console.
-        descriptor: its file descriptor, which is redirected to nowhere once writing has failed.
-    """
+    """Standard output or error that drops what can't be written: to no console, a closed terminal, or a dead pipe."""
 
     def __init__(self, stream, descriptor: int):
-        self.stream, self.descriptor = stream, descriptor
+        self.stream, self.descriptor = stream, descriptor    # the stream is None in a program without a console
         if hasattr(stream, "reconfigure"):    # names of files may have letters that the console lacks
             stream.reconfigure(errors="backslashreplace")
 
     def write(self, text: str) -> int:
-        self._try(lambda: self.stream.write(text))
+        self._try("write", text)
         return len(text)
 
     def flush(self):
-        self._try(lambda: self.stream.flush())
+        self._try("flush")
 
-    def _try(self, action):
-        if self.stream is None:
-            return
+    def _try(self, method, *args):
         try:
-            action()
+            if self.stream is not None:
+                getattr(self.stream, method)(*args)
         except OSError:
             with contextlib.suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.descriptor)
 
     def __getattr__(self, name):
-        if self.stream is None:
-            raise AttributeError(name)
         return getattr(self.stream, name)
 
 

@@ -16,11 +16,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from faces.align import HEIGHT, WIDTH
 from faces.cpu.training import for_training
 from faces.data.batches import Batches
 from faces.data.cache import load_casia
-from faces.device import PRECISION, autocast, memory_format, pick_dtype, to_input
+from faces.device import PRECISION, autocast, memory_format, pick_dtype
 from faces.files import CACHE, RUNS, InputError, at_least, command, path, script_parser
 from faces.training.checkpoint import Checkpoints, load_optimizer, parse_resumed, settings_of
 from faces.training.distributed import Processes, accumulating, compile_net, data_parallel
@@ -101,8 +100,7 @@ def train(args: Namespace, run: Processes, part: int, checkpoints: Checkpoints) 
         raise InputError(f"{len(faces):,} faces are less than a step; choose a smaller --batch-size or more --epochs.")
 
     torch.manual_seed(args.seed)
-    net = initial_net(NETS[args.net], args.init)
-    net = for_training(net.to(run.device, memory_format=memory_format(run.device)), run.device, dtype)
+    net = initial_net(NETS[args.net], args.init).to(run.device, memory_format=memory_format(run.device))
     make_loss = partial(SphereFace, m=int(args.margin)) if args.loss == "sphereface" else \
         partial(SphereFaceR, s=args.scale, m=args.margin)
     method, sharded = make_loss.func.__name__, args.shard_head or bool(args.sample_centers)
@@ -120,12 +118,13 @@ def train(args: Namespace, run: Processes, part: int, checkpoints: Checkpoints) 
         loss_of.load_state_dict(state["head"])
         load_optimizer(optimizer, scaler, state)
 
-    x = to_input(torch.zeros(part, HEIGHT, WIDTH, 3, dtype=torch.uint8, device=run.device))
     if args.compile:
-        compile_net(net, x, autocast(run.device, dtype), run.print)
+        compile_net(net, part, run.device, dtype, run.print)
+    else:
+        for_training(net, run.device, dtype)                          # faster convolutions on a CPU
     model, head = net, loss_of
     if run.world_size > 1:
-        model = data_parallel(net, x, autocast(run.device, dtype))
+        model = data_parallel(net, part, run.device, dtype)
         head = loss_of if sharded else DistributedDataParallel(loss_of)
     run.print(f"{faces}\ntraining {method} ({args.net}, {settings['precision']}) on {run}: {steps:,} steps of "
               f"{args.batch_size} faces, {steps / per_epoch:.2f} epochs, learning rate {peak:g}, output {args.output}")

@@ -11,7 +11,8 @@ import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from faces.device import pick_device, tune_cpu
+from faces.align import HEIGHT, WIDTH
+from faces.device import autocast, pick_device, to_input, tune_cpu
 from faces.files import InputError, TemporaryError, count_of, on_signals
 
 DAY = datetime.timedelta(days=1)    # the longest that rank 0 may keep the others waiting outside of a step
@@ -41,6 +42,7 @@ class Processes:
         if self.world_size > 1:
             self._join()
         tune_cpu(self.device)
+        torch.backends.cudnn.benchmark = True    # batches have one size
 
     def _own_device(self, name):
         local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
@@ -178,12 +180,12 @@ OUT_OF_MEMORY = "out of memory|allocate memory|not enough memory|ALLOC_FAILED|un
 LOST_CONNECTION = r"gloo.*(closed|reset|timed? ?out)|closed by peer|Connection reset|NCCL"
 
 
-def compile_net(net: nn.Module, x: torch.Tensor, autocast, say=print):
-    """Compile a network in place for inputs of the shape of `x`; if that does not work here, say so and go on."""
+def compile_net(net: nn.Module, faces: int, device: torch.device, dtype: torch.dtype, say=print):
+    """Compile a network in place for batches of so many faces; if that does not work here, say so and go on."""
     before = copy.deepcopy(net.state_dict())
     try:
         net.compile(dynamic=False)
-        _one_pass(net, x, autocast)
+        _one_pass(net, faces, device, dtype)
     except Exception as error:    # no compiler, no Triton, an unsupported system: each has an exception of its own
         net._compiled_call_impl = None
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -191,8 +193,8 @@ def compile_net(net: nn.Module, x: torch.Tensor, autocast, say=print):
     net.load_state_dict(before)
 
 
-def data_parallel(net: nn.Module, x: torch.Tensor, autocast) -> DistributedDataParallel:
-    """Return DistributedDataParallel around a network that has processed `x` once and is otherwise unchanged.
+def data_parallel(net: nn.Module, faces: int, device: torch.device, dtype: torch.dtype) -> DistributedDataParallel:
+    """Return DistributedDataParallel around a network, after a forward and backward pass that leaves no other trace.
 
     After its first backward pass, DistributedDataParallel rearranges the buckets in which it sums gradients, which
     changes how three and more summands are rounded. With that pass done here, a resumed run equals an uninterrupted one
@@ -200,13 +202,14 @@ def data_parallel(net: nn.Module, x: torch.Tensor, autocast) -> DistributedDataP
     """
     before = copy.deepcopy(net.state_dict())
     parallel = DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True)
-    _one_pass(parallel, x, autocast)
+    _one_pass(parallel, faces, device, dtype)
     net.load_state_dict(before)
     return parallel
 
 
-def _one_pass(net, x, autocast):
-    with autocast:
+def _one_pass(net, faces, device, dtype):
+    x = to_input(torch.zeros(faces, HEIGHT, WIDTH, 3, dtype=torch.uint8, device=device))
+    with autocast(device, dtype):
         embedding = net(x)
     embedding.float().sum().backward()
     net.zero_grad()

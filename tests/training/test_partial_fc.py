@@ -1,5 +1,4 @@
 """Class centers spread over 2 and 3 processes: results and checkpoints equal one process's."""
-import contextlib
 import copy
 import math
 import os
@@ -10,10 +9,11 @@ import pytest
 import torch
 from conftest import assert_same_model, free_port, options, torchrun
 from torch import distributed, multiprocessing, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from cosFace.net import CosFace
 from faces.files import InputError
-from faces.training.distributed import Processes, data_parallel
+from faces.training.distributed import Processes
 from faces.training.partial_fc import PartialFC, bounds, convert
 from sphereFace.net import SphereFace, SphereFaceR
 
@@ -53,7 +53,7 @@ class Training:
         torch.manual_seed(0)
         self.run, self.shard = run, shard
         self.net = net = nn.Linear(512, 512)
-        self.model = data_parallel(net, torch.zeros(2, 512), contextlib.nullcontext()) if run.world_size > 1 else net
+        self.model = DistributedDataParallel(net) if run.world_size > 1 else net
         make = partial(CosFace, s=16.0)
         self.head = PartialFC(make, classes, run, sample) if shard else make(classes)
         rest = [] if shard else [self.head.weight]
