@@ -17,17 +17,11 @@ from faces.verification.pairs import Pairs, open_images, read_pairs
 
 
 class Lfw(NamedTuple):
-    """A verification set in memory.
-
-    pairs: Pairs.
-    faces: uint8 (N, HEIGHT, WIDTH, 3), RGB, aligned; one per path of `pairs`.
-    landmarks: where the landmarks came from, in words.
-    source: path of the set.
-    """
+    """A verification set in memory."""
     pairs: Pairs
-    faces: np.ndarray
-    landmarks: str
-    source: str
+    faces: np.ndarray    # uint8 (N, HEIGHT, WIDTH, 3), RGB, aligned; one per path of `pairs`
+    landmarks: str       # where the landmarks came from, in words
+    source: str          # path of the set
 
 
 def load_lfw(root, file=None, landmarks=None, aligned: bool = False, view: int | None = None, find_landmarks=None,

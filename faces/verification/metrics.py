@@ -11,40 +11,27 @@ CHUNK = 10_000    # pairs whose embeddings are in memory at a time
 
 
 class Verification(NamedTuple):
-    """The result of a k-fold verification protocol, for P judged pairs in K folds.
-
-    similarities: float64 (P,); if the mean was subtracted, each pair has the mean of its own fold's training images.
-    correct: bool (P,), which pairs were classified correctly, each with the threshold of its own fold.
-    accuracies, thresholds: float64 (K,), one per fold; each threshold is chosen on the other folds.
-    accuracy, std, threshold: means of these, and the standard deviation of the accuracies (ddof=0).
-    far, tar: float64 (V + 1,), points of the ROC curve over all pairs; far rises from 0 to 1.
-    auc, eer: area under that curve, and the equal error rate.
-    """
-    similarities: np.ndarray
-    correct: np.ndarray
-    accuracies: np.ndarray
-    thresholds: np.ndarray
-    accuracy: float
-    std: float
-    threshold: float
-    far: np.ndarray
-    tar: np.ndarray
-    auc: float
-    eer: float
+    """The result of a k-fold verification protocol, for P judged pairs in K folds."""
+    similarities: np.ndarray    # float64 (P,); with subtract_mean, less the mean of the pair's own training folds
+    correct: np.ndarray         # bool (P,), which pairs the threshold of their fold classifies correctly
+    accuracies: np.ndarray      # float64 (K,)
+    thresholds: np.ndarray      # float64 (K,), each chosen on the other folds
+    accuracy: float             # mean of the accuracies
+    std: float                  # their standard deviation (ddof=0)
+    threshold: float            # mean of the thresholds
+    far: np.ndarray             # float64 (V + 1,), the ROC curve over all pairs; rises from 0 to 1
+    tar: np.ndarray             # float64 (V + 1,)
+    auc: float                  # area under that curve
+    eer: float                  # equal error rate
 
 
 class OperatingPoint(NamedTuple):
-    """The lowest threshold that does not exceed a false acceptance rate, over all pairs.
-
-    far, tar: the requested rate, and the fraction of genuine pairs that are accepted.
-    threshold: a pair is accepted when its similarity is greater.
-    accepted, impostors: number of impostor pairs accepted, and of all impostor pairs.
-    """
-    far: float
-    tar: float
+    """The lowest threshold that does not exceed a false acceptance rate, over all pairs."""
+    far: float          # the requested rate
+    tar: float          # fraction of genuine pairs that are accepted
     threshold: float
-    accepted: int
-    impostors: int
+    accepted: int       # number of impostor pairs that are accepted
+    impostors: int      # number of all impostor pairs
 
     @property
     def resolved(self) -> bool:
@@ -53,14 +40,10 @@ class OperatingPoint(NamedTuple):
 
 
 class Identification(NamedTuple):
-    """The result of closed-set identification: each person is in the gallery with one image.
-
-    cmc: float64 (G,), fraction of probes whose person is among the 1, 2, ... most similar images of the gallery.
-    gallery, probes: their numbers of images, G and Q.
-    """
-    cmc: np.ndarray
-    gallery: int
-    probes: int
+    """The result of closed-set identification: each person is in the gallery with one image."""
+    cmc: np.ndarray     # float64 (G,), fraction of probes whose person is among the 1, 2, ... most similar images
+    gallery: int        # number of images in the gallery, G
+    probes: int         # number of probes, Q
 
 
 def verify(embeddings: np.ndarray, pairs: np.ndarray, same: np.ndarray, folds: np.ndarray,

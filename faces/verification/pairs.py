@@ -28,22 +28,13 @@ TRAINING_ONLY = -1   # fold number of the pairs that are used only to choose the
 
 
 class Pairs(NamedTuple):
-    """P pairs of N distinct images, in the order of the file.
-
-    paths: N paths relative to the folder, with forward slashes; those in pairs come first.
-    pairs: int64 (P, 2), indices into paths.
-    same: bool (P,), true for a genuine pair.
-    folds: int64 (P,), 0 .. K-1, or TRAINING_ONLY.
-    identities: int64 (N,), 0, 1, 2, ..., the person in each image.
-    named: whether identities are people, told apart by their folders. If not, an identity is a group of images linked
-        by genuine pairs, and one person may have several.
-    """
-    paths: list
-    pairs: np.ndarray
-    same: np.ndarray
-    folds: np.ndarray
-    identities: np.ndarray
-    named: bool = True
+    """P pairs of N distinct images, in the order of the file."""
+    paths: list               # N paths relative to the folder, with forward slashes; those in pairs come first
+    pairs: np.ndarray         # int64 (P, 2), indices into paths
+    same: np.ndarray          # bool (P,), true for a genuine pair
+    folds: np.ndarray         # int64 (P,), 0 .. K-1, or TRAINING_ONLY
+    identities: np.ndarray    # int64 (N,), 0, 1, 2, ..., the person in each image
+    named: bool = True        # whether these are people, told apart by folders, or just images linked by genuine pairs
 
     def people_with_several(self) -> int:
         """Return how many people have two images or more; identification needs at least two of them."""
@@ -226,8 +217,10 @@ class _Member(NamedTuple):
     def __str__(self):
         return self.name
 
-    def is_file(self):
+    def exists(self):
         return True
+
+    is_file = exists
 
     def open(self, _):
         return io.BytesIO(self.data)

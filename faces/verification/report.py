@@ -24,25 +24,15 @@ FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", 
 
 
 class Measured(NamedTuple):
-    """A model and its measurements on a set.
-
-    title: short name for pictures and folders.
-    model, net, method: path of the model file, name of the network, and name of the method.
-    loaded: description of the file that faces.verification.weights.load_net() returned.
-    result: Verification.
-    draws: float64 (R,), bootstrap accuracies; see faces.verification.bootstrap.
-    operating_points: list of OperatingPoint, one per --far; empty if that protocol was not requested.
-    identification: Identification, or None if it was not requested.
-    seconds: time that the evaluation took.
-    """
-    title: str
-    model: str
+    """A model and its measurements on a set."""
+    title: str                 # short name for pictures and folders
+    model: str                 # path of the file
     net: str
     method: str
-    loaded: dict
+    loaded: dict               # description of the file that faces.verification.weights.load_net() returned
     result: Verification
-    draws: np.ndarray
-    operating_points: list
+    draws: np.ndarray          # float64 (R,), bootstrap accuracies
+    operating_points: list     # an OperatingPoint per --far; empty if that protocol was not requested
     identification: Identification | None
     seconds: float
 
@@ -104,12 +94,6 @@ def write(folder: Path, models: list[Measured], lfw: Lfw, settings: dict):
 
     Several models get a subfolder each, named by its title, and the folder gets a results.json with all models and
     their comparison, and pictures with the curves of all models.
-
-    Args:
-        folder: where to write.
-        models: at least one.
-        lfw: the set.
-        settings: dict of the command-line options.
     """
     pairs, results = lfw.pairs.judged(), []
     for name, measured in zip(folder_names(models) if len(models) > 1 else [""], models):

@@ -15,19 +15,13 @@ from faces.verification.weights import model_file
 
 
 class Threshold(NamedTuple):
-    """A threshold, and the errors it makes on the set on which it was chosen.
-
-    value: accept a pair if its similarity is greater, -1 to 1.
-    accepted, impostor: number of impostor pairs that are accepted, and of all impostor pairs.
-    rejected, genuine: number of genuine pairs that are rejected, and of all genuine pairs.
-    source: the set, in words.
-    """
-    value: float
-    accepted: int
-    impostor: int
-    rejected: int
-    genuine: int
-    source: str
+    """A threshold, and the errors it makes on the set on which it was chosen."""
+    value: float     # accept a pair if its similarity is greater, -1 to 1
+    accepted: int    # number of impostor pairs that are accepted
+    impostor: int    # number of all impostor pairs
+    rejected: int    # number of genuine pairs that are rejected
+    genuine: int     # number of all genuine pairs
+    source: str      # the set, in words
 
 
 def choose_threshold(similarity: np.ndarray, same: np.ndarray, source: str, value: float | None = None) -> Threshold:

@@ -26,19 +26,12 @@ PAGE = "docs/evaluation.md lists the layouts that can be loaded"
 
 
 class Layout(NamedTuple):
-    """How a checkpoint names the layers, and the input that its network was trained with.
-
-    title: for messages.
-    first: name of the weight of the first convolution, by which the layout is recognized.
-    body: pattern of the names that belong to the network; all others are training heads.
-    channels: channel order of the input, "rgb" or "bgr".
-    divisor: the input is (x - 127.5) / divisor.
-    """
+    """How a checkpoint names the layers, and the input that its network was trained with."""
     title: str
-    first: str
-    body: str
-    channels: str
-    divisor: float
+    first: str         # name of the weight of the first convolution, by which the layout is recognized
+    body: str          # pattern of the names that belong to the network; all others are training heads
+    channels: str      # "rgb" or "bgr"
+    divisor: float     # the input is (x - 127.5) / divisor
 
 
 LAYOUTS = (Layout("conv1_1 ... fc5, as in clcarwin/sphereface_pytorch", "conv1_1.weight",
@@ -54,17 +47,11 @@ WRAPPERS = {"module", "_orig_mod"}    # added to names by DataParallel, and by t
 
 
 class Found(NamedTuple):
-    """The weights of the 20-layer CNN in a file.
-
-    layout: Layout.
-    tensors: dict from our name to (name in the file, tensor).
-    source: where in the file they are, such as "model_ema"; empty if they are not nested.
-    ignored: names beside them that do not belong to the network, such as training heads.
-    """
+    """The weights of the 20-layer CNN in a file."""
     layout: Layout
-    tensors: dict
-    source: str
-    ignored: list
+    tensors: dict      # from our name to (name in the file, tensor)
+    source: str        # where in the file they are, such as "model_ema"; empty if they are not nested
+    ignored: list      # names beside them that do not belong to the network, such as training heads
 
 
 def _ignored(module, name):
@@ -179,11 +166,8 @@ def fingerprint(net: nn.Module) -> str:
 
 
 def model_file(model) -> Path:
-    """Return the file for a --model: the path itself, or checkpoint.pt in a folder.
-
-    Raises:
-        InputError: the folder has none, or the file has a format that can't be loaded back.
-    """
+    """Return the file for a --model: the path itself, or checkpoint.pt in a folder; raise InputError if the folder has
+    none, or the file is an export that can't be loaded back."""
     file = path(model)
     if file.is_dir():
         if not (file / "checkpoint.pt").is_file():
@@ -199,13 +183,10 @@ def model_file(model) -> Path:
 
 
 def find_weights(content, source: str = "", depth: int = 0) -> list[Found]:
-    """Return the weights in the content of a file, the preferred ones first; empty if it has none in a known layout.
+    """Return the weights in what torch.load() returned, the preferred ones first; empty if none has a known layout.
 
-    Args:
-        content: what torch.load() returned: a state dict, or a dict that has one under one of KEYS, at any of MAX_DEPTH
-            levels. Names may have any prefix, such as "backbone.".
-        source: where `content` is in the file.
-        depth: its level.
+    They are a state dict, or under one of KEYS at any of MAX_DEPTH levels. Names may have any prefix, such as
+    "backbone.". `source` and `depth` say where `content` is in the file.
     """
     if not isinstance(content, dict) or depth > MAX_DEPTH:
         return []

@@ -29,7 +29,6 @@ from faces.verification.report import error_sheet
 from faces.verification.weights import load_weights
 from mtcnn.landmark_lists import find_landmarks
 
-REAL_LFW = ROOT.parent / "shared" / "data" / "lfw"
 PAIRS = ["2\t2", "Ann\t1\t2", "Bob\t1\t3", "Ann\t1\tBob\t1", "Ann\t2\tEve\t1",
          "Bob\t2\t3", "Eve\t1\t2", "Bob\t2\tEve\t2", "Eve\t1\tAnn\t1", ""]
 LFWACC = re.compile(r"LFWACC=(\d\.\d{4}) std=(\d\.\d{4}) thd=(-?\d\.\d{4})")
@@ -129,17 +128,6 @@ def test_lfw_as_kaggle_has_it(lfw, tmp_path, pairs_are):
     (inner / "pairs.txt").rename((inner if pairs_are == "inside" else tmp_path / "archive") / "pairs.txt")
     for root in (tmp_path / "archive", inner.parent, inner):
         assert read_pairs(root).paths[0] == "Ann/Ann_0001.jpg"
-
-
-@pytest.mark.skipif(not REAL_LFW.is_dir(), reason="needs the real LFW in ../shared/data/lfw")
-def test_pairs_of_the_real_lfw():
-    pairs = read_pairs(REAL_LFW)
-    assert len(pairs.paths) == 7701 and pairs.pairs.shape == (6000, 2)
-    assert np.bincount(pairs.folds, pairs.same).tolist() == [300] * 10
-    lines = (REAL_LFW / "pairs.txt").read_text().splitlines()
-    name, i, other, j = lines[3456].split("\t")
-    assert [pairs.paths[k] for k in pairs.pairs[3455]] == [f"{name}/{name}_{int(i):04d}.jpg",
-                                                           f"{other}/{other}_{int(j):04d}.jpg"]
 
 
 @pytest.mark.parametrize("line, text, message", [

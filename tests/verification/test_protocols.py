@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, draw_face, run_lfw_eval, write_image
+from conftest import draw_face, run_lfw_eval, write_image
 
 import cosFace.net
 from faces.files import CHECKPOINT, InputError
@@ -78,19 +78,6 @@ def test_view_1_is_selected_with_the_option_or_by_file_name(lfw):
         assert [pairs.paths[i] for i in pairs.judged().pairs[0]] == ["P4/P4_0001.png", "P4/P4_0002.png"]
         assert [len(field) for field in pairs.judged()[1:4]] == [8, 8, 8]
         assert [path[:2] for path in pairs.paths[:18]] == [f"P{person}" for person in pairs.identities]
-
-
-def test_the_pairs_in_the_docs_can_be_read(tmp_path):
-    page = (ROOT / "docs/evaluation.md").read_text(encoding="utf-8")
-    text = re.search(r"^(?: {4}.*\t.*\n)+", page, re.M)[0]
-    (tmp_path / "pairs.txt").write_text(re.sub(r"^ {4}", "", text, flags=re.M))
-    for line in text.splitlines():
-        fields = line.split()
-        for name, number in (fields[:2], fields[-2:]) if len(fields) == 4 else ():
-            write_image(tmp_path / name / f"{name}_{int(number):04d}.jpg", np.zeros((9, 9, 3), np.uint8))
-        for number in fields[1:] if len(fields) == 3 else ():
-            write_image(tmp_path / fields[0] / f"{fields[0]}_{int(number):04d}.jpg", np.zeros((9, 9, 3), np.uint8))
-    assert read_pairs(tmp_path).same.tolist() == [True, False, True, False]
 
 
 def test_view_1_is_the_default_without_pairs_txt_and_its_errors_are_one_sentence(lfw, tmp_path):
