@@ -17,15 +17,11 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
-from cosFace.net import NETS
 from faces.files import InputError, check_writable, command, path, read_json, reading, script_parser
 from faces.plots import comparison_picture
 from faces.verification.metrics import similarities
 from faces.verification.threshold import Threshold, choose_threshold, load_threshold
-from faces.verification.weights import MODEL_HELP, announce
-from faces.verification.weights import add_options as add_model_options
-from mtcnn.detector import add_options, make_detector
-from tools.embedder import NO_FACE, Embedder, add_select_option, find_faces
+from tools.embedder import NO_FACE, Embedder, add_photo_options, find_faces, make_embedder
 
 
 class Comparison(NamedTuple):
@@ -130,9 +126,7 @@ def main(argv=None):
     if args.output:
         check_writable(args.output)
     scores = read_scores(args.scores) if args.scores else None
-    embedder = Embedder(args.model, args.device, args.select, net=args.net, channels=args.channels,
-                        detector=make_detector(args))
-    announce(args.model, embedder.loaded)
+    embedder = make_embedder(args)
     threshold = pick_threshold(args, scores, embedder.loaded)
     result = compare(embedder, *args.photos)
     report(args, result, threshold, scores)
@@ -145,14 +139,11 @@ def main(argv=None):
 def _parse(argv):
     parser = script_parser(__doc__)
     parser.add_argument("photos", type=path, nargs=2, metavar="PHOTO", help="two image files of any size")
-    parser.add_argument("--model", type=path, required=True, metavar="FILE|DIR", help=MODEL_HELP)
-    add_model_options(parser, NETS)
     parser.add_argument("--scores", type=path, metavar="DIR|FILE", help="what lfw_eval.py --output wrote for the model")
     parser.add_argument("--threshold", type=float, metavar="T",
                         help="accept the pair if its similarity is greater, -1 to 1 (default: the most accurate one)")
-    add_select_option(parser)
     parser.add_argument("--output", type=path, metavar="DIR", help="folder for comparison.png, a picture of both faces")
-    add_options(parser)
+    add_photo_options(parser)
     args = parser.parse_args(argv)
     if args.threshold is not None and not -1 <= args.threshold <= 1:
         parser.error(f"--threshold {args.threshold:g} is not a cosine similarity, which is from -1 to 1")

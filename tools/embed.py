@@ -27,15 +27,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from tqdm import tqdm
 
-from cosFace.net import NETS
 from faces.device import count_cpus
 from faces.files import InputError, at_least, atomic_write, command, count_of, locked, path, script_parser, shorten
 from faces.verification.embed import FLIP, optimized_copy
-from faces.verification.weights import MODEL_HELP, announce
-from faces.verification.weights import add_options as add_model_options
-from mtcnn.detector import add_options, list_photos, make_detector
+from mtcnn.detector import list_photos
 from mtcnn.processes import in_processes
-from tools.embedder import Embedder, add_select_option, crop_faces, find_faces
+from tools.embedder import Embedder, add_photo_options, crop_faces, find_faces, make_embedder
 
 PART = 64      # photos at a time; a killed run loses two of these per process
 FIELDS = {"boxes": "box", "scores": "score", "landmarks": "landmarks", "chosen": "chosen", "faces": "count"}
@@ -115,9 +112,7 @@ def embed_photos(embedder: Embedder, photos: list[str], rows: Rows, args) -> dic
 def main(argv=None):
     args = _parse(argv)
     photos = list_photos(args.photos)
-    embedder = Embedder(args.model, args.device, args.select, args.flip, channels=args.channels, net=args.net,
-                        detector=make_detector(args))
-    announce(args.model, embedder.loaded)
+    embedder = make_embedder(args, args.flip)
     embedder.net = optimized_copy(embedder.net, embedder.device, images=len(photos))    # not anew for each part
     width = embedder.net.fc5.out_features * (2 if args.flip == "concatenate" else 1)
     depends = [embedder.loaded["fingerprint"], args.select, args.flip, args.aligned, args.all_faces, args.min_face_size,
@@ -150,18 +145,15 @@ def _version(photo):
 def _parse(argv):
     parser = script_parser(__doc__)
     parser.add_argument("photos", nargs="+", metavar="PHOTO|DIR", help="image files of any size, or folders")
-    parser.add_argument("--model", type=path, required=True, metavar="FILE|DIR", help=MODEL_HELP)
-    add_model_options(parser, NETS)
     parser.add_argument("--output", type=path, required=True, metavar="FILE", help="file to write, .npz")
     parser.add_argument("--aligned", action=argparse.BooleanOptionalAction, default=False,
                         help="the images are aligned faces, 112x96 or 112x112; nothing is detected")
     parser.add_argument("--flip", choices=FLIP, default="concatenate",
                         help="what to do with the embedding of the flipped face")
     parser.add_argument("--all-faces", action="store_true", help="embed all faces of a photo; each gets a row")
-    add_select_option(parser)
     parser.add_argument("--workers", type=at_least(0), metavar="N",
                         help="processes that detect faces (default: one per core; 0 on a GPU)")
-    add_options(parser)
+    add_photo_options(parser)
     args = parser.parse_args(argv)
     if args.output.suffix != ".npz" or args.output.is_dir():
         parser.error(f"--output {args.output} is not the name of a .npz file")

@@ -15,11 +15,12 @@ import torch
 from cosFace.net import NETS
 from faces.align import align, crop_aligned
 from faces.device import pick_device
-from faces.files import InputError
+from faces.files import InputError, path
 from faces.images import is_image, read_image
 from faces.verification.embed import embed
-from faces.verification.weights import load_net
-from mtcnn.detector import Detector, groups
+from faces.verification.weights import MODEL_HELP, add_options, announce, load_net
+from mtcnn.detector import Detector, groups, make_detector
+from mtcnn.detector import add_options as add_detector_options
 from mtcnn.search import ATTEMPTS, RULES, can_be_aligned, choose, frame, prefetch
 
 NO_FACE = "no face was found"
@@ -148,7 +149,30 @@ def _find_in_images(images, detector, select, all_faces):
     return [result or NO_FACE for result in results]
 
 
-def add_select_option(parser):
-    """Add the option --select, for Embedder's argument of that name."""
+def add_model_options(parser, **options):
+    """Add --model with further `options`, --net and --channels, for load_model()."""
+    parser.add_argument("--model", type=path, required=True, metavar="FILE|DIR", help=MODEL_HELP, **options)
+    add_options(parser, NETS)
+
+
+def load_model(model: Path, args) -> tuple:
+    """Return what faces.verification.weights.load_net() returns for a model, and print what public files hold."""
+    net, loaded = load_net(model, NETS, args.net, args.channels)
+    announce(model, loaded)
+    return net, loaded
+
+
+def add_photo_options(parser):
+    """Add the options for make_embedder()."""
+    add_model_options(parser)
     parser.add_argument("--select", choices=RULES, default="largest",
                         help="which of several faces in a photo: the largest, nearest to the center, or surest")
+    add_detector_options(parser)
+
+
+def make_embedder(args, flip: str = "concatenate") -> Embedder:
+    """Return the Embedder that the options ask for."""
+    embedder = Embedder(args.model, args.device, args.select, flip, None, args.net, args.channels,
+                        make_detector(args))
+    announce(args.model, embedder.loaded)
+    return embedder

@@ -19,14 +19,12 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from cosFace.net import NETS
 from faces.align import HEIGHT, TEMPLATE, WIDTH
 from faces.device import to_input
 from faces.files import InputError, atomic_write, check_writable, command, path, script_parser
-from faces.verification.weights import MODEL_HELP, announce, load_net, model_file
-from faces.verification.weights import add_options as add_model_options
+from faces.verification.weights import model_file
 from mtcnn.detector import list_photos
-from tools.embedder import crop_faces
+from tools.embedder import add_model_options, crop_faces, load_model
 
 TOLERANCE = 1e-4      # accepted difference between embedding values, relative to the largest value if that exceeds 1
 SYNTHETIC_FACES, MAX_READ_FACES = 8, 256
@@ -138,8 +136,7 @@ def main(argv=None):
         files = list_photos([args.check_faces])
         found = crop_faces(files[::1 + len(files) // MAX_READ_FACES])
         faces = np.stack([*faces, *(face.crop for some in found if not isinstance(some, str) for face in some)])
-    net, loaded = load_net(args.model, NETS, args.net, args.channels)
-    announce(args.model, loaded)
+    net, loaded = load_model(args.model, args)
     data, difference, largest = export(net, args.format, faces, make_metadata(loaded["net"], loaded["method"]))
     with atomic_write(args.output) as file:
         file.write(data)
@@ -150,8 +147,7 @@ def main(argv=None):
 
 def _parse(argv):
     parser = script_parser(__doc__)
-    parser.add_argument("--model", type=path, required=True, metavar="FILE|DIR", help=MODEL_HELP)
-    add_model_options(parser, NETS)
+    add_model_options(parser)
     parser.add_argument("--format", choices=tuple(FORMATS), required=True,
                         help="onnx for other runtimes (`pip install onnx onnxruntime`), torchscript, or safetensors")
     parser.add_argument("--output", type=path, required=True, metavar="FILE", help="file to write")

@@ -15,7 +15,6 @@ from pathlib import Path, PurePosixPath
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
-from cosFace.net import NETS
 from faces.align import load_face
 from faces.data.casia import TrainingList, list_casia
 from faces.data.sources import open_source
@@ -24,8 +23,7 @@ from faces.files import RUNS, InputError, at_least, atomic_write, check_writable
 from faces.landmarks import found_list, read_landmarks
 from faces.plots import tsne_panels
 from faces.verification.embed import embed
-from faces.verification.weights import MODEL_HELP, announce, load_net
-from faces.verification.weights import add_options as add_model_options
+from tools.embedder import add_model_options, load_model
 
 
 def list_lfw(root: Path, landmarks: Path | None = None) -> TrainingList:
@@ -111,8 +109,7 @@ def main(argv=None):
     labels = np.repeat(np.arange(args.identities), args.per_identity)
     panels = []
     for i, model in enumerate(args.model):
-        net, loaded = load_net(model, NETS, args.net, args.channels)
-        announce(model, loaded)
+        net, loaded = load_model(model, args)
         layout, silhouette = layout_and_silhouette(embed(net, faces, device, args.batch_size), labels, args.seed)
         title = args.title[i] if args.title else f"{loaded['method'] or ''} {model}".strip()
         print(f"silhouette {silhouette:.4f}  {title}  ({args.identities} identities, {args.per_identity} images each)")
@@ -130,10 +127,8 @@ def _person(name):
 
 def _parse(argv):
     parser = script_parser(__doc__)
-    parser.add_argument("--model", type=path, action="append", required=True, metavar="FILE|DIR",
-                        help=f"{MODEL_HELP}; repeat it to draw one panel per model")
+    add_model_options(parser, action="append")
     parser.add_argument("--title", action="append", metavar="TEXT", help="title of a panel, once per --model")
-    add_model_options(parser, NETS)
     data = parser.add_mutually_exclusive_group(required=True)
     data.add_argument("--faces", type=path, metavar="DIR", help="training set, as for casia_train.py")
     data.add_argument("--lfw", type=path, metavar="DIR", help="folder of Name/Name_0001.jpg")
