@@ -9,6 +9,7 @@ import stat
 import sys
 import tempfile
 import threading
+import warnings
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -128,8 +129,12 @@ def script_parser(doc: str | None) -> argparse.ArgumentParser:
 
 class _Help(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action):
-        silent = action.default in (None, False, argparse.SUPPRESS) or "default" in action.help
-        return action.help if silent else f"{action.help} (default: %(default)s)"
+        default = action.default
+        if default in (None, False, argparse.SUPPRESS) or "default" in action.help:
+            return action.help
+        if isinstance(default, Path) and default.is_relative_to(ROOT):
+            default = default.relative_to(ROOT)
+        return f"{action.help} (default: {default})"
 
 
 def path(text: str | os.PathLike) -> Path:
@@ -244,7 +249,9 @@ def load_tensors(file):
         InputError: no such file, not a torch file, one that would run code, or too large to be read.
     """
     import torch  # slow to import, and most users of this module do not need it
-    with reading(file, "file of tensors that can be loaded safely", "pass a checkpoint or a state dict"):
+    advice = "pass a checkpoint or a state dict"
+    with reading(file, "file of tensors that can be loaded safely", advice), warnings.catch_warnings():
+        warnings.simplefilter("ignore")    # about unusual pickle protocols
         try:
             return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:    # an old or compressed file, which can't be mapped
