@@ -6,6 +6,7 @@
 It is a finding if a reader runs code from the file, ends the interpreter, raises anything but an error that names the
 file, or needs over 5 s of processor time or 1 GB of memory. Findings are folders in runs/fuzz.
 """
+import functools
 import io
 import os
 import pickle
@@ -38,7 +39,7 @@ from faces.verification.pairs import read_pairs
 from faces.verification.weights import load_weights
 
 SECONDS, MEMORY = 5, 10**9    # for one input
-ROUND = 200                   # inputs per process
+ROUND = 100                   # inputs per process
 OUTPUT = RUNS / "fuzz"
 TOKENS = (b"nan", b"-inf", b"1e999", b"-1", b"9" * 5000, b"\0", b"../", b"/", b"\t", b"\n", b" ", b"", b"\xff\xfe",
           b"\xff", b"\xef\xbb\xbf", b"[" * 100_000, "²".encode(), b"\xc2\x85", b"cos\nsystem\n(S'kill -9 $PPID'\ntR.")
@@ -113,8 +114,13 @@ def bins(rng):
     return {"set.bin": pickle.dumps(value, rng.choice((0, 2, 3, 4)))}
 
 
+@functools.cache
+def net():
+    return sphere20a()
+
+
 def weights(rng):
-    state = {name: torch.zeros(()).expand(value.shape) for name, value in sphere20a().state_dict().items()}
+    state = {name: torch.zeros(()).expand(value.shape) for name, value in net().state_dict().items()}
     if rng.random() < 0.3:
         return {"net.pt": save_safetensors({name: value.flatten()[:1].clone() for name, value in state.items()})}
     file = io.BytesIO()
@@ -126,7 +132,7 @@ TARGETS = {
     "images": (images, lambda folder: read_image(folder / "image")), "lists": (lists, read_lists),
     "zips": (zips, lambda folder: read_set(folder / "faces.zip")), "records": (records, read_set),
     "bins": (bins, lambda folder: read_bin(folder / "set.bin")),
-    "weights": (weights, lambda folder: load_weights(sphere20a(), folder / "net.pt"))}
+    "weights": (weights, lambda folder: load_weights(net(), folder / "net.pt"))}
 
 
 def write(target: str, number: int, folder: Path):
@@ -151,51 +157,45 @@ def write(target: str, number: int, folder: Path):
 
 def read(target: str, folder: Path) -> str | None:
     """Read an input in this process; return what is wrong with that, or None."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, resource.RLIM_INFINITY))
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)    # the signal ends the process
     try:
         TARGETS[target][1](folder)
+    except UnreadableImage:    # whose callers name the file
+        pass
     except InputError as error:
         return None if str(folder) in str(error) and "\n" not in str(error) else f"bad message: {error}"
-    except UnreadableImage:    # whose callers name the file
-        return None
     except BaseException:
         return traceback.format_exc()
-
-
-def work(target: str, numbers: range, folder: Path):
-    """Read inputs, and end this process; with status 0 if nothing was wrong, or else folder/report says what."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    os.dup2(1, 2)
-    torch.set_num_threads(1)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    for number in numbers:
-        report, here = folder / "report", Path(tempfile.mkdtemp(dir=folder))
-        report.write_text(f"{number} ends the process")
-        write(target, number, here)
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, resource.RLIM_INFINITY))
-        signal.setitimer(signal.ITIMER_PROF, SECONDS)    # the signal ends the process
-        problem = read(target, here)
+    finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
         resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
-        shutil.rmtree(here)
-        if problem:
-            report.write_text(f"{number} {problem}")
-            os._exit(1)
-    os._exit(0)
 
 
 def run_round(target: str, numbers: range, folder: Path) -> dict[int, str]:
     """Read inputs in a process of its own, until something is wrong with one; return {its number: what}."""
-    process = os.fork()
+    report, process = folder / "report", os.fork()
     if process == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(1, 2)
+        torch.set_num_threads(1)
         try:
-            work(target, numbers, folder)
+            for number in numbers:
+                report.write_text(f"{number} ends the process")
+                here = Path(tempfile.mkdtemp(dir=folder))
+                write(target, number, here)
+                if problem := read(target, here):
+                    report.write_text(f"{number} {problem}")
+                    os._exit(1)
+                shutil.rmtree(here)
+            os._exit(0)
         finally:
-            (folder / "report").write_text(f"0 {traceback.format_exc()}")
+            report.write_text(f"0 {traceback.format_exc()}")
             os._exit(1)
     if os.waitpid(process, 0)[1] == 0:
         return {}
-    number, _, problem = (folder / "report").read_text().partition(" ")
+    number, _, problem = report.read_text().partition(" ")
     return {int(number): problem}
 
 
@@ -203,14 +203,13 @@ def run_round(target: str, numbers: range, folder: Path) -> dict[int, str]:
 def main(argv=None):
     parser = script_parser(__doc__)
     parser.add_argument("--seconds", type=at_least(0, float), default=60, help="how long to go on")
-    parser.add_argument("--seed", type=int, default=random.randrange(10**12), help="number of the first input")
     parser.add_argument("--repeat", type=path, metavar="DIR", help="read one finding again, and show what it raises")
     args = parser.parse_args(argv)
     if args.repeat:
         return TARGETS[args.repeat.name.partition("-")[0]][1](args.repeat)
-    counts, first, end = Counter(), args.seed, time.monotonic() + args.seconds
-    print(f"seed {first}; findings go to {OUTPUT}", flush=True)
-    while time.monotonic() < end:
+    counts, first, end = Counter(), random.randrange(10**12), time.monotonic() + args.seconds
+    print(f"from input {first} on; findings go to {OUTPUT}", flush=True)
+    while not counts or time.monotonic() < end:
         for target in TARGETS:
             with tempfile.TemporaryDirectory() as folder:
                 found = run_round(target, range(first, first + ROUND), Path(folder))
