@@ -54,6 +54,8 @@ class Training:
         self.run, self.shard = run, shard
         self.net = net = nn.Linear(512, 512)
         self.model = DistributedDataParallel(net) if run.world_size > 1 else net
+        self.model(torch.zeros(2, 512)).sum().backward()    # as data_parallel() does, for equal rounding from now on
+        net.zero_grad()
         make = partial(CosFace, s=16.0)
         self.head = PartialFC(make, classes, run, sample) if shard else make(classes)
         rest = [] if shard else [self.head.weight]
