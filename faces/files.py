@@ -124,7 +124,12 @@ def on_signals(handler):
 def script_parser(doc: str | None) -> argparse.ArgumentParser:
     """Return a parser whose --help shows a script's docstring, and after each option its default."""
     summary, _, details = (doc or "").partition("\n\n")    # python -OO removes docstrings
-    return argparse.ArgumentParser(description=summary, epilog=details, formatter_class=_Help)
+    return _Parser(description=summary, epilog=details, formatter_class=_Help)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}; --help lists the options.\n")
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -148,7 +153,8 @@ def at_least(minimum: float, kind: type = int, maximum: float = float("inf")):
         value = kind(text)
         if not minimum <= value <= maximum or value == float("inf"):
             most = "" if maximum == float("inf") else f" and at most {maximum:g}"
-            raise argparse.ArgumentTypeError(f"{text} must be at least {minimum:g}{most}")
+            least = "greater than 0" if 0 < minimum < 1e-6 else f"at least {minimum:g}"
+            raise argparse.ArgumentTypeError(f"{text} must be {least}{most}")
         return value
     return number
 

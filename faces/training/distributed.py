@@ -5,6 +5,7 @@ import datetime
 import os
 import re
 import time
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -15,6 +16,9 @@ from faces.align import HEIGHT, WIDTH
 from faces.device import autocast, pick_device, to_input, tune_cpu
 from faces.files import InputError, TemporaryError, count_of, on_signals
 
+# Buffers are not broadcast in each step, which would cost 63 copies for nothing; torch 2.14 renamed the option.
+BUFFERS = {"forward_sync_buffers" if "forward_sync_buffers" in signature(DistributedDataParallel).parameters
+           else "broadcast_buffers": False}
 DAY = datetime.timedelta(days=1)    # the longest that rank 0 may keep the others waiting outside of a step
 
 
@@ -198,10 +202,10 @@ def data_parallel(net: nn.Module, faces: int, device: torch.device, dtype: torch
 
     After its first backward pass, DistributedDataParallel rearranges the buckets in which it sums gradients, which
     changes how three and more summands are rounded. With that pass done here, a resumed run equals an uninterrupted one
-    bit for bit. The statistics of batch normalization are rank 0's, which are saved; they are not broadcast.
+    bit for bit. The statistics of batch normalization that are saved are rank 0's.
     """
     before = copy.deepcopy(net.state_dict())
-    parallel = DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True)
+    parallel = DistributedDataParallel(net, gradient_as_bucket_view=True, **BUFFERS)
     _one_pass(parallel, faces, device, dtype)
     net.load_state_dict(before)
     return parallel
