@@ -18,18 +18,11 @@ MIN_TYPICAL = 0.8                          # correlation of upright faces, media
 
 
 def similarity_transform(source: np.ndarray, target: np.ndarray = TEMPLATE) -> np.ndarray:
-    """Return the least-squares similarity transform from `source` to `target`: rotation, scale, translation.
-
-    Args:
-        source: float (K, 2) points, x then y, K >= 2.
-        target: float (K, 2) points to map to.
-
-    Returns:
-        float64 (2, 3), a matrix for cv2.warpAffine, never a reflection.
+    """Return the least-squares similarity transform, float64 (2, 3), from points `source` to `target`, float (K, 2).
 
     Raises:
         ValueError: the points nearly coincide, are not finite, or are not arranged like those of `target`, or a
-            mirrored face would fit better.
+            mirrored face would fit better; the matrix is never a reflection.
     """
     (matrix,), (reason,) = similarity_transforms(np.asarray(source)[None], target)
     if reason:
@@ -38,15 +31,12 @@ def similarity_transform(source: np.ndarray, target: np.ndarray = TEMPLATE) -> n
 
 
 def similarity_transforms(source: np.ndarray, target: np.ndarray = TEMPLATE) -> tuple[np.ndarray, list[str | None]]:
-    """Return the similarity transforms of N faces, float (N, K, 2); see similarity_transform().
+    """Return the similarity transforms of N faces, float (N, K, 2), as float64 (N, 2, 3); see similarity_transform().
 
-    This is the closed form of Umeyama (PAMI 1991) in two dimensions: in complex numbers, target = a * source + b.
-
-    Returns:
-        (float64 (N, 2, 3), list of N): the transforms; and per face, None or the reason why its transform is invalid.
+    The second result is a list of N: None, or the reason why the face's transform is invalid. This is the closed form
+    of Umeyama (PAMI 1991) in two dimensions: in complex numbers, target = a * source + b.
     """
-    s, t = _centered(source), _centered(target)
-    source_mean, target_mean = (_complex(points).mean(-1) for points in (source, target))
+    (s, source_mean), (t, target_mean) = _centered(source), _centered(target)
     with np.errstate(all="ignore"):                    # the points may coincide or not be finite
         spread, target_spread = (s * s.conj()).real.sum(1), (t * t.conj()).real.sum()
         direct, mirrored = s.conj() @ t, s @ t         # their absolute values say which orientation fits better
@@ -73,15 +63,11 @@ def arrangement_problem(points: np.ndarray) -> str | None:
         return "the coordinates are fractions of the image's size instead of pixels"
     points = points[::-(-len(points) // 1000)]
     typical = _typical_correlation(points)
-    flat = points.reshape(-1, 10)
-    x_first, y_first = flat.reshape(-1, 2, 5).swapaxes(1, 2), flat.reshape(-1, 2, 5)[:, ::-1].swapaxes(1, 2)
-    orders = {"all x come before all y": x_first, "all y come before all x": y_first,
+    x_first = points.reshape(-1, 2, 5).swapaxes(1, 2)
+    orders = {"all x come before all y": x_first, "all y come before all x": x_first[..., ::-1],
               "y comes before x": points[..., ::-1],
               "the image-right eye comes first, as in mirrored images": points[:, [1, 0, 2, 4, 3]],
-              "all x come before all y, and the image-right eye comes first": x_first[:, [1, 0, 2, 4, 3]],
-              "the nose comes first": points[:, [1, 2, 0, 3, 4]], "the nose comes last": points[:, [0, 1, 4, 2, 3]],
-              "the mouth comes before the eyes": points[:, [3, 4, 2, 0, 1]],
-              "the corners of the mouth are exchanged": points[:, [0, 1, 2, 4, 3]]}
+              "the nose comes first": points[:, [1, 2, 0, 3, 4]], "the nose comes last": points[:, [0, 1, 4, 2, 3]]}
     order, best = max(((name, _typical_correlation(other)) for name, other in orders.items()), key=lambda item: item[1])
     if best > max(0.9, typical + 0.05):
         return order
@@ -106,41 +92,31 @@ def position_problem(centers: np.ndarray) -> str | None:
 
 
 def check_inside(landmarks: np.ndarray, shape: tuple):
-    """Raise ValueError if most landmarks, float (5, 2), are outside an image of the shape (height, width, ...).
-
-    A face may extend past its border.
-    """
+    """Raise ValueError if most landmarks, float (5, 2), are outside an image of the shape (height, width, ...)."""
     height, width = shape[:2]
     outside = sum(not (0 <= x <= width and 0 <= y <= height) for x, y in np.asarray(landmarks).tolist())
-    if outside > 2:
+    if outside > 2:    # a face may extend past the border
         raise ValueError(f"{outside} of 5 landmarks are outside the image ({width} x {height} pixels)")
 
 
-def _complex(points):
-    return np.ascontiguousarray(points, np.float64).view(np.complex128)[..., 0]
-
-
 def _centered(points):
-    points = _complex(points)
-    return points - points.mean(-1, keepdims=True)
+    """Return points, float (..., 2), minus their mean, and the mean, as complex numbers."""
+    points = np.ascontiguousarray(points, np.float64).view(np.complex128)[..., 0]
+    mean = points.mean(-1, keepdims=True)
+    return points - mean, mean[..., 0]
 
 
 def _typical_correlation(points):
     """Return the median over faces of the correlation with the template, 1 for perfect upright faces."""
-    s, t = _centered(points), _centered(TEMPLATE)
+    (s, _), (t, _) = _centered(points), _centered(TEMPLATE)
     norms = np.sqrt((abs(s) ** 2).sum(1) * (abs(t) ** 2).sum())
     return float(np.median((s.conj() @ t).real / np.maximum(norms, 1e-9)))
 
 
 def align(image: np.ndarray, landmarks: np.ndarray) -> np.ndarray:
-    """Return the aligned face of an image, given its landmarks.
+    """Return the aligned face, uint8 (HEIGHT, WIDTH, 3), of an image, uint8 (H, W, 3); black outside the image.
 
-    Args:
-        image: uint8 (H, W, 3).
-        landmarks: float (5, 2), x then y, pixels of the whole image.
-
-    Returns:
-        uint8 (HEIGHT, WIDTH, 3); pixels outside the image are black.
+    `landmarks` are float (5, 2), x then y, in pixels of the whole image.
 
     Raises:
         ValueError: the landmarks are invalid; see similarity_transform() and check_inside().
@@ -150,10 +126,7 @@ def align(image: np.ndarray, landmarks: np.ndarray) -> np.ndarray:
 
 
 def warp(image: np.ndarray, transform: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-    """Return the aligned face of an image, uint8 (HEIGHT, WIDTH, 3), given its transform; see similarity_transform().
-
-    The face is written to the contiguous array `out` if one is given. Pixels outside the image are black.
-    """
+    """Return the aligned face of an image, in the contiguous array `out` if one is given; see align()."""
     if max(image.shape) >= MAX_SIDE:
         image, transform = _part(image, transform)
     return cv2.warpAffine(image, transform, (WIDTH, HEIGHT), dst=out, flags=cv2.INTER_LINEAR)
@@ -171,11 +144,7 @@ def _part(image, transform):
 
 
 def crop_aligned(image: np.ndarray) -> np.ndarray:
-    """Return a face that is already aligned, uint8 112x96 or 112x112, cropped to 112x96, as a view.
-
-    Raises:
-        ValueError: the image has another size.
-    """
+    """Return a face that is already aligned, uint8 112x96 or 112x112, cropped to 112x96; ValueError for other sizes."""
     if image.shape[:2] == (HEIGHT, WIDTH):
         return image
     if image.shape[:2] == (HEIGHT, WIDTH + 2 * SQUARE_SHIFT):
@@ -186,10 +155,6 @@ def crop_aligned(image: np.ndarray) -> np.ndarray:
 
 
 def load_face(source, landmarks: np.ndarray | None = None) -> np.ndarray:
-    """Read an image and return its aligned face; without landmarks, float (5, 2), it must already be aligned.
-
-    Raises:
-        ValueError: see read_image(), align() and crop_aligned().
-    """
+    """Read an image and return its face, see align(); without landmarks, it must be aligned, see crop_aligned()."""
     image = read_image(source)
     return crop_aligned(image) if landmarks is None else align(image, landmarks)

@@ -7,7 +7,7 @@ import contextlib
 import io
 import os
 import re
-from collections import Counter
+from collections import Counter, deque
 from typing import NamedTuple
 
 import cv2
@@ -19,14 +19,13 @@ from faces.files import count_of, path, read_bytes
 
 EXTENSIONS = frozenset(""".jpg .jpeg .jpe .jfif .png .bmp .pbm .pgm .ppm .pnm .webp .tif .tiff .gif .avif
     .jp2""".split())
-# Files that belong to the system or another program, and files beside photos that can't be photos.
 SYSTEM = frozenset("thumbs.db ehthumbs.db desktop.ini __macosx @eadir #recycle $recycle.bin lost+found".split())
 NO_PHOTOS = frozenset(""".txt .csv .tsv .json .jsonl .xml .md .html .htm .yaml .yml .log .pdf .py .ipynb .sh .npy .npz
     .mat .pts .pkl .pickle .h5 .hdf5 .db .lst .list .idx .rec .bin .zip .tar .gz .tgz .7z .rar .url .lnk""".split())
 LISTS = frozenset("""casia_landmark.txt casia_landmark.json lfw_landmark.txt lfw_landmark.json pairs.txt
     pairsDevTrain.txt pairsDevTest.txt""".split())
 FORMATS = "JPEG", "MPO", "PNG", "BMP", "DIB", "PPM", "WEBP", "TIFF", "GIF", "AVIF", "JPEG2000"     # Pillow's names
-# The header is checked against these before memory is allocated. MAX_MEMORY is for all that is needed to decode a file.
+# Limits, checked before memory is allocated; MAX_MEMORY is for all that it takes to decode a file.
 MAX_PIXELS, MAX_BYTES, MAX_MEMORY = 128_000_000, 384_000_000, 1_000_000_000
 MAX_SCAN_PIXELS = 850_000_000                # in all scans of a progressive JPEG, which usually has ten scans
 LEAN, JPEG_WITH_SCANS, GREEDY = 6, 12, 18    # bytes per pixel, with those of a rotated copy and of the decoder
@@ -59,8 +58,8 @@ class Scan(NamedTuple):
 
 def is_image(source) -> bool:
     """Return whether read_image() takes `source` for one image, rather than a list of them."""
-    return (isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview, Image.Image, np.ndarray))
-            or hasattr(source, "read") or _is_tensor(source))
+    one = isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview, Image.Image, np.ndarray))
+    return one or hasattr(source, "read") or _is_tensor(source)
 
 
 def read_image(source) -> np.ndarray:
@@ -75,8 +74,7 @@ def read_image(source) -> np.ndarray:
         from the highest one used are kept.
 
     Raises:
-        UnreadableImage: the file is missing, damaged, or no image, would need more than MAX_MEMORY, or `source` is
-            something else.
+        UnreadableImage: it is missing, damaged, no image, or would need more than MAX_MEMORY.
     """
     try:
         if isinstance(source, Image.Image):
@@ -110,38 +108,38 @@ def one_opencv_thread():
 
 
 def list_images(root) -> list[str]:
-    """Return the relative paths of all images below `root`, sorted, with forward slashes; see scan_images()."""
+    """Return the relative paths of all images below `root`, see scan_images()."""
     return scan_images(root).paths
 
 
 def scan_images(root) -> Scan:
     """Return the Scan of a folder. Links are followed, but no folder is read twice; hidden files are left out."""
-    scan, seen = Scan([], Counter(), Counter()), set()
-    folders, links = [""], []
-    while folders or links:
-        name = folders.pop() if folders else links.pop(0)
+    scan, seen, folders = Scan([], Counter(), Counter()), set(), deque([""])
+    while folders:
+        name = folders.popleft()
         folder = os.path.join(root, name)
         try:
             status = os.stat(folder)
-            repeated = (status.st_dev, status.st_ino) in seen
-            entries = [] if repeated else sorted(os.scandir(folder), key=lambda entry: entry.name)
+            entries = list(os.scandir(folder))
         except OSError:
             scan.lost["folder~ that can't be read"] += 1
             continue
-        scan.ignored["link~ to a folder that is read anyway"] += repeated
+        if (status.st_dev, status.st_ino) in seen:
+            scan.ignored["link~ to a folder that is read anyway"] += 1
+            continue
         seen.add((status.st_dev, status.st_ino))
-        for entry in entries:
-            relative = f"{name}/{entry.name}" if name else entry.name
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            relative, is_link = f"{name}/{entry.name}" if name else entry.name, entry.is_symlink()
             if is_system_name(entry.name):
                 scan.ignored["hidden or system file~"] += 1
-            elif _is(entry.is_dir):
-                (links if entry.is_symlink() else folders).append(relative)
-            elif _is(entry.is_file):
+            elif os.path.isdir(entry) if is_link else entry.is_dir():    # entry.is_dir() raises for a link to itself
+                (folders.append if is_link else folders.appendleft)(relative)    # links come last
+            elif os.path.isfile(entry) if is_link else entry.is_file():
                 sort_in(relative, scan)
             else:
-                scan.lost["broken link~" if entry.is_symlink() else "special file~ such as a pipe"] += 1
+                scan.lost["broken link~" if is_link else "special file~ such as a pipe"] += 1
     scan.paths.sort()
-    return scan._replace(ignored=+scan.ignored)    # without zeros
+    return scan
 
 
 def is_system_name(name: str) -> bool:
@@ -157,13 +155,6 @@ def sort_in(name: str, scan: Scan):
     elif name not in LISTS:
         kind = f"{extension} file~" if extension else "file~ without extension"
         (scan.ignored if extension in NO_PHOTOS else scan.lost)[kind] += 1
-
-
-def _is(test):
-    try:
-        return test()
-    except OSError:    # for example, a link to itself
-        return False
 
 
 def _is_tensor(source):
@@ -183,8 +174,7 @@ def _read(source):
     except (OSError, ValueError) as error:    # a ValueError for a NUL character in the name, or a closed file
         raise UnreadableImage(getattr(error, "strerror", None) or str(error)) from None
     if not isinstance(data, bytes):
-        raise UnreadableImage("an image is a path, bytes, a binary file, a PIL image, or a uint8 array, not "
-                              f"{type(data).__name__}")
+        raise UnreadableImage(f"{type(data).__name__} is not a path, bytes, a binary file, a PIL image, or an array")
     if not data or len(data) > MAX_BYTES:
         raise UnreadableImage(f"over {MAX_BYTES // 10**6} MB" if data else "empty file")
     return data
@@ -196,7 +186,7 @@ def _from_array(source):
         raise UnreadableImage(f"an array must be uint8 RGB (H, W, 3) or gray (H, W), not {source.dtype} "
                               f"{tuple(source.shape)}; scale floats to 0..255, drop alpha with image[..., :3], put "
                               "channels last, and pass a batch as a list")
-    return np.repeat(image[..., None], 3, axis=2) if image.ndim == 2 else image
+    return _to_8_bits(image)
 
 
 def _from_pillow(image):
@@ -214,10 +204,7 @@ def _from_pillow(image):
 
 
 def _to_8_bits(image):
-    """Return pixels as uint8 RGB; of more than 8 bits, the 8 from the highest one that is used.
-
-    Files of 16 bits often hold the 10 or 12 bits of a sensor, which would be almost black otherwise.
-    """
+    """Return gray or RGB pixels as uint8 RGB; of 16 bits, which may hold the 12 of a sensor, the highest 8 in use."""
     if image.dtype != np.uint8:
         image = np.clip(image >> max(0, int(image.max()).bit_length() - 8), 0, 255).astype(np.uint8)
     return np.repeat(image[..., None], 3, axis=2) if image.ndim == 2 else image
@@ -235,10 +222,9 @@ def _check_size(size, width, height, bytes_per_pixel):
 def _decode_jpeg(data):
     segments = _segments(data)
     kinds = [kind for kind, _, _ in segments]
-    frames = [(kind, data[start:end]) for kind, start, end in segments if kind in START_OF_FRAME]
-    if not frames or len(frames[0][1]) < 9:
+    kind, frame = next(((kind, data[start:end]) for kind, start, end in segments if kind in START_OF_FRAME), (0, b""))
+    if len(frame) < 9:
         raise UnreadableImage("truncated JPEG")
-    kind, frame = frames[0]
     height, width = (int.from_bytes(frame[i:i + 2], "big") for i in (5, 7))
     scans, progressive = kinds.count(SOS), kind & 3 == 2
     several = progressive or scans != 1    # then the decoder keeps all coefficients, of two bytes each
@@ -251,13 +237,13 @@ def _decode_jpeg(data):
         image = simplejpeg.decode_jpeg(data if kinds[-1] == EOI else b"", "RGB")
     except ValueError:
         image = _decode_in_order(data, segments, progressive)
-    return _turned(image, _orientation(data)) if APP1 in kinds else image
+    return _turned(image, data) if APP1 in kinds else image
 
 
 def _segments(data):
     """Return the (marker, start, end) of a JPEG's segments up to the end marker; a scan's include its compressed data.
 
-    Bytes between the segments, or after the end marker, such as the film of a motion photo, are not in any of them.
+    Bytes between them, or after the end marker, such as the film of a motion photo, are in none.
     """
     segments, position = [], 2
     while len(segments) < MAX_SEGMENTS and (found := MARKER.search(data, position)):
@@ -266,8 +252,7 @@ def _segments(data):
         if kind > 0xbf and kind not in (SOI, EOI):    # the others have no length
             position += int.from_bytes(data[position:position + 2], "big")
         if kind == SOS:
-            after = MARKER.search(data, position)
-            position = after.start() if after else len(data)
+            position = after.start() if (after := MARKER.search(data, position)) else len(data)
         segments.append((kind, start, position))
         if kind == EOI:
             break
@@ -275,10 +260,7 @@ def _segments(data):
 
 
 def _decode_in_order(data, segments, progressive):
-    """Decode a JPEG without its padding, its unknown bytes and segments, and values that the decoder warns about.
-
-    The decoder stops at the first irregularity, which may be one that does no harm, so it has to see none of these.
-    """
+    """Decode a JPEG without padding, unknown bytes and segments, and values that do no harm but stop the decoder."""
     parts = [b"\xff\xd8"]
     for kind, start, end in segments:
         part = data[start:end]
@@ -300,13 +282,11 @@ def _decode_in_order(data, segments, progressive):
     return simplejpeg.decode_jpeg(data, "RGB", strict=False)
 
 
-def _orientation(data):
-    with contextlib.suppress(Exception), Image.open(io.BytesIO(data)) as image:    # the metadata may be damaged
-        return image.getexif().get(ORIENTATION)
-
-
-def _turned(image, orientation):
-    """Return an array turned as EXIF's orientation says, which is 1 to 8 if it is valid."""
+def _turned(image, data):
+    """Return the array of a file's pixels, turned by its EXIF orientation, which is 1 to 8 if it is valid."""
+    orientation = None
+    with contextlib.suppress(Exception), Image.open(io.BytesIO(data)) as metadata:    # which may be damaged
+        orientation = metadata.getexif().get(ORIENTATION)
     if orientation in (5, 6, 7, 8):
         image = image.swapaxes(0, 1)
     if orientation in (2, 3, 6, 7):
@@ -318,9 +298,9 @@ def _turned(image, orientation):
 
 def _open(data):
     """Return a PIL image whose pixels are not decoded yet."""
+    Image.init()
+    formats = [name for name in FORMATS if name in Image.OPEN]
     try:
-        Image.init()
-        formats = [name for name in FORMATS if name in Image.OPEN]
         Image.open(io.BytesIO(data), formats=formats).verify()    # the checksums of a PNG
         return Image.open(io.BytesIO(data), formats=formats)
     except Image.DecompressionBombError:
@@ -330,17 +310,15 @@ def _open(data):
 
 
 def _decode_other(data):
-    image = _open(data)
-    with image:
+    with _open(data) as image:
         deep = ";16" in str(image.tile)    # 16 bits per channel, of which Pillow keeps the 8 highest ones
         _check_size(len(data), *image.size, LEAN if image.format == "PNG" and not deep else GREEDY)
         if image.format != "PNG" and not deep:
             return _from_pillow(image)
-        orientation = image.getexif().get(ORIENTATION)
     # With IMREAD_COLOR_RGB, OpenCV 5.0 returns what was in the memory for TIFFs of 16 bits.
     flags = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
     try:
         pixels = _to_8_bits(cv2.imdecode(np.frombuffer(data, np.uint8), flags))
     except (cv2.error, AttributeError):    # an exception or None
         raise UnreadableImage(f"damaged {image.format}") from None
-    return _turned(pixels[..., ::-1], orientation)
+    return _turned(pixels[..., ::-1], data)

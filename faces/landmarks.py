@@ -6,13 +6,14 @@ contain spaces. Beside a list that our scripts made is a record of the photos th
 """
 import codecs
 import contextlib
+import functools
 import hashlib
 import io
-import itertools
 import math
 import os
 import unicodedata
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePath
 from typing import NamedTuple
@@ -43,8 +44,7 @@ def read_landmarks(path, labeled: bool, root=None) -> LandmarkList:
         root: folder of the images; absolute paths below it become relative.
 
     Raises:
-        InputError: the file can't be read or is empty; a line has the wrong fields, or a path that leaves the folder or
-            occurs twice; or the landmarks can't be those of faces.
+        InputError: the file can't be read, a line is not as above, or the landmarks can't be those of faces.
     """
     with reading(path, "landmark list", ADVICE):
         paths, labels, values = _read(path, root, labeled, 10)
@@ -64,34 +64,31 @@ def read_labels(path, root=None) -> tuple[list[str], np.ndarray]:
 
 
 def write_landmarks(path, rows: Iterable[tuple], made_from: str | None = None):
-    """Write a landmark list, atomically.
+    """Write a landmark list, atomically, and beside it a record, for found_list(), of what it was made from.
 
     Args:
         path: the file.
-        rows: (path, points) or (path, label, points); points float (5, 2). Coordinates get two decimals, which is more
-            precise than any detector.
-        made_from: photos_digest() of the set, for found_list().
+        rows: (path, points) or (path, label, points); points float (5, 2), of which two decimals are written.
+        made_from: photos_digest() of the set.
     """
-    _record(path).unlink(missing_ok=True)    # the old one does not describe the new list
+    record = Path(path).with_suffix(".json")
+    record.unlink(missing_ok=True)    # the old one does not describe the new list
     with atomic_write(path, "w") as file:
         for name, *label, points in rows:
             file.write("\t".join([name, *map(str, label), *(f"{v:.2f}" for v in np.ravel(points))]) + "\n")
     if made_from:
-        write_json(_record(path), {"photos": made_from})
+        write_json(record, {"photos": made_from})
 
 
 def default_list(root, name: str) -> Path:
-    """Return where our scripts write the list `name` for the images in `root`.
-
-    It is in cache/ of this clone, because data sets are often read-only. A hash distinguishes folders of the same name.
-    """
+    """Return where our scripts write the list `name` for the images in `root`: in cache/; sets are often read-only."""
     root = Path(root).expanduser().resolve()
     return CACHE / f"{root.name}-{hashlib.sha256(os.fsencode(root)).hexdigest()[:8]}" / name
 
 
-def photos_digest(source, names: list[str] | None = None) -> str:
-    """Return a digest of the names, sizes and times of photos in a faces.data source, by default of all of them."""
-    names = source.names() if names is None else names
+def photos_digest(source) -> str:
+    """Return a digest of the names, sizes and times of the photos in a faces.data source."""
+    names = source.names()
     digest = hashlib.sha256("\n".join(names).encode(errors="surrogateescape"))    # names need not be UTF-8
     digest.update(source.versions(names).tobytes())
     return digest.hexdigest()
@@ -106,7 +103,7 @@ def found_list(source, name: str) -> Path | None:
     for file in (own, default_list(source.root, name)):
         if not file.is_file():
             continue
-        record = read_json(_record(file))
+        record = read_json(file.with_suffix(".json"))
         if record["photos"] == photos_digest(source) if record else file == own:
             return file
         print(f"not using {file}: the photos in {source} have changed since it was made, or it has no record of them")
@@ -114,16 +111,9 @@ def found_list(source, name: str) -> Path | None:
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield the lines of a text file in UTF-8, or in UTF-16 if it starts with a byte-order mark, one at a time.
+    """Yield (number from 1, line) of each line of a text file that is not blank; ValueError if it is not text.
 
-    Names of files are not always UTF-8; their bytes are kept, as os.fsdecode() does.
-
-    Yields:
-        (number, line) of each line that is not blank, counted from 1.
-
-    Raises:
-        OSError: the file can't be read.
-        ValueError: it is not text, or a line has MAX_LINE characters.
+    It is in UTF-8, or in UTF-16 with a byte-order mark. Other bytes in names are kept, as os.fsdecode() does.
     """
     if path.exists() and not path.is_file():      # reading a named pipe would wait forever
         raise OSError(0, "not a regular file")
@@ -131,14 +121,11 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
         is_utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
         file.seek(0)
         text = io.TextIOWrapper(file, "utf-16") if is_utf16 else io.TextIOWrapper(file, "utf-8-sig", "surrogateescape")
-        for number in itertools.count(1):
-            line = text.readline(MAX_LINE)
+        for number, line in enumerate(iter(lambda: text.readline(MAX_LINE), ""), 1):
             if "\0" in line or len(line) == MAX_LINE:
                 raise ValueError("not a text file")
             if line.strip():
                 yield number, line
-            if not line:
-                break
 
 
 def normal_form(name: str) -> str:
@@ -152,14 +139,10 @@ def normal_form(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def _record(path):
-    return Path(path).with_suffix(".json")
-
-
 def _read(path, root, labeled, numbers):
     """Return the paths, labels and other numbers of a list's lines."""
     paths, labels, values = [], array("q"), array("f")    # an array per line would take most of the memory and time
-    relative = _Relative(root)
+    relative = _relative_to(root)
     for number, line in read_lines(Path(path)):
         text, *fields = line.rsplit(maxsplit=labeled + numbers)
         try:
@@ -179,43 +162,35 @@ def _read(path, root, labeled, numbers):
     if not paths:
         raise InputError(f"{path} is an empty list.")
     if len(set(paths)) != len(paths):
-        seen = set()
-        duplicate = next(p for p in paths if p in seen or seen.add(p))
-        raise InputError(f"{path} lists {duplicate} twice; remove one of the lines.")
+        raise InputError(f"{path} lists {Counter(paths).most_common(1)[0][0]} twice; remove one of the lines.")
     return paths, labels, values
 
 
-class _Relative:
-    """Turns the paths of a list into relative ones with forward slashes, and refuses those outside the folder `root`.
+def _relative_to(root):
+    """Return a function that makes the path of a list relative, with forward slashes, or refuses it as outside `root`.
 
     Absolute paths may name the folder, or a link to a person's folder in it, in any way: identities are compared.
     """
+    links = [] if root is None or not os.path.isdir(root) else [root, *filter(os.path.islink, Path(root).iterdir())]
+    known = {_identity(link): PurePath(link).relative_to(root) for link in links}
 
-    def __init__(self, root):
-        links = [] if root is None or not os.path.isdir(root) else [root, *filter(os.path.islink, Path(root).iterdir())]
-        self.known = {_identity(link): PurePath(link).relative_to(root) for link in links}
-        self.folders = {}    # from the text of a folder to its path below `root`
+    @functools.cache
+    def below(text):
+        folder = PurePath(text)
+        for parent in (folder, *folder.parents):
+            if (place := known.get(_identity(parent))) is not None:
+                return (place / folder.relative_to(parent)).as_posix()
+        raise InputError(OUTSIDE.format(text))
 
-    def __call__(self, text):
-        name = text.lstrip(" \t").replace("\\", "/")
-        if name.startswith("./"):
-            name = name[2:]
+    def relative(text):
+        name = text.lstrip(" \t").replace("\\", "/").removeprefix("./")
         if name.startswith("/") or os.path.splitdrive(name)[0]:
             folder, _, file = name.rpartition("/")
-            if folder not in self.folders:
-                self.folders[folder] = self._locate(PurePath(folder))
-            return f"{self.folders[folder]}{file}"
+            return f"{below(folder or '/')}/{file}".removeprefix("./")
         if ".." in name and ".." in name.split("/"):
             raise InputError(OUTSIDE.format(name))
         return name
-
-    def _locate(self, folder):
-        for parent in (folder, *folder.parents):
-            below = self.known.get(_identity(parent))
-            if below is not None:
-                inner = (below / folder.relative_to(parent)).as_posix()
-                return "" if inner == "." else f"{inner}/"
-        raise InputError(OUTSIDE.format(str(folder)))
+    return relative
 
 
 def _identity(file):

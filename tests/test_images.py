@@ -2,8 +2,6 @@
 import io
 import os
 import re
-import struct
-import zlib
 
 import cv2
 import numpy as np
@@ -41,39 +39,26 @@ def reason(source):
         return str(error)
 
 
-@pytest.mark.parametrize("format, mode", [("JPEG", "RGB"), ("PNG", "RGB"), ("PNG", "RGBA"), ("PNG", "P"),
-                                          ("BMP", "RGB"), ("GIF", "P"), ("JPEG", "CMYK"), ("WEBP", "RGB"),
-                                          ("TIFF", "RGB")])
-def test_formats_and_modes(format, mode):
-    image = read_image(encoded(Image.fromarray(RGB), format, mode))
-    assert image.dtype == np.uint8 and image.shape == (40, 30, 3)
-    # The channels are in RGB order. The limits are loose, because CMYK and JPEG change colors a little.
-    assert image[5, 15, 0] > 180 and image[5, 15, 2] < 90 and image[35, 15, 2] > 150 and image[35, 15, 0] < 90
-
-
 def test_every_extension_that_the_docs_name_is_found_and_read(tmp_path):
-    text = (ROOT / "docs/data.md").read_text(encoding="utf-8")
-    assert {extension for extension in re.findall(r"`(\.\w+)`", text) if extension in images.EXTENSIONS} \
-        == images.EXTENSIONS
+    named = set(re.findall(r"`(\.\w+)`", (ROOT / "docs/data.md").read_text(encoding="utf-8")))
+    assert images.EXTENSIONS <= named
     readable = [extension for extension in images.EXTENSIONS if extension != ".avif" or features.check("avif")]
     for extension in readable:
-        mode = {".pbm": "1", ".pgm": "L"}.get(extension, "RGB")
-        format = {".jpe": "JPEG", ".jfif": "JPEG", ".pbm": "PPM", ".pgm": "PPM", ".ppm": "PPM", ".pnm": "PPM"}
-        Image.fromarray(RGB).convert(mode).save(tmp_path / f"a{extension}", format.get(extension))
+        format = {".jpe": "JPEG", ".jfif": "JPEG"}.get(extension, "PPM" if extension[:2] == ".p" != ".png" else None)
+        Image.fromarray(RGB).save(tmp_path / f"a{extension}", None if extension == ".png" else format)
     assert list_images(tmp_path) == sorted(f"a{extension}" for extension in readable)
-    assert all(read_image(tmp_path / name).shape == (40, 30, 3) for name in list_images(tmp_path))
-
-
-@pytest.mark.parametrize("kind", JPEGS)
-def test_pixels_of_a_jpeg_are_those_of_opencv(kind):
-    data = photo(**JPEGS[kind])
-    assert np.array_equal(read_image(data), cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB))
+    for image in (*map(read_image, tmp_path.iterdir()), *(read_image(encoded(Image.fromarray(RGB), *mode))
+                  for mode in (("PNG", "RGBA"), ("PNG", "P"), ("JPEG", "CMYK")))):
+        # The channels are in RGB order. The limits are loose, because CMYK and JPEG change colors a little.
+        assert image.dtype == np.uint8 and image.shape == (40, 30, 3)
+        assert image[5, 15, 0] > 180 and image[5, 15, 2] < 90 and image[35, 15, 2] > 150 and image[35, 15, 0] < 90
 
 
 @pytest.mark.parametrize("kind", JPEGS)
 def test_padding_and_unknown_bytes_are_no_damage(kind):
     data = photo(**JPEGS[kind])
     expected, start, end = read_image(data), data.index(b"\xff\xdb"), data[:-2]    # before the tables
+    assert np.array_equal(expected, cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB))
     film = np.random.default_rng(1).bytes(30_000) + b"\xff\xda" * 2000
     changed = [end + bytes(1000) + b"\xff\xd9", end + b"\xff" * 9 + b"\xff\xd9", end + b"webcam" + b"\xff\xd9",
                data + film, data + bytes(1000), data + b"\xff\xda\0",
@@ -97,15 +82,13 @@ def test_data_that_are_cut_missing_or_do_not_fit_are_damage(kind):
         assert reason(damaged), i
 
 
-@pytest.mark.parametrize("format, options", [("PNG", {}), ("BMP", {}), ("TIFF", {"compression": "tiff_lzw"})])
-def test_damage_to_other_formats(format, options):
-    data = photo(format, **options)
-    assert reason(data) is None and reason(data[:-300])
-    if format != "BMP":
+def test_damage_to_other_formats():
+    for data in (photo("PNG"), photo("TIFF", compression="tiff_lzw")):
+        assert reason(data) is None and reason(data[:-300])
         assert reason(data[:len(data) // 2] + bytes(64) + data[len(data) // 2 + 64:])
-    if format == "PNG":    # compressed data that are whole, but not those that were written
-        position = data.rfind(b"IEND") - 8
-        assert reason(data[:position] + bytes([data[position] ^ 1]) + data[position + 1:])
+    data = photo("PNG")    # compressed data that are whole, but not those that were written
+    position = data.rfind(b"IEND") - 8
+    assert reason(data[:position] + bytes([data[position] ^ 1]) + data[position + 1:])
 
 
 def test_gray_and_many_bits():
@@ -113,27 +96,21 @@ def test_gray_and_many_bits():
     expected = np.repeat(gray[..., None], 3, 2)
     assert np.array_equal(read_image(encoded(Image.fromarray(gray), "PNG")), expected)
     for format in (".png", ".tiff"):
-        for bits, deep in ((16, gray.astype(np.uint16) * 257), (12, gray.astype(np.uint16) * 16 + gray // 16)):
+        for deep in (gray.astype(np.uint16) * 257, gray.astype(np.uint16) * 16 + gray // 16):    # 16 or 12 bits
             for pixels in (deep, np.repeat(deep[..., None], 3, 2)):
-                data = cv2.imencode(format, pixels)[1].tobytes()
-                assert np.array_equal(read_image(data), expected), (format, bits)
+                assert np.array_equal(read_image(cv2.imencode(format, pixels)[1].tobytes()), expected)
     assert np.array_equal(read_image(Image.fromarray(gray.astype(np.uint16) * 16)), expected)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
-def test_orientation_is_applied_to_files_and_pil_images_alike(format, orientation, tmp_path):
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_orientation_is_applied_to_files_and_pil_images_alike(format, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    try:
-        (tmp_path / "a").write_bytes(photo(format, exif=exif))
-    except KeyError:
-        pytest.skip(f"this Pillow has no {format}")
-    image = read_image(tmp_path / "a")
-    expected = ImageOps.exif_transpose(Image.open(tmp_path / "a")).convert("RGB")
-    assert np.array_equal(image, np.asarray(expected))
-    assert np.array_equal(read_image(Image.open(tmp_path / "a")), image)
-    assert np.array_equal(read_image(expected), image)                    # and no image is turned twice
+    file = io.BytesIO(photo(format, exif=exif))
+    expected = ImageOps.exif_transpose(Image.open(file)).convert("RGB")
+    for source in (file, Image.open(file), expected):                     # and no image is turned twice
+        assert np.array_equal(read_image(source), np.asarray(expected))
 
 
 def test_paths_bytes_files_and_arrays_are_images(tmp_path):
@@ -152,31 +129,22 @@ def test_paths_bytes_files_and_arrays_are_images(tmp_path):
 
 def test_unusable_files_raise_the_reason(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"        # for which Pillow would run Ghostscript
     for source, message in ((b"", "empty file"), (b"hello" * 100, "not an image"), (tmp_path / "a.jpg", "No such file"),
-                            (tmp_path / "pipe.jpg", "not a regular file"), ("a\0b", "null"), (tmp_path, ".")):
-        with pytest.raises(UnreadableImage, match=message):
-            read_image(source)
-
-
-def png_chunk(kind, data, length=None):
-    return (struct.pack(">I", len(data) if length is None else length) + kind + data
-            + struct.pack(">I", zlib.crc32(kind + data)))
+                            (tmp_path / "pipe.jpg", "not a regular file"), ("a\0b", "null"), (tmp_path, "."),
+                            (postscript, "not an image")):
+        assert re.search(message, reason(source))
 
 
 def test_hostile_files_are_refused_before_they_take_memory_or_time():
     assert "megapixels" in reason(encoded(Image.new("1", (40_000, MAX_PIXELS // 40_000 + 1)), "PNG"))
-    for options in JPEGS.values():
-        large = re.sub(rb"(\xff[\xc0\xc2]..\x08)....", rb"\1\xff\xdc\xff\xdc".replace(b"\\xff\\xdc", b"\xff\xdc"),
-                       photo(**options), count=1, flags=re.S)             # claims 65,500 x 65,500 pixels
-        assert "megapixels" in reason(large)
-    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 48, 40, 8, 6, 0, 0, 0))
-    assert reason(b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", zlib.compress(bytes(7720)), 0xff000000))
+    data = photo()
+    frame = data.index(b"\xff\xc0") + 5
+    assert "megapixels" in reason(data[:frame] + b"\xff\xdc\xff\xdc" + data[frame + 4:])    # 65,500 x 65,500 pixels
     progressive = encoded(Image.new("L", (3000, 3000)), "JPEG", progressive=True)
     scan = progressive[progressive.rfind(b"\xff\xda"):-2]
     assert "scans takes too long" in reason(progressive[:-2] + 200 * scan + b"\xff\xd9")
     assert "1 GB" in reason(encoded(Image.new("1", (9000, 9000)), "TIFF", compression="group4"))
-    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"        # for which Pillow would run Ghostscript
-    assert "not an image" in reason(postscript)
 
 
 def test_a_scan_counts_what_it_leaves_out(tmp_path, monkeypatch):

@@ -24,9 +24,8 @@ class Batches:
     Args:
         faces: faces.data.cache.AlignedFaces.
         batch_size: images per step over all processes.
-        steps: number of steps of the whole run.
-        device: torch.device.
-        start: step to begin with.
+        steps, start: number of steps of the whole run, and the step to begin with.
+        device: where the batches go.
         seed: of order, flips and shifts.
         flip: whether to flip half of the faces.
         shift: shift each face by up to this many pixels along both axes.
@@ -38,16 +37,15 @@ class Batches:
 
     def __init__(self, faces, batch_size: int, steps: int, device: torch.device, start: int = 0, seed: int = 0,
                  flip: bool = True, shift: int = 0, rank: int = 0, world_size: int = 1):
-        self.order = Order(len(faces), batch_size, steps, seed, start, rank, world_size)
-        self.faces, self.device, self.batch_size = faces, device, batch_size
+        self.faces, self.batch_size, self.steps, self.device, self.start = faces, batch_size, steps, device, start
         self.seed, self.flip, self.shift, self.own = seed, flip, shift, slice(rank, None, world_size)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         ahead = deque()
         with ThreadPoolExecutor(THREADS, "batches", _use_device, (self.device,)) as pool:
             try:
-                for step, rows in enumerate(self.order, self.order.start):
-                    ahead.append(pool.submit(self._gather, step, rows))
+                for step, rows in order(len(self.faces), self.batch_size, self.steps, self.seed, self.start):
+                    ahead.append(pool.submit(self._gather, step, rows[self.own]))
                     if len(ahead) > THREADS:
                         yield self._on_device(*ahead.popleft().result())
                 while ahead:
@@ -61,9 +59,10 @@ class Batches:
         _, labels = self.faces.batch(rows, out=images.numpy())
         flip = shifts = None
         if self.flip:
-            flip = torch.from_numpy(self._random(step, FLIPPING).random(self.batch_size) < 0.5)[self.own]
+            random = np.random.default_rng((self.seed, step, 0, FLIPPING))
+            flip = torch.from_numpy(random.random(self.batch_size) < 0.5)[self.own]
         if self.shift:
-            random = self._random(step, SHIFTING)
+            random = np.random.default_rng((self.seed, step, 0, SHIFTING))
             shifts = random.integers(-self.shift, self.shift, (self.batch_size, 2), endpoint=True)
             shifts = torch.from_numpy(shifts)[self.own]
         return images, torch.from_numpy(labels), flip, shifts
@@ -75,32 +74,18 @@ class Batches:
             images = shift_faces(images, shifts)
         return to_input(images, flip), labels    # faces travel as uint8, a quarter of the bytes of float32
 
-    def _random(self, step, purpose):
-        return np.random.default_rng((self.seed, step, 0, purpose))
 
-
-class Order:
-    """Yields, for each step from `start`, this process's share of the batch as positions in the set, int64 (B,).
+def order(images: int, batch_size: int, steps: int, seed: int = 0, start: int = 0) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield (step, positions of its batch in the set, int64 (batch_size,)) for each step from `start` to `steps`.
 
     Every epoch is a new permutation of the set. The images at its end that do not fill a batch are dropped.
     """
-
-    def __init__(self, images: int, batch_size: int, steps: int, seed: int = 0, start: int = 0, rank: int = 0,
-                 world_size: int = 1):
-        self.images, self.batch_size, self.steps, self.seed, self.start = images, batch_size, steps, seed, start
-        self.rank, self.world_size = rank, world_size
-
-    def __len__(self) -> int:
-        return self.steps - self.start
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        steps_per_epoch, epoch = self.images // self.batch_size, None
-        for step in range(self.start, self.steps):
-            if step // steps_per_epoch != epoch:
-                epoch = step // steps_per_epoch
-                order = np.random.default_rng((self.seed, epoch, 0)).permutation(self.images)
-            first = step % steps_per_epoch * self.batch_size
-            yield order[first + self.rank:first + self.batch_size:self.world_size]
+    steps_per_epoch, epoch = images // batch_size, None
+    for step in range(start, steps):
+        if step // steps_per_epoch != epoch:
+            epoch = step // steps_per_epoch
+            permutation = np.random.default_rng((seed, epoch, 0)).permutation(images)
+        yield step, permutation[step % steps_per_epoch * batch_size:][:batch_size]
 
 
 def _use_device(device):

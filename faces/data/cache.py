@@ -4,6 +4,7 @@ A cache is a folder. faces.u8 holds N faces of 112x96x3 bytes in the order of th
 is done; failed.txt lists the images that could not be used. The folder's name contains a hash of the list and the
 template, and another one of the sizes and times of the images: each list has its own cache, a changed image a new one.
 """
+import contextlib
 import hashlib
 import shutil
 import sys
@@ -15,23 +16,14 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from faces.align import (
-    HEIGHT,
-    TEMPLATE,
-    WIDTH,
-    check_inside,
-    crop_aligned,
-    position_problem,
-    similarity_transforms,
-    warp,
-)
+from faces import align
+from faces.align import HEIGHT, WIDTH
 from faces.data.casia import TrainingList, list_casia, without_lfw_overlap
 from faces.data.sources import Folder
 from faces.device import count_cpus
 from faces.files import CACHE, InputError, atomic_write, check_writable, count_of, locked, path, reading
 from faces.images import one_opencv_thread, read_image, summarize
 
-FACE_SHAPE, FACE_BYTES = (HEIGHT, WIDTH, 3), HEIGHT * WIDTH * 3
 BLOCK, AHEAD = 32, 64       # faces per task of a thread, and tasks that wait, so that no thread runs out of work
 MAX_FAILED = 0.01           # fraction of the list; more failures suggest a wrong folder or list
 
@@ -44,7 +36,7 @@ class AlignedFaces:
         rows: int64 (N,), the rows of `images` that belong to this set.
         labels: int64 (N,), 0..classes-1.
         classes: number of identities.
-        fingerprint: hash of everything that training depends on: names, landmarks and labels of the images.
+        fingerprint: hash of what training depends on: names, landmarks and labels.
     """
 
     def __init__(self, images: np.ndarray, listing: TrainingList, rows: np.ndarray, summary: str = ""):
@@ -79,7 +71,7 @@ def load_casia(root, landmarks=None, cache=CACHE, drop_lfw_overlap: bool = False
         drop_lfw_overlap: whether to leave out the people who are also in LFW.
 
     Raises:
-        InputError: the data set is malformed, more than 1 % of it is unusable, or the cache does not fit on the disk.
+        InputError: the set is malformed, more than 1 % of it can't be used, or the cache does not fit on the disk.
     """
     listing = list_casia(root, landmarks, label_list)
     images, failed = build(listing, cache)
@@ -88,9 +80,6 @@ def load_casia(root, landmarks=None, cache=CACHE, drop_lfw_overlap: bool = False
     keep[[row for row, _ in failed]] = False
     overlap = ~without_lfw_overlap(listing) if drop_lfw_overlap else np.zeros_like(keep)
     rows = np.flatnonzero(keep & ~overlap)
-    if not len(rows):
-        raise InputError(f"{listing.source} has no images left to train on; leave out --drop-lfw-overlap or "
-                         "choose another set.")
     people = np.unique(listing.labels[rows])
     summary = f"{listing.source}: {count_of(len(rows), 'face~')} of {count_of(len(people), 'person')}{listing.gaps}"
     if failed:
@@ -109,7 +98,7 @@ def build(listing: TrainingList, cache=CACHE) -> tuple[np.ndarray, list[tuple[in
         (uint8 (N, 112, 96, 3), not to be changed; list of (row, reason) of unusable images).
     """
     folder = _folder(listing, cache)
-    faces, shape = folder / "faces.u8", (len(listing.paths), *FACE_SHAPE)
+    faces, shape = folder / "faces.u8", (len(listing.paths), HEIGHT, WIDTH, 3)
     if not faces.is_file():
         check_writable(folder, "--cache")
         with locked(folder / ".lock", f"aligning the faces of {listing.source} into {folder}"):
@@ -121,37 +110,30 @@ def build(listing: TrainingList, cache=CACHE) -> tuple[np.ndarray, list[tuple[in
         rows = {name: row for row, name in enumerate(listing.paths)}
         with open(folder / "failed.txt", encoding="utf-8", errors="surrogateescape", newline="\n") as lines:
             failed = [(rows[name], reason.rstrip()) for name, _, reason in (line.rpartition("\t") for line in lines)]
-        return _map(faces, shape), failed
-
-
-def _map(file, shape):
-    """Map a file into memory; some network disks can only do so privately, or not at all, so that it has to be read."""
-    for mode in ("r", "c"):
-        try:
-            return np.memmap(file, np.uint8, mode, shape=shape)
-        except OSError:
-            pass
-    return np.fromfile(file, np.uint8).reshape(shape)
+        for mode in ("r", "c"):    # some network disks can map files only privately, or not at all
+            with contextlib.suppress(OSError):
+                return np.memmap(faces, np.uint8, mode, shape=shape), failed
+        return np.fromfile(faces, np.uint8).reshape(shape), failed
 
 
 def _folder(listing, cache):
     name = Path(listing.source.root).resolve()
-    key = _hash_list([str(name), *listing.paths], None, listing.points)[:12]
+    key = _hash_list([str(name), *listing.paths], listing.points)[:12]
     versions = hashlib.sha256(listing.source.versions(listing.paths).tobytes()).hexdigest()[:8]
     return path(cache) / f"{name.stem}-{key}-{versions}"
 
 
-def _hash_list(names, labels, points):
-    digest = hashlib.sha256(b"aligned-1" + TEMPLATE.tobytes())
+def _hash_list(names, *arrays):
+    digest = hashlib.sha256(b"aligned-1" + align.TEMPLATE.tobytes())
     digest.update("\n".join(names).encode(errors="surrogateescape"))    # names of files need not be UTF-8
-    for array in (labels, points):
+    for array in arrays:
         digest.update(b"" if array is None else array.tobytes())
     return digest.hexdigest()
 
 
 def _build(listing, folder):
     """Align all faces into the cache."""
-    total, size, failed = len(listing.paths), len(listing.paths) * FACE_BYTES, []
+    total, size, failed = len(listing.paths), len(listing.paths) * HEIGHT * WIDTH * 3, []
     for other in folder.parent.glob(f"{folder.name.rpartition('-')[0]}-*/faces.u8"):
         print(f"the images have changed since the cache {other.parent} was built; delete it unless you need it")
     for leftover in folder.glob(".*.partial"):    # of a build that was killed
@@ -179,9 +161,8 @@ def _build(listing, folder):
 
 def _align(listing, pool, centers):
     """Align all faces in order; yield blocks of (uint8 (B, 112, 96, 3), list of (row, reason) of unusable images)."""
-    pending = deque()
-    for start in range(0, len(listing.paths), BLOCK):
-        rows = range(start, min(start + BLOCK, len(listing.paths)))
+    pending, every = deque(), range(len(listing.paths))
+    for rows in (every[start:start + BLOCK] for start in every[::BLOCK]):
         pending.append(pool.submit(_align_block, listing, rows, centers))
         if len(pending) > AHEAD:
             yield pending.popleft().result()
@@ -189,26 +170,22 @@ def _align(listing, pool, centers):
 
 
 def _align_block(listing, rows, centers):
-    faces, failed = np.zeros((len(rows), *FACE_SHAPE), np.uint8), []
-    transforms = reasons = [None] * len(rows)
+    faces, transforms, reasons = np.zeros((len(rows), HEIGHT, WIDTH, 3), np.uint8), [None] * BLOCK, [None] * BLOCK
     if listing.points is not None:    # for all rows at once, because this holds the interpreter lock
-        transforms, reasons = similarity_transforms(listing.points[rows.start:rows.stop])
-    for face, row, transform, reason in zip(faces, rows, transforms, reasons):
-        reason = reason or _fill(face, listing, row, transform, centers)
-        if reason:
-            failed.append((row, reason))
-    return faces, failed
+        transforms, reasons = align.similarity_transforms(listing.points[rows.start:rows.stop])
+    reasons = [reason or _fill(*row, listing, centers) for reason, *row in zip(reasons, faces, rows, transforms)]
+    return faces, [(row, reason) for row, reason in zip(rows, reasons) if reason]
 
 
-def _fill(face, listing, row, transform, centers):
+def _fill(face, row, transform, listing, centers):
     """Align the image of a row into `face`; return None, or the reason why the image can't be used."""
     try:
         image = read_image(listing.source.open(listing.paths[row]))
         if transform is None:
-            face[:] = crop_aligned(image)
+            face[:] = align.crop_aligned(image)
         else:
-            check_inside(listing.points[row], image.shape)
-            warp(image, transform, out=face)
+            align.check_inside(listing.points[row], image.shape)
+            align.warp(image, transform, out=face)
             centers[row] = listing.points[row].mean(0) / image.shape[1::-1]
     except ValueError as error:    # UnreadableImage is one as well
         return str(error)
@@ -222,9 +199,8 @@ def _check(listing, failed, centers):
         if listing.points is None and "landmarks are needed" in examples and isinstance(source, Folder):
             raise InputError(f"{source} has photos that are not aligned faces ({examples}); run "
                              f"`python mtcnn/casia_landmark.py --casia {source}` first.")
-        suspects = "folder" if listing.points is None else "folder and the landmark list"
         raise InputError(f"more than {MAX_FAILED:.0%} of the {count_of(total, 'image~')} of {source} can't be used "
-                         f"({examples}); check the {suspects}.")
-    if problem := position_problem(centers):
+                         f"({examples}); check the folder and the list.")
+    if problem := align.position_problem(centers):
         raise InputError(f"the landmarks of {source} are in {problem}; use the images that the landmark list was made "
                          "for, or create a list for these with mtcnn/casia_landmark.py.")

@@ -15,8 +15,7 @@ from faces.landmarks import found_list, normal_form, read_labels, read_landmarks
 LANDMARK_LIST = "casia_landmark.txt"
 MAX_LOST = 0.01     # fraction of the files that may be photos but can't be read; more of them suggest a wrong folder
 MAX_STRAYS = 10     # photos outside the person folders, beyond which the layout is not what it seems
-# These identities are in both CASIA-WebFace and LFW. The set is the union of the lists in the FaceDatasets and
-# AM-Softmax repositories.
+# Identities in both CASIA-WebFace and LFW: the union of the lists in the FaceDatasets and AM-Softmax repositories.
 LFW_OVERLAP = frozenset("""
     0000513 0004539 0004763 0005009 0005082 0005172 0166921 0208962 0430107 0454042 0662519 0706787 0955471 1056413
     1091782 1193098 1303492 2425974 3478560""".split())
@@ -48,8 +47,7 @@ def list_casia(root, landmarks=None, label_list=None) -> TrainingList:
             order. A RecordIO folder has its own labels and takes neither list.
 
     Raises:
-        InputError: the data set is missing or unreadable, a list is malformed, both lists were passed, or the set has
-            fewer than two people, is LFW, or has too many files that can't be read.
+        InputError: the set or a list is missing or malformed, is LFW, or has fewer than two people.
     """
     if landmarks is not None and label_list is not None:
         raise InputError(f"{landmarks} and {label_list} can't be combined; pass only one of --landmarks and --list.")
@@ -79,31 +77,26 @@ def person(path: str) -> str:
 
 
 def list_photos(source) -> tuple[list[str], tuple[str, ...]]:
-    """List the photos in the person folders of a set; every program that has no list of them takes these.
+    """List the photos in the person folders of a Folder or Zip, for all programs that have no list of them.
 
     Person folders are all at one level, below `source` or deeper. Photos elsewhere belong to nobody and are left out.
-
-    Args:
-        source: Folder or Zip.
 
     Returns:
         (sorted relative paths, sentences about what was left out).
 
     Raises:
-        InputError: there are fewer than two person folders, or the set is LFW; or more than MAX_LOST of the files or
-            MAX_STRAYS photos would be left out.
+        InputError: there are fewer than two person folders, the set is LFW, or too much would be left out.
     """
     levels = Counter(path.count("/") for path in source.names())
     level = max(levels, key=levels.get, default=0)
     paths = [path for path in source.names() if path.count("/") == level]
     strays = [path for path in source.names() if path.count("/") != level]
-    people = set(map(person, paths))
-    left_out = source.scan.left_out()
+    people, left_out = set(map(person, paths)), source.scan.left_out()
     if len(people) < 2:
         where = ", because they are not in folders" if paths and not level else ""
-        found = f"{count_of(len(paths), 'photo~')} of {count_of(len(people), 'person')}" if paths else "no photos"
-        raise InputError(f"{source} has {found}{where}; pass a folder with one folder per person, such as "
-                         f"0000045/001.jpg, of several people{left_out and '; left out: '}{left_out}.")
+        raise InputError(f"{source} has {count_of(len(paths), 'photo~')} of {count_of(len(people), 'person')}{where}; "
+                         "pass a folder with one folder per person, such as 0000045/001.jpg, of several people"
+                         f"{left_out and '; left out: '}{left_out}.")
     refuse_lfw(source, paths)
     if len(strays) > max(MAX_STRAYS, MAX_LOST * len(paths)):
         raise InputError(f"{source} has {len(paths):,} photos in folders such as {person(paths[0])}, but "
@@ -113,12 +106,18 @@ def list_photos(source) -> tuple[list[str], tuple[str, ...]]:
         raise InputError(f"{lost:,} of {total + lost:,} files in {source} can't be read ({left_out}); "
                          "convert them to JPEG or PNG, make them readable, or remove them.")
     notes = _left_out(source, len(strays), "photo~ outside the person folders")
-    return paths, notes + _layout_notes(source, people)
+    parents, names = {person(name) for name in people}, {name.rpartition("/")[2] for name in people}
+    if len(parents) == 1 and (source.wrapper or "" not in parents):
+        notes += (f"the person folders are in {source.root / parents.pop()}",)
+    if len(names) < len(people):
+        notes += (f"{len(people):,} person folders have only {count_of(len(names), 'different name~')}; folders "
+                  "of the same name in different folders count as different people",)
+    return paths, notes
 
 
 def refuse_lfw(source, paths: list[str]):
     """Raise InputError if the photos are those of LFW, the test set: Name/Name_0001.jpg, and a pairs.txt or .csv."""
-    sample = paths[::-(-len(paths) // 1000)] if paths else []
+    sample = paths[::len(paths) // 1000 + 1]
     matching = sum(bool(re.search(r"(?:^|/)([^/]+)/\1_\d{4}\.\w+$", path)) for path in sample)
     pairs = [folder / name for name in ("pairs.txt", "pairs.csv") for folder in (source.root, *source.root.parents[:2])]
     if matching > len(sample) / 2 and (any(file.is_file() for file in pairs)
@@ -128,11 +127,7 @@ def refuse_lfw(source, paths: list[str]):
 
 
 def without_lfw_overlap(listing: TrainingList) -> np.ndarray:
-    """Return a mask, bool (N,), of the images whose person, by the name of a folder, is not in LFW_OVERLAP.
-
-    Raises:
-        InputError: the source numbers its people instead of naming them.
-    """
+    """Return a mask, bool (N,), of the images whose person, by the name of a folder, is not in LFW_OVERLAP."""
     if isinstance(listing.source, Records):
         raise InputError(f"{listing.source.path} numbers its people instead of naming them, so those in LFW can't be "
                          "dropped; leave out --drop-lfw-overlap.")
@@ -143,18 +138,6 @@ def _left_out(source, unused, kind):
     """Return the sentence about what is left out of a set, such as `unused` photos of a kind, in a tuple if any."""
     counts = ", ".join(filter(None, [unused and count_of(unused, kind), source.scan.left_out()]))
     return (f"left out: {counts}",) if counts else ()
-
-
-def _layout_notes(source, people):
-    """Return a tuple of sentences about where the person folders are, unless they are directly in the set."""
-    parents, names = {name.rpartition("/")[0] for name in people}, {name.rpartition("/")[2] for name in people}
-    notes = ()
-    if len(parents) == 1 and (source.wrapper or "" not in parents):
-        notes += (f"the person folders are in {source.root / parents.pop()}",)
-    if len(names) < len(people):
-        notes += (f"{len(people):,} person folders have only {count_of(len(names), 'different name~')}; folders "
-                  "of the same name in different folders count as different people",)
-    return notes
 
 
 def _renumbered(listing, labels_from):

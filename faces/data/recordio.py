@@ -18,8 +18,6 @@ import os
 import struct
 import sys
 import threading
-import warnings
-import weakref
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +33,6 @@ PART = struct.Struct("<II")                                              # magic
 PREFIX = struct.Struct("<IfQQ")                                          # flag, label, id, id2
 HEADER = struct.Struct("<IIIfQQf")                                       # both, and the first label if flag > 0
 MAX_LENGTH = (1 << 29) - 1
-MAX_PARTS = 1000                                                         # of a record; a second one is rare
 ADVICE = "copy the set again; train.rec, train.idx and property must be of one set"
 
 
@@ -58,12 +55,16 @@ class Records:
             keys, offsets = _read_index(self.root / "train.idx")
         with reading(self.path, "RecordIO file", ADVICE):
             self.file, self.lock = open(self.path, "rb", buffering=0), threading.Lock()
-            weakref.finalize(self, self.file.close)
             status = os.fstat(self.file.fileno())
             self.size, self.modified = status.st_size, status.st_mtime_ns
             self.keys, self.offsets = self._select_images(keys, offsets)
             self.labels = self._read_labels()
-        self._check_classes(self.root / "property")
+        if (self.root / "property").exists():
+            with reading(self.root / "property", "RecordIO property", ADVICE):
+                classes = int(next(read_lines(self.root / "property"))[1].split(",")[0])
+            if (people := len(np.unique(self.labels))) > classes:    # a selection has fewer
+                raise InputError(f"{self.path} has {people:,} people, but property gives {classes:,} as the number of "
+                                 "classes; the files belong to different sets, so copy the set again.")
 
     def __str__(self) -> str:
         return str(self.root)
@@ -77,11 +78,7 @@ class Records:
         return np.tile(np.array([(self.size, self.modified)], np.int64), (len(names), 1))
 
     def open(self, name: str) -> bytes:
-        """Return the bytes of the image `name`; several threads may call this at once.
-
-        Raises:
-            UnreadableImage: the record is damaged.
-        """
+        """Return the bytes of the image `name`, in any thread; raise UnreadableImage if the record is damaged."""
         try:
             return _unpack(self._record(int(name.partition("@")[2])))[1]
         except (OSError, ValueError, struct.error) as error:
@@ -90,7 +87,7 @@ class Records:
     def _record(self, offset):
         """Return the data of the record at a byte offset, with its parts joined; raise ValueError if it is damaged."""
         data, kinds = bytearray(), (WHOLE, FIRST)
-        for _ in range(MAX_PARTS):
+        while True:
             magic, word = PART.unpack(self._read(offset, PART.size))
             kind, length = word >> 29, word & MAX_LENGTH
             if magic != MAGIC or kind not in kinds:
@@ -102,7 +99,6 @@ class Records:
                 return bytes(data)
             data += struct.pack("<I", MAGIC)
             offset, kinds = offset + PART.size + length, (MIDDLE, LAST)
-        raise ValueError(f"has over {MAX_PARTS:,} parts")
 
     def _read(self, offset, length):
         if offset + length > self.size:    # before that much memory is allocated
@@ -135,26 +131,12 @@ class Records:
                 raise ValueError(f"record {self.keys[row]} has an invalid header")
             if offset + PART.size + (word & MAX_LENGTH) > self.size:
                 raise ValueError(f"record {self.keys[row]} extends past the end of the file")
-            labels[row] = first_label if flag else label
-            if word >> 29 == FIRST:    # one image in millions contains the magic number by chance
-                labels[row] = _unpack(self._record(offset))[0]
-        # From 2**24 on, float32 can't represent every whole number, so the label may have been rounded.
-        bad = ~((labels >= 0) & (labels == np.floor(labels)) & (labels < 2**24))
+            # One image in millions contains the magic number by chance, so that the label may be in another part.
+            labels[row] = _unpack(self._record(offset))[0] if word >> 29 == FIRST else first_label if flag else label
+        bad = ~((labels >= 0) & (labels == np.floor(labels)) & (labels < 2**24))    # all whole numbers of float32
         if bad.any():
-            raise ValueError(f"record {self.keys[bad.argmax()]} has a label that is not a whole number from 0 to "
-                             "16,777,215")
+            raise ValueError(f"record {self.keys[bad.argmax()]} has a label that is not a whole number below 2**24")
         return labels.astype(np.int64)
-
-    def _check_classes(self, file):
-        """Check that there are no more people than `property` says, if that exists; a selection has fewer."""
-        people = len(np.unique(self.labels))
-        if file.exists():
-            with reading(file, "RecordIO property", ADVICE):
-                _, line = next(read_lines(file))
-                classes = int(line.split(",")[0])
-            if people > classes:
-                raise InputError(f"{self.path} has {people:,} people, but {file} gives {classes:,} as the number of "
-                                 "classes; the files belong to different sets, so copy the set again.")
 
 
 def _unpack(data):
@@ -170,11 +152,8 @@ def _unpack(data):
 
 def _read_index(file):
     """Return the keys and offsets in train.idx, int64 (N,) each, sorted by offset."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")    # numpy only warns about an empty file and about fractions
-        keys, offsets = np.loadtxt((line for _, line in read_lines(file)), np.int64, comments=None, ndmin=2).T
-    order = np.argsort(offsets, kind="stable")
-    keys, offsets = keys[order], offsets[order]
-    if keys.min() < 0 or offsets.min() < 0 or len(np.unique(keys)) != len(keys) or (np.diff(offsets) == 0).any():
+    numbers = np.fromiter((number for _, line in read_lines(file) for number in map(int, line.split())), np.int64)
+    keys, offsets = numbers.reshape(-1, 2)[np.argsort(numbers[1::2], kind="stable")].T
+    if numbers.min() < 0 or len(np.unique(keys)) != len(keys) or (np.diff(offsets) == 0).any():
         raise ValueError("it lists a record twice or has negative numbers")
     return keys, offsets

@@ -3,6 +3,7 @@ import contextlib
 import io
 import os
 import stat
+import sys
 import zipfile
 from collections import Counter
 from functools import cached_property
@@ -21,11 +22,7 @@ MAX_ZIP_LIST = 64 << 20    # bytes of a zip's list of files; that of a zip of CA
 
 
 def open_source(root, content: str = "one folder of photos per person"):
-    """Return the Folder, Zip or Records at a path.
-
-    Args:
-        root: the path.
-        content: what a folder should hold, for the error message.
+    """Return the Folder, Zip or Records at a path; `content` is what a folder should hold, for the error message.
 
     Raises:
         InputError: there is no such folder, or the zip or RecordIO can't be read.
@@ -43,14 +40,13 @@ def person_root(folder) -> Path:
     Many sets are unpacked into a folder in a folder, such as lfw-deepfunneled/lfw-deepfunneled/Name/Name_0001.jpg.
     """
     folder = Path(folder)
-    while len(inner := _content(folder)) == 1 and inner[0].is_dir() and _content(inner[0]) \
-            and all(map(Path.is_dir, _content(inner[0]))):
+    while len(inner := _content(folder)) == 1 and (people := _content(inner[0])) and all(map(Path.is_dir, people)):
         folder = inner[0]
     return folder
 
 
 def _content(folder):
-    """Return the folders and photos that are directly in a folder."""
+    """Return the folders and photos that are directly in a folder; none if it is no folder."""
     try:
         entries = [Path(entry) for entry in os.scandir(folder) if not is_system_name(entry.name)]
         return [entry for entry in entries if entry.suffix.lower() in EXTENSIONS or entry.is_dir()]
@@ -63,8 +59,8 @@ class Folder:
 
     Attributes:
         root: the folder that holds the person folders, see person_root().
-        wrapper: how to get there from the folder that was passed, such as "lfw-deepfunneled/", or "". Lists may have
-            been made from there, so names may begin with it.
+        wrapper: how to get there from the folder that was passed, such as "lfw-deepfunneled/", with which names in
+            lists may begin, or "".
     """
 
     def __init__(self, folder):
@@ -94,13 +90,11 @@ class Folder:
     def versions(self, names: list[str]) -> np.ndarray:
         """Return int64 (N, 2), which changes when one of these photos changes: its size and modification time."""
         versions = np.full((len(names), 2), -1, np.int64)
-        for i, name in enumerate(tqdm(names, "looking for changes", unit=" images", unit_scale=True, dynamic_ncols=True,
-                                      delay=2, leave=False)):
-            try:
+        for i, name in enumerate(tqdm(names, "looking for changes", unit=" images", unit_scale=True, delay=2,
+                                      leave=False, disable=sys.stderr is None)):
+            with contextlib.suppress(OSError, ValueError):
                 status = os.stat(self.open(name))
-            except (OSError, ValueError):
-                continue
-            versions[i] = status.st_size, status.st_mtime_ns
+                versions[i] = status.st_size, status.st_mtime_ns
         return versions
 
     @cached_property
@@ -131,7 +125,16 @@ class Zip:
         self.wrapper = common[:common.rfind("/") + 1]
         self.scan, self.members = Scan([], Counter(), Counter()), {}
         for name, info in members:
-            self._add(name.removeprefix(self.wrapper), info)
+            name = name.removeprefix(self.wrapper)
+            if _is_system(name):
+                self.scan.ignored["hidden or system file~"] += 1
+            elif stat.S_ISLNK(info.external_attr >> 16):
+                self.scan.lost["link~ in the zip"] += 1
+            elif normal_form(name) in self.members:
+                self.scan.lost["file~ of the same name as another one"] += 1
+            else:
+                self.members[normal_form(name)] = info
+                sort_in(name, self.scan)
         self.scan.paths.sort()
 
     def __str__(self) -> str:
@@ -142,11 +145,7 @@ class Zip:
         return self.scan.paths
 
     def open(self, name: str) -> bytes:
-        """Return the bytes of a member.
-
-        Raises:
-            UnreadableImage: the member is missing, damaged, or over MAX_BYTES.
-        """
+        """Return the bytes of a member; raise UnreadableImage if it is missing, damaged, or over MAX_BYTES."""
         info = self.members.get(normal_form(name))
         if info is None:
             raise UnreadableImage("not in the zip")
@@ -165,17 +164,6 @@ class Zip:
         """Return int64 (N, 2), which changes when one of these photos changes: its size and checksum."""
         infos = [self.members.get(normal_form(name)) for name in names]
         return np.array([(-1, -1) if info is None else (info.file_size, info.CRC) for info in infos], np.int64)
-
-    def _add(self, name, info):
-        if _is_system(name):
-            self.scan.ignored["hidden or system file~"] += 1
-        elif stat.S_ISLNK(info.external_attr >> 16):
-            self.scan.lost["link~ in the zip"] += 1
-        elif normal_form(name) in self.members:
-            self.scan.lost["file~ of the same name as another one"] += 1
-        else:
-            self.members[normal_form(name)] = info
-            sort_in(name, self.scan)
 
 
 class _Reader(io.BufferedReader):
@@ -199,8 +187,7 @@ def _refuse_part(file):
 
 
 def _name(info):
-    """Return the name of a member as it should be: archives from Windows have backslashes, those from macOS no flag
-    that says that names are UTF-8."""
+    """Return a member's name; zips from Windows have backslashes, those from macOS don't say that names are UTF-8."""
     name = info.filename
     if not info.flag_bits & 0x800:
         with contextlib.suppress(UnicodeError):

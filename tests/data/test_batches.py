@@ -1,21 +1,18 @@
 """Training batches: every epoch is a new permutation, and augmentation is exact and resumable."""
 import numpy as np
-import pytest
 import torch
 
-from faces.data.batches import Batches, Order, shift_faces
+from faces.data.batches import Batches, order, shift_faces
 from faces.data.cache import load_casia
 from faces.device import to_input
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_every_epoch_is_a_new_permutation_over_all_processes(world_size):
-    steps = list(zip(*(Order(50, 8, 12, rank=rank, world_size=world_size) for rank in range(world_size))))
-    epochs = [np.concatenate([np.concatenate(step) for step in steps[e:e + 6]]) for e in (0, 6)]
+def test_every_epoch_is_a_new_permutation():
+    steps = list(order(50, 8, 12))
+    epochs = [np.concatenate([rows for _, rows in steps[e:e + 6]]) for e in (0, 6)]
     assert all(len(set(epoch)) == 48 for epoch in epochs)      # no image repeats, and the last two don't fill a batch
     assert not np.array_equal(*epochs)
-    resumed = list(Order(50, 8, 12, start=7, world_size=world_size))
-    assert all(np.array_equal(a, b[0]) for a, b in zip(resumed, steps[7:]))
+    assert all(a == b and np.array_equal(c, d) for (a, c), (b, d) in zip(order(50, 8, 12, start=7), steps[7:]))
 
 
 def test_network_input():
@@ -29,33 +26,32 @@ def test_network_input():
 
 def test_shifted_faces_repeat_their_border():
     """Compare with a loop over single faces and pixels."""
-    faces = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (7, 112, 96, 3), np.uint8))
-    shifts = torch.tensor([[0, 0], [2, 0], [0, 2], [-2, 0], [0, -2], [1, -2], [-16, 16]])
-    shifted = shift_faces(faces, shifts).numpy()
-    for face, (down, right), shifted_face in zip(faces.numpy(), shifts.tolist(), shifted):
+    faces = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (4, 112, 96, 3), np.uint8))
+    shifts = torch.tensor([[0, 0], [2, 0], [1, -2], [-16, 16]])
+    for face, (down, right), shifted in zip(faces.numpy(), shifts.tolist(), shift_faces(faces, shifts).numpy()):
         expected = [[face[min(max(y - down, 0), 111), min(max(x - right, 0), 95)] for x in range(96)]
                     for y in range(112)]
-        assert np.array_equal(shifted_face, expected)
+        assert np.array_equal(shifted, expected)
 
 
-def test_augmentation_depends_only_on_seed_step_and_rank(casia, tmp_path):
+def test_batches_depend_only_on_seed_step_and_rank(casia, tmp_path):
     faces = load_casia(casia, cache=tmp_path)
 
-    def inputs(start, **options):
+    def inputs(start=0, **options):
         options = {"shift": 2, **options}
         return [images for images, _ in Batches(faces, 8, 12, torch.device("cpu"), start, **options)]
 
-    full, resumed, plain = inputs(0), inputs(5), inputs(0, shift=0, flip=False)
+    full, resumed, plain, ranks = inputs(), inputs(5), inputs(shift=0, flip=False), [
+        inputs(rank=rank, world_size=2) for rank in (0, 1)]
     assert len(resumed) == 7 and all(map(torch.equal, full[5:], resumed))
-    for other in ({"rank": 1}, {"seed": 1}, {"shift": 0}):
-        assert not torch.equal(full[0], inputs(0, **other)[0])
+    assert torch.equal(full[3][::2], ranks[0][3]) and torch.equal(full[3][1::2], ranks[1][3])
+    assert not torch.equal(full[0], inputs(seed=1)[0]) and not torch.equal(full[0], inputs(shift=0)[0])
     center = (slice(None), slice(2, -2), slice(2, -2))                     # the pixels that no shift moves out
     seen = set()
     for before, after in zip(torch.cat(plain), torch.cat(full)):           # one shift and flip explains each face
-        matches = [(down, right, flip) for flip in (False, True) for down in range(-2, 3) for right in range(-2, 3)
-                   if torch.equal((after.flip(2) if flip else after)[center],
-                                  before.roll((down, right), (1, 2))[center])]
-        assert len(matches) == 1
-        seen.add(matches[0])
+        match, = ((down, right, flip) for flip in (False, True) for down in range(-2, 3) for right in range(-2, 3)
+                  if torch.equal((after.flip(2) if flip else after)[center],
+                                 before.roll((down, right), (1, 2))[center]))
+        seen.add(match)
     downs, rights, flips = map(set, zip(*seen))
     assert downs == rights == {-2, -1, 0, 1, 2} and flips == {False, True}

@@ -9,7 +9,6 @@ from conftest import write_image
 from faces import landmarks
 from faces.align import TEMPLATE
 from faces.data.cache import load_casia
-from faces.data.casia import list_casia
 from faces.data.sources import open_source
 from faces.files import InputError
 from faces.landmarks import found_list, photos_digest, read_labels, read_landmarks, write_landmarks
@@ -30,8 +29,7 @@ def test_a_written_list_can_be_read_back(tmp_path):
     np.testing.assert_allclose(read.points, points, atol=0.006)
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
-@pytest.mark.parametrize("separator", ["\t", " ", "  \t"])
+@pytest.mark.parametrize("separator, encoding", [("\t", "utf-8-sig"), (" ", "utf-16"), ("  \t", "utf-8")])
 def test_lists_are_read_from_the_right(tmp_path, separator, encoding):
     numbers = POINTS.replace(" ", separator)
     file = written(tmp_path, "".join(f"p é\\a\x85b {i}.jpg{separator}7{separator}{numbers}{separator}\r\n\r\n"
@@ -58,9 +56,8 @@ def test_absolute_paths_below_the_folder_by_any_of_its_names(tmp_path):
 
 @pytest.mark.parametrize("text, message", [
     ("a.png 0\nd.png\n", "line 2: expected a path, a label"), ("a.png 0\nd.png 1.0\n", "line 2: expected a path"),
-    ("a.png 0\nd.png -1\n", "line 2: expected a path"), (f"a.png 0\nd.png {10**30}\n", "line 2: expected a path"),
-    ("a.png 0\na.png 1\n", "lists a.png twice"), ("a.png 0\n../b.png 1\n", "line 2: the path .* leaves"),
-    ("\n", "is an empty list"), (b"\xff\xfe", "is an empty list"), (b"\x89PNG\0", "not a text file"),
+    (f"a.png 0\nd.png {10**30}\n", "line 2: expected a path"), ("a.png 0\na.png 1\n", "lists a.png twice"),
+    ("a.png 0\n../b.png 1\n", "line 2: the path .* leaves"), ("\n", "is an empty list"), ("\0", "not a text file"),
     ("x" * 10**6, "not a text file")])
 def test_malformed_lists(tmp_path, text, message):
     with pytest.raises(InputError, match=f"list.txt.*{message}"):
@@ -68,42 +65,30 @@ def test_malformed_lists(tmp_path, text, message):
 
 
 @pytest.mark.parametrize("line", [f"a.jpg\t0\t{POINTS} 1".replace(" ", "\t"), f"a.jpg {POINTS}",
-                                  f"a.jpg 0 {POINTS[:-7]}nan", f"a.jpg zero {POINTS}"])
+                                  f"a.jpg 0 {POINTS[:-7]}nan"])
 def test_malformed_landmark_lists(tmp_path, line):
     with pytest.raises(InputError, match="line 2: expected a path, a label .*, ten finite numbers"):
         read_landmarks(written(tmp_path, f"b.jpg 0 {POINTS}\n{line}\n"), True)
 
 
-def rewrite(casia, tmp_path, change):
-    """Write the list of `casia` with other landmarks; return its path."""
-    old = read_landmarks(casia / "casia_landmark.txt", labeled=True)
-    write_landmarks(tmp_path / "list.txt", zip(old.paths, old.labels, change(old.points)))
-    return tmp_path / "list.txt"
-
-
 @pytest.mark.parametrize("change, message", [
-    (lambda p: p.transpose(0, 2, 1), "all x come before all y;"),
-    (lambda p: p[..., ::-1].transpose(0, 2, 1), "all y come before all x;"),
-    (lambda p: p[..., ::-1], "y comes before x"),
+    (lambda p: p.transpose(0, 2, 1), "all x come before all y;"), (lambda p: p[..., ::-1], "y comes before x"),
     (lambda p: p[:, [1, 0, 2, 4, 3]], "the image-right eye comes first"),
     (lambda p: p * (-1, 1) + (150, 0), "as in mirrored images"),
     (lambda p: p[:, [2, 0, 1, 3, 4]], "the nose comes first"),
-    (lambda p: p[:, [4, 3, 2, 1, 0]], "not arranged like those of an upright face"),
+    (lambda p: p[:, [3, 4, 2, 0, 1]], "not arranged like those of an upright face"),
+    (lambda p: p[:, [0, 1, 2, 4, 3]], "not arranged like those of an upright face"),
     (lambda p: p / 150, "fractions of the image's size"),
-])
-def test_lists_in_another_order_are_refused_before_any_image_is_read(casia, tmp_path, change, message):
-    with pytest.raises(InputError, match=f"list.txt is not a usable landmark list: .*{message}"):
-        list_casia(casia, rewrite(casia, tmp_path, lambda p: change(p).reshape(-1, 5, 2)))
-
-
-@pytest.mark.parametrize("change, message", [
+    # Landmarks of other copies of the images
     (lambda p: p + (200, 0), "5 of 5 landmarks are outside the image"),
     (lambda p: p * 0.5, "in the upper left part of the images, as if they were found in smaller copies"),
     (lambda p: p * 1.4, "in the lower right part of the images, as if they were found in larger copies"),
 ])
-def test_landmarks_of_other_copies_of_the_images_stop_the_build(casia, tmp_path, change, message):
+def test_landmarks_that_do_not_fit_are_refused(casia, tmp_path, change, message):
+    old = read_landmarks(casia / "casia_landmark.txt", labeled=True)
+    write_landmarks(tmp_path / "list.txt", zip(old.paths, old.labels, change(old.points)))
     with pytest.raises(InputError, match=message):
-        load_casia(casia, rewrite(casia, tmp_path, change), tmp_path / "cache")
+        load_casia(casia, tmp_path / "list.txt", tmp_path / "cache")
 
 
 def test_a_list_of_other_photos_is_not_used(casia, tmp_path, monkeypatch, capsys):

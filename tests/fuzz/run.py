@@ -6,6 +6,7 @@
 It is a finding if a reader runs code from the file, ends the interpreter, raises anything but an error that names the
 file, or needs over 5 s of processor time or 1 GB of memory. Findings are folders in runs/fuzz.
 """
+import contextlib
 import functools
 import io
 import os
@@ -20,7 +21,6 @@ import tempfile
 import time
 import traceback
 import zipfile
-from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -41,23 +41,22 @@ from faces.verification.weights import load_weights
 SECONDS, MEMORY = 5, 10**9    # for one input
 ROUND = 100                   # inputs per process
 OUTPUT = RUNS / "fuzz"
-TOKENS = (b"nan", b"-inf", b"1e999", b"-1", b"9" * 5000, b"\0", b"../", b"/", b"\t", b"\n", b" ", b"", b"\xff\xfe",
-          b"\xff", b"\xef\xbb\xbf", b"[" * 100_000, "²".encode(), b"\xc2\x85", b"cos\nsystem\n(S'kill -9 $PPID'\ntR.")
+TOKENS = (b"nan", b"-inf", b"1e999", b"-1", b"9" * 5000, b"\0", b"../", b"/", b"\t", b"\n", b"\xff\xfe", b"\xff",
+          b"[" * 100_000, b"\xc2\x85", b"cos\nsystem\n(S'kill -9 $PPID'\ntR.")
 INTEGERS = (0, 1, 7, 127, 128, 255, 32767, 32768, 65535, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**64 - 1)
 
 
 # Targets: a function that returns valid files, {name: bytes}, and one that reads them from a folder.
 
-def images(rng, formats=("JPEG", "JPEG", "JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF", "JPEG2000")):
+def images(rng):
     size = rng.choice((1, 8, 33)), rng.choice((1, 8, 33))
-    image, format = Image.frombytes("L", size, rng.randbytes(size[0] * size[1])), rng.choice(formats)
-    options = {"JPEG": {"progressive": rng.random() < 0.5, "restart_marker_blocks": rng.choice((0, 1))},
-               "TIFF": {"compression": rng.choice((None, "tiff_lzw", "jpeg"))}}.get(format, {})
-    if rng.random() < 0.3:
-        options["exif"] = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
-    file = io.BytesIO()
+    image = Image.frombytes("L", size, rng.randbytes(size[0] * size[1])).convert(rng.choice(("L", "RGB")))
+    format = rng.choice(("JPEG", "JPEG", "JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF", "JPEG2000"))
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
     try:
-        image.convert(rng.choice(("L", "RGB"))).save(file, format, **options)
+        image.save(file, format, exif=exif, progressive=rng.random() < 0.5, restart_marker_blocks=rng.choice((0, 1)),
+                   compression=rng.choice((None, "tiff_lzw", "jpeg")))
     except (OSError, ValueError, KeyError):    # a format that this Pillow lacks
         image.save(file, "PNG")
     return {"image": file.getvalue()}
@@ -65,10 +64,10 @@ def images(rng, formats=("JPEG", "JPEG", "JPEG", "PNG", "WEBP", "TIFF", "BMP", "
 
 def lists(rng):
     points = [f"{v + rng.random():.2f}" for v in (30, 52, 65, 52, 48, 72, 34, 92, 65, 92)]
-    rows = ["\t ".join((f"A/A_{i:04d}.jpg", str(i % 4), *points)) for i in range(12)]
-    text = lambda rows: "".join(f"{row}\n" for row in rows).encode()
-    pairs = text(["2\t1", "A\t1\t2", "A\t1\tB\t1", "B\t1\t2", "A\t2\tB\t2"])
-    return {"list.txt": text(rows), "labels.txt": text(row.rsplit("\t", 10)[0] for row in rows), "pairs.txt": pairs,
+    rows = [(f"A/A_{i:04d}.jpg", str(i % 4), *points) for i in range(12)]
+    text = lambda rows: "".join("\t ".join(row) + "\n" for row in rows).encode()
+    return {"list.txt": text(rows), "labels.txt": text(row[:2] for row in rows),
+            "pairs.txt": b"2\t1\nA\t1\t2\nA\t1\tB\t1\nB\t1\t2\nA\t2\tB\t2\n",
             **{f"{name}/{name}_{i:04d}.jpg": b"" for name in "AB" for i in (1, 2)}}
 
 
@@ -91,22 +90,20 @@ def zips(rng):
 
 
 def records(rng):
-    rec, idx = b"", []
+    rec, idx = b"", ""
     for key in range(5):
-        idx.append(f"{key}\t{len(rec)}\n")
-        data = struct.pack("<IfQQff", 2, 0, 0, 0, 5, 5) if key == 0 else (
-            struct.pack("<IfQQ", 0, key % 2, key, 0) + images(rng)["image"])
+        idx += f"{key}\t{len(rec)}\n"
+        data = struct.pack("<IfQQ", 0, key % 2, key, 0) + images(rng)["image"] if key else struct.pack(
+            "<IfQQff", 2, 0, 0, 0, 5, 5)
         rec += struct.pack("<II", 0xCED7230A, len(data)) + data + b"\0" * (-len(data) % 4)
-    return {"train.rec": rec, "train.idx": "".join(idx).encode(), "property": b"2,112,112\n"}
+    return {"train.rec": rec, "train.idx": idx.encode(), "property": b"2,112,112\n"}
 
 
 def read_set(root):
     listing = list_casia(root)
     for name in listing.paths:
-        try:
+        with contextlib.suppress(UnreadableImage):
             read_image(listing.source.open(name))
-        except UnreadableImage:
-            pass
 
 
 def bins(rng):
@@ -143,11 +140,10 @@ def write(target: str, number: int, folder: Path):
     data = bytearray(files[name])
     for _ in range(rng.choice((0, 1, 1, 2, 4))):
         start = rng.randrange(len(data) + 1)
-        end = min(len(data), start + rng.choice((1, 2, 4, 8, 50, 1000)))
-        size, order = rng.choice((1, 2, 4, 8)), rng.choice(("big", "little"))
-        number = (rng.choice(INTEGERS) % 2**(8 * size)).to_bytes(size, order)
-        data[start:end] = rng.choice((b"", bytes(end - start), data[start:end] * 50, rng.choice(TOKENS),
-                                      number + data[start + size:end], rng.randbytes(1) + data[start + 1:end]))
+        end, size = start + rng.choice((1, 2, 4, 8, 50, 1000)), rng.choice((1, 2, 4, 8))
+        integer = (rng.choice(INTEGERS) % 2**(8 * size)).to_bytes(size, rng.choice(("big", "little")))
+        data[start:end] = rng.choice((b"", bytes(len(data[start:end])), data[start:end] * 50, rng.choice(TOKENS),
+                                      integer + data[start + size:end], rng.randbytes(1) + data[start + 1:end]))
         if rng.random() < 0.2:
             del data[start:]
     for other, content in {**files, name: bytes(data)}.items():
@@ -173,30 +169,23 @@ def read(target: str, folder: Path) -> str | None:
         resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
 
 
-def run_round(target: str, numbers: range, folder: Path) -> dict[int, str]:
-    """Read inputs in a process of its own, until something is wrong with one; return {its number: what}."""
-    report, process = folder / "report", os.fork()
+def run_round(target: str, folder: Path):
+    """Read inputs in a process of its own, until something is wrong with one, which is left in the folder."""
+    process = os.fork()
     if process == 0:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        os.dup2(1, 2)
-        torch.set_num_threads(1)
         try:
-            for number in numbers:
-                report.write_text(f"{number} ends the process")
-                here = Path(tempfile.mkdtemp(dir=folder))
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            random.seed()
+            for number in (random.randrange(10**12) for _ in range(ROUND)):
+                here = folder / f"{target}-{number}"
                 write(target, number, here)
                 if problem := read(target, here):
-                    report.write_text(f"{number} {problem}")
-                    os._exit(1)
+                    (here / "report.txt").write_text(problem)
+                    break
                 shutil.rmtree(here)
-            os._exit(0)
         finally:
-            report.write_text(f"0 {traceback.format_exc()}")
-            os._exit(1)
-    if os.waitpid(process, 0)[1] == 0:
-        return {}
-    number, _, problem = report.read_text().partition(" ")
-    return {int(number): problem}
+            os._exit(0)
+    os.waitpid(process, 0)
 
 
 @command
@@ -207,21 +196,20 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.repeat:
         return TARGETS[args.repeat.name.partition("-")[0]][1](args.repeat)
-    counts, first, end = Counter(), random.randrange(10**12), time.monotonic() + args.seconds
-    print(f"from input {first} on; findings go to {OUTPUT}", flush=True)
-    while not counts or time.monotonic() < end:
+    torch.set_num_threads(1)
+    count, findings, end = 0, 0, time.monotonic() + args.seconds
+    while not count or time.monotonic() < end:
         for target in TARGETS:
             with tempfile.TemporaryDirectory() as folder:
-                found = run_round(target, range(first, first + ROUND), Path(folder))
-            counts[target] += ROUND
-            for number, problem in found.items():
-                write(target, number, OUTPUT / f"{target}-{number}")
-                (OUTPUT / f"{target}-{number}/report.txt").write_text(problem)
-                print(f"{target}-{number}: {problem.strip().splitlines()[-1]}", flush=True)
-                counts["findings"] += 1
-        first += ROUND
-    print(", ".join(f"{name} {count:,}" for name, count in counts.items()))
-    return int(counts["findings"] > 0)
+                run_round(target, Path(folder))
+                for found in Path(folder).iterdir():
+                    report = shutil.copytree(found, OUTPUT / found.name) / "report.txt"
+                    problem = report.read_text() if report.exists() else "ends the process"
+                    print(f"{report.parent}: {problem.strip().splitlines()[-1]}", flush=True)
+                    findings += 1
+        count += ROUND
+    print(f"up to {count:,} inputs for each of {', '.join(TARGETS)}: {findings:,} findings")
+    return int(findings > 0)
 
 
 if __name__ == "__main__":
