@@ -2,14 +2,9 @@
 
     python images/draw.py
 
-The pictures are drawn with the project's own code from a public-domain photo in scikit-image (Eileen Collins, NASA) and
-from the results of trained models. The files in scores/ contain the similarities of LFW's pairs. After
-`lfw_eval.py --output DIR`, each was written with
-
-    cut -f 3,5 DIR/scores.tsv > images/scores/METHOD.tsv
-
-and tsne.tsv was written with `tools/tsne.py --points images/tsne.tsv`. The pictures are deterministic, and
-tests/test_pictures.py compares them with the committed ones.
+The photo is in the public domain (Eileen Collins, NASA, from scikit-image). After `lfw_eval.py --output DIR`, each file
+in scores/ was written with `cut -f 3,5 DIR/scores.tsv > images/scores/METHOD.tsv`, and tsne.json with
+`tools/tsne.py --points images/tsne.json`.
 """
 import sys
 from pathlib import Path
@@ -21,18 +16,16 @@ from skimage import data
 
 from faces import plots
 from faces.align import TEMPLATE, align
-from faces.files import path, script_parser
+from faces.files import path, read_json, script_parser
 from faces.plots import COLORS
 from faces.verification.metrics import auc, best_threshold, roc
 from mtcnn.detector import Detector
 from sphereFace.net import psi
 from tools.compare import read_scores
-from tools.tsne import read_points
 
 HERE = Path(__file__).resolve().parent
-STYLES = ("-", "--", "-.", ":")
-# Each loss is for one face x of class y; the loss of a batch is the mean. SphereFace is equation 7 of its paper with
-# the annealing of the authors' release, where t is the step. CosFace is equation 4 of its paper.
+# Each loss is for one face x of class y. SphereFace is equation 7 of its paper with the annealing of the authors'
+# release, where t is the step. CosFace is equation 4 of its paper.
 SPHEREFACE = (
     r"$L=-\log\;\dfrac{e^{\Vert x\Vert\,\psi(\theta_y)}}"
     r"{e^{\Vert x\Vert\,\psi(\theta_y)}+\sum_{j\neq y}e^{\Vert x\Vert\,\cos\,\theta_j}}$",
@@ -93,7 +86,7 @@ def detection(folder=HERE):
 def verification(folder=HERE):
     """Draw the ROC curves and the similarity histograms of all models in scores/."""
     scores = {file.stem[0].upper() + file.stem[1:]: read_scores(file) for file in sorted(HERE.glob("scores/*.tsv"))}
-    curves = {name: roc(model_scores.similarity, model_scores.same) for name, model_scores in scores.items()}
+    curves = {name: roc(similarity, same) for name, (similarity, same, _) in scores.items()}
     rows = 1 + len(scores) // 2
     figure, grid = plots.new_figure((8.6, 3.5 * rows), 2, rows)
     roc_axes, *histogram_axes = np.ravel(grid)
@@ -109,14 +102,13 @@ def verification(folder=HERE):
 
 def tsne(folder=HERE):
     """Draw t-SNE plots of ten people in LFW, for models trained on the same images with and without a margin."""
-    panels, labels, names = read_points(HERE / "tsne.tsv")
-    panels = [(title[0].upper() + title[1:], points) for title, points in panels]
-    plots.tsne_panels(folder / "tsne.png", panels, labels, names)
+    drawn = read_json(HERE / "tsne.json")
+    panels = [(title[0].upper() + title[1:], np.array(points)) for title, points in drawn["panels"]]
+    plots.tsne_panels(folder / "tsne.png", panels, np.array(drawn["labels"]), drawn["names"])
 
 
 def _curves(axes, theta, title, curves):
-    """Draw curves over the angle theta, float (N,) in radians; `curves` is a dict from a label to float (N,)."""
-    for (name, values), color, style in zip(curves.items(), COLORS, STYLES):
+    for (name, values), color, style in zip(curves.items(), COLORS, ("-", "--", "-.", ":")):
         axes.plot(np.degrees(theta), values, style, color=color, label=name, linewidth=2)
     axes.set(title=title, xlabel=r"angle $\theta$ to the target center (degrees)", xticks=range(0, 181, 45))
     axes.title.set_fontsize(10)
@@ -125,7 +117,6 @@ def _curves(axes, theta, title, curves):
 
 
 def _formulas(figure, x, title, lines):
-    """Write a title and up to three formulas above the curves, at the horizontal position x from 0 to 1."""
     figure.text(x, 0.972, title, fontsize=12, fontweight="bold", va="center")
     for y, line, size in zip((0.87, 0.755, 0.665), lines, (16, 13, 13)):
         figure.text(x, y, line, fontsize=size, math_fontfamily="stix", va="center")
@@ -135,7 +126,6 @@ def main(argv=None):
     parser = script_parser(__doc__)
     parser.add_argument("--output", type=path, default=HERE, metavar="DIR", help="folder for the pictures")
     args = parser.parse_args(argv)
-    args.output.mkdir(parents=True, exist_ok=True)
     for draw in (margins, detection, verification, tsne):
         draw(args.output)
 

@@ -1,8 +1,7 @@
 """Operations on boxes (n, 4), x1, y1, x2, y2, from several images; `owner`, int (n,), is the index of each box's image.
 
-Coordinates are distances from the upper left corner of the image: pixel k covers k to k + 1, and a box's width is
-x2 - x1. Nothing is rounded. The authors' release truncates and adds or subtracts 1 in places, which shifts its boxes by
-a fraction of a pixel of the resized image, up to a twelfth of the face at the far border.
+Pixel k covers k to k + 1, and a box's width is x2 - x1. Nothing is rounded. The authors' release truncates and adds or
+subtracts 1 in places, which shifts its boxes by up to a twelfth of the face at the far border.
 """
 import numpy as np
 import torch

@@ -2,9 +2,8 @@
 
     python mtcnn/casia_landmark.py --casia DIR
 
-writes a tab-separated line `0000045/001.jpg label x1 y1 ... x5 y5` for each image in DIR that has a face; the others
-are listed. Coordinates are pixels of the whole image, with the image-left eye first. Labels number the people from 0 in
-sorted order. An interrupted run continues where it stopped.
+writes a tab-separated line `0000045/001.jpg label x1 y1 ... x5 y5` for each image in DIR that has a face, in pixels of
+the whole image; the others are listed. An interrupted run continues where it stopped.
 """
 import sys
 from pathlib import Path

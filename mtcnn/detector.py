@@ -1,4 +1,4 @@
-"""Detect faces and their five landmarks with MTCNN, a cascade of three networks (arXiv:1604.02878), in batches.
+"""Detect faces and their five landmarks with MTCNN, a cascade of three networks (arXiv:1604.02878).
 
     python mtcnn/detector.py PHOTO|DIR... --output DIR
 
@@ -67,16 +67,14 @@ class Detector:
         return type(self), (self.min_face_size, self.thresholds, self.factor, self.device)
 
     def detect(self, images, thresholds=None, workers: int = 0) -> "list[Faces] | Faces":
-        """Detect the faces in a list of images, or in one image.
+        """Return the Faces in each of a list of images, or in one image.
 
         Args:
-            images: a list of images of any sizes, or one image, as faces.images.read_image() takes it: a path, the
-                bytes of a file, a PIL image, uint8 RGB (H, W, 3), ... Equal sizes are fastest.
+            images: images as faces.images.read_image() takes them: a path, the bytes of a file, a PIL image, uint8 RGB
+                (H, W, 3), ... Equal sizes are fastest. UnreadableImage, a ValueError, names the file.
             thresholds: used instead of the detector's own.
             workers: processes for hundreds of images: one per core, or up to 8 that share a GPU. With a GPU, and
                 without Linux, a script then needs `if __name__ == "__main__":`.
-
-        Returns a list of Faces, or a single Faces. Raises UnreadableImage, a ValueError that names the file.
         """
         if is_image(images):
             return self.detect([images], thresholds)[0]
@@ -86,10 +84,8 @@ class Detector:
             batches = (images[start:start + size] for start in range(0, len(images), size))
             detect = partial(self.detect, thresholds=thresholds)
             return [faces for batch in in_processes(detect, batches, workers, self.device) for faces in batch]
-        results = []
-        for group in groups(map(read, images), lambda image: image.shape[0] * image.shape[1]):
-            results += self.cascade(group, thresholds or self.thresholds)
-        return results
+        together = groups(map(read, images), lambda image: image[..., 0].size)
+        return [faces for group in together for faces in self.cascade(group, thresholds or self.thresholds)]
 
     @torch.inference_mode()
     def cascade(self, images: list, thresholds) -> list[Faces]:
@@ -150,8 +146,8 @@ class Detector:
         probability, features = self.nets.pnet(to_input(torch.from_numpy(batch).to(self.device)))
         index, row, column = cells = torch.nonzero(probability >= threshold, as_tuple=True)
         corner = torch.stack((column, row), 1) * STRIDE
-        tensors = index, corner, probability[cells], self.nets.pnet.offsets(features[cells])
-        return [tensor.cpu().numpy() for tensor in tensors]
+        return [tensor.cpu().numpy() for tensor in
+                (index, corner, probability[cells], self.nets.pnet.offsets(features[cells]))]
 
     def classify(self, net, size, pyramids, boxes, owner, threshold):
         """Run R-Net or O-Net on squares around boxes; return squares that pass, their owners, and its outputs."""
@@ -193,8 +189,7 @@ def read(image) -> np.ndarray:
 
 def add_options(parser):
     """Add the options for make_detector() to a parser."""
-    parser.add_argument("--min-face-size", type=at_least(4, float), default=20, metavar="PIXELS",
-                        help="smallest face to look for")
+    parser.add_argument("--min-face-size", type=at_least(4, float), default=20, metavar="PIXELS", help="smallest face")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
 
 
@@ -255,13 +250,12 @@ def main(argv=None):
     overwritten = {Path(p).resolve() for p in photos} & {(args.output / name).resolve() for name in names}
     if overwritten:
         raise InputError(f"a drawing would overwrite the photo {overwritten.pop()}; choose another --output.")
-    listing, skipped = [], 0
+    listing = []
     for photo, name in zip(tqdm(photos, unit=" images", disable=None), names):
         try:
             image = read(photo)
         except UnreadableImage as error:
             tqdm.write(f"skipped {error}", file=sys.stderr)
-            skipped += 1
             continue
         faces = detector.detect(image)
         with atomic_write(args.output / name) as file:
@@ -273,7 +267,8 @@ def main(argv=None):
         raise InputError("no photo can be read; pass image files.")
     write_json(args.output / "faces.json", listing)
     total = sum(len(entry["faces"]) for entry in listing)
-    print(f"{count_of(total, 'face~')} in {count_of(len(listing), 'photo~')}, {skipped:,} skipped: {args.output}")
+    print(f"{count_of(total, 'face~')} in {count_of(len(listing), 'photo~')}, {len(photos) - len(listing):,} skipped: "
+          f"{args.output}")
 
 
 if __name__ == "__main__":

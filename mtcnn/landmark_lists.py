@@ -1,13 +1,10 @@
-"""Find the landmarks of all images of a data set; shared by lfw_landmark.py and casia_landmark.py.
-
-Results are appended to `.NAME.partial` beside the list, from which an interrupted or killed run continues. The list
-itself is written at the end.
-"""
+"""Find the landmarks of all images of a data set. Results are appended to `.NAME.partial` beside the list, from which a
+killed run continues."""
 import argparse
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from faces.data.sources import Folder
-from faces.files import InputError, at_least, atomic_write, check_writable, count_of, locked, path, reading, shorten
+from faces.files import InputError, at_least, atomic_write, check_writable, count_of, locked, path, shorten
 from faces.images import summarize
 from faces.landmarks import default_list, photos_digest, write_landmarks
 from mtcnn.detector import Detector, add_options, make_detector
@@ -24,8 +21,8 @@ from mtcnn.search import ATTEMPTS, NO_FACE, RULES, search
 
 MAX_UNREADABLE = 0.01    # fraction of the images; a run with more of them stops
 UNKNOWN = -2             # instead of an index into ATTEMPTS, if an image can't be read
-# What was found in an image; the size is (width, height).
-FOUND = np.dtype([("size", np.int32, 2), ("attempt", np.int8), ("points", np.float64, (5, 2))])
+# What was found in an image, as in mtcnn.search.Find.
+FOUND = np.dtype([("index", np.int64), ("size", np.int32, 2), ("attempt", np.int8), ("points", np.float64, (5, 2))])
 
 
 def find_landmarks(root: Path | str, paths: list[str], device="auto") -> tuple[np.ndarray, int]:
@@ -40,7 +37,7 @@ def find_landmarks(root: Path | str, paths: list[str], device="auto") -> tuple[n
 
 
 def median_filled(found: np.ndarray) -> np.ndarray:
-    """Return the points of an array of FOUND, with the median landmarks of all faces where no face was found."""
+    """Return the points of FOUND (N,), with the median landmarks of all faces where no face was found."""
     points, has_face = found["points"].copy(), found["attempt"] > NO_FACE
     relative = (points[has_face] / found["size"][has_face, None]).astype(np.float32)
     points[~has_face] = np.median(relative, axis=0) * found["size"][~has_face, None]
@@ -81,25 +78,24 @@ def make_list(source: Folder, paths: list[str], name: str, args: argparse.Namesp
 
 def find_all(root, paths: list[str], detector: Detector, select: str, workers: int | None, partial=None, settings=None,
              max_unreadable: float = MAX_UNREADABLE) -> tuple[np.ndarray, dict[int, str]]:
-    """Find the landmarks of the images `paths` below `root`; return FOUND (N,), and why each unreadable image is that.
+    """Find the landmarks of N images as search() does; return FOUND (N,), and why each unreadable image is that.
 
-    The file `partial` gets the results; if it was begun with the same settings, it is continued. `select` and `workers`
-    are as in mtcnn.search.search(). More unreadable images than the fraction `max_unreadable` are an InputError.
+    The file `partial` gets the results; if it was begun with the same settings, it is continued. More unreadable images
+    than the fraction `max_unreadable` are an InputError.
     """
     found, problems, partial = np.zeros(len(paths), FOUND), {}, partial or io.BytesIO()
     found["attempt"] = UNKNOWN
-    for i, *values in read_partial(partial, json.dumps(settings).encode() + b"\n"):
-        found[i] = tuple(values)
+    rows = read_partial(partial, json.dumps(settings).encode() + b"\n")
+    found[rows["index"]] = rows
     missing = np.flatnonzero(found["attempt"] == UNKNOWN).tolist()
-    done = len(paths) - len(missing)
-    if done:
-        print(f"continuing: {done:,} of {count_of(len(paths), 'image~')} already done")
-    with tqdm(desc="landmarks", total=len(paths), initial=done, unit=" images", disable=sys.stderr is None) as bar:
+    if len(rows):
+        print(f"continuing: {len(rows):,} of {count_of(len(paths), 'image~')} already done")
+    with tqdm(desc="landmarks", total=len(paths), initial=len(rows), unit=" images", disable=not sys.stderr) as bar:
         for batch in search(root, [(i, paths[i]) for i in missing], detector, select, workers):
             problems |= {find.index: find.problem for find in batch if find.problem}    # a later run tries them again
-            for i, size, attempt, points, _ in (find for find in batch if not find.problem):
-                found[i] = size, attempt, points
-                partial.write(json.dumps((i, size, attempt, points)).encode() + b"\n")
+            rows = np.array([find[:4] for find in batch if not find.problem], FOUND)
+            found[rows["index"]] = rows
+            partial.write(rows.tobytes())
             partial.flush()
             bar.update(len(batch))
             if len(problems) > max_unreadable * len(paths):
@@ -107,26 +103,23 @@ def find_all(root, paths: list[str], detector: Detector, select: str, workers: i
                                  f"({summarize([(paths[i], why) for i, why in problems.items()])}); replace or remove "
                                  "them and run the command again.")
     if (found["attempt"] <= NO_FACE).all():
-        raise InputError(f"no face was found in any image in {root}; pass a folder with photos of faces.")
+        raise InputError(f"no face was found in {count_of(len(paths), 'image~')} in {root}; pass photos of faces.")
     return found, problems
 
 
-def read_partial(file: BinaryIO, header: bytes) -> Iterator[list]:
-    """Yield the lines of a partial file and drop an incomplete one at its end; empty it if its header is another."""
+def read_partial(file: BinaryIO, header: bytes) -> np.ndarray:
+    """Return the rows of a partial file, FOUND (n,), and drop an incomplete one; empty it if its header is another."""
     file.seek(0)
-    first, end = file.readline(), len(header)
+    first, rest = file.readline(), file.read()
     if first != header:
         if first:
             print("starting over, because the photos or the options have changed")
         file.truncate(0)
         file.write(header)
-        return
-    with reading(file.name, "record of an interrupted run", "delete it and run the same command again"):
-        for line in file:
-            if line.endswith(b"\n"):
-                yield json.loads(line)
-                end += len(line)
-    file.truncate(end)
+        return np.empty(0, FOUND)
+    count = len(rest) // FOUND.itemsize
+    file.truncate(len(header) + count * FOUND.itemsize)
+    return np.frombuffer(rest, FOUND, count)
 
 
 def report(paths: list[str], attempts: np.ndarray, problems: dict[int, str], output: Path, fate: str):

@@ -2,16 +2,16 @@
 
     python mtcnn/lfw_landmark.py --lfw DIR
 
-writes a tab-separated line `Name/Name_0001.jpg x1 y1 ... x5 y5` for each image in DIR. Coordinates are pixels of the
-whole image, with the image-left eye first. The named person is the face nearest the center. Images without a face get
-the median landmarks of the others; they are listed. An interrupted run continues where it stopped.
+writes a tab-separated line `Name/Name_0001.jpg x1 y1 ... x5 y5` for each image in DIR, in pixels of the whole image.
+The named person is the face nearest the center. Images without a face get the median landmarks of the others; they are
+listed. An interrupted run continues where it stopped.
 """
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from faces.data.sources import Folder
-from faces.files import InputError, command, existing_folder, path, script_parser
+from faces.files import command, existing_folder, path, script_parser
 from mtcnn.landmark_lists import list_parser, make_list, median_filled
 
 
@@ -23,8 +23,6 @@ def main(argv=None):
     args = parser.parse_args(argv)
     source = Folder(existing_folder(args.lfw, "LFW images as Name/Name_0001.jpg"))
     photos = source.names()
-    if not photos:
-        raise InputError(f"{source} contains no images; pass the folder that holds one folder of photos per person.")
 
     def rows(found, problems):
         return ((photos[i], points) for i, points in enumerate(median_filled(found)) if i not in problems)

@@ -35,8 +35,7 @@ class PNet(nn.Module):
     def __init__(self):
         super().__init__()
         self.body = layers((3, 10, 3, 2), (10, 16, 3, 0), (16, 32, 3, 0))
-        self.face = nn.Conv2d(32, 2, 1)
-        self.box = nn.Conv2d(32, 4, 1)
+        self.face, self.box = nn.Conv2d(32, 2, 1), nn.Conv2d(32, 4, 1)
 
     def forward(self, x):
         x = self.body(x).permute(0, 2, 3, 1)                                # (N, h, w, 32)
@@ -52,8 +51,8 @@ class PNet(nn.Module):
 class PooledConvolution(nn.Module):
     """A 3x3 convolution with PReLU and 2x2 max pooling in one layer, for images of even height and width.
 
-    It is a convolution of stride 2 with four times the channels, one for each of the four values that are pooled. On a
-    CPU, this takes 0.4 of the time, because the image before pooling, by far the largest in P-Net, is never stored.
+    It has stride 2 and four times the channels, one for each of the four values that are pooled. On a CPU, this takes
+    0.4 of the time, because the image before pooling, by far the largest in P-Net, is never stored.
     """
 
     @torch.no_grad()
@@ -87,7 +86,7 @@ class SeparableMaxPool(nn.Module):
 
 
 class Classifier(nn.Module):
-    """R-Net or O-Net: classifies proposals, (N, 3, 24, 24) or (N, 3, 48, 48), and refines them.
+    """R-Net or O-Net: takes proposals, (N, 3, 24, 24) or (N, 3, 48, 48).
 
     Returns the probability of a face (N,), the offsets (N, 4) of the box's sides and, from O-Net, the landmarks
     (N, 5, 2), x then y as fractions of the box from its upper left corner.
@@ -95,10 +94,8 @@ class Classifier(nn.Module):
 
     def __init__(self, body: nn.Sequential, inputs: int, width: int, landmarks: bool = False):
         super().__init__()
-        self.body = body
-        self.dense = nn.Sequential(nn.Linear(inputs, width), nn.PReLU(width))
-        self.face = nn.Linear(width, 2)
-        self.box = nn.Linear(width, 4)
+        self.body, self.dense = body, nn.Sequential(nn.Linear(inputs, width), nn.PReLU(width))
+        self.face, self.box = nn.Linear(width, 2), nn.Linear(width, 4)
         self.points = nn.Linear(width, 10) if landmarks else None    # five x, then five y
 
     def forward(self, x):

@@ -22,9 +22,8 @@ AHEAD = 4    # batches in flight per process, which bounds the memory
 def in_processes(function: Callable, batches: Iterable, workers: int, device: torch.device) -> Iterator:
     """Yield function(batch) for each batch, in order; everything must be picklable.
 
-    Each process gets the function once and has one thread. It is forked for a CPU on Linux and otherwise spawned, which
-    takes seconds: CUDA doesn't work in a fork, and macOS doesn't support forks well. Batches are taken when needed.
-    A killed process or too little memory of a GPU is an InputError.
+    Each process has one thread. It is forked for a CPU on Linux and otherwise spawned, which takes seconds: CUDA
+    doesn't work in a fork, and macOS doesn't support forks well. A killed process is an InputError.
     """
     forked = device.type == "cpu" and sys.platform == "linux"
     context = multiprocessing.get_context("fork" if forked else "spawn")

@@ -9,11 +9,8 @@ CELL = 12  # receptive field of P-Net, in pixels
 
 
 class Pyramid:
-    """Levels of an image, uint8 (H, W, 3), for the options of a Detector.
-
-    `levels` starts with the image. Each other one is a bilinear resize of the one before by at most a factor of two,
-    which avoids aliasing. P-Net searches the smaller ones, `searched`.
-    """
+    """Levels of an image, uint8 (H, W, 3), which is the first. Each other one is a bilinear resize of the one before by
+    at most a factor of two, which avoids aliasing. P-Net searches the smaller ones, `searched`."""
 
     def __init__(self, image: np.ndarray, min_face_size: float, factor: float):
         self.size = image.shape[:2]
@@ -25,10 +22,9 @@ class Pyramid:
         self.scales = [min(rows / self.size[0], columns / self.size[1]) for rows, columns in sizes]
 
     def crop(self, box: list, target: np.ndarray):
-        """Resample a box into `target`, uint8 (size, size, 3), bilinearly; pixels outside the image are black.
+        """Resample a square box, four floats in pixels of the image, into `target`, uint8 (size, size, 3), bilinearly.
 
-        `box` is a square in pixels of the image, four floats that are not rounded. The crop is taken from the smallest
-        level that has at least one pixel per pixel of the target.
+        It is taken from the smallest level that has at least one pixel per pixel of the target. Outside, it is black.
         """
         size = target.shape[0]
         step = (box[2] - box[0]) / size                               # pixels of the image per pixel of the target
@@ -48,11 +44,9 @@ def level_sizes(height: int, width: int, min_face_size: float, factor: float) ->
     """Return the sizes (rows, columns) of all levels, starting with the image, and the index of the first to search.
 
     At the first level to search, a face of min_face_size has 12 pixels; the last has at least 12 rows and columns. The
-    levels before the first only lead to it in steps of a half. Searched sizes are rounded up to even numbers, as P-Net
-    needs. An image smaller than min_face_size has no level to search.
+    levels before only lead to it in steps of a half. Searched sizes are even, as P-Net needs. There may be none.
     """
-    sizes, scale = [(height, width)], CELL / min_face_size
-    half = 0.5
+    sizes, scale, half = [(height, width)], CELL / min_face_size, 0.5
     while half > scale and min(height, width) * scale >= CELL:
         sizes.append((round(height * half), round(width * half)))
         half /= 2

@@ -1,8 +1,5 @@
-"""Find one face in each of many images, on all cores.
-
-If MTCNN finds no face, the image is searched again inside a black frame, which makes room for a face that is cut by the
-border, and then with lower thresholds.
-"""
+"""Find one face in each of many images, on all cores. An image without one is searched again in a black frame, which
+makes room for a face that the border cuts, and then with lower thresholds."""
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -40,12 +37,11 @@ def search(root: Path | str, items: list[tuple[int, str]], detector: Detector, s
            workers: int | None = None) -> Iterator[list[Find]]:
     """Find the face in each image, given its index and path below `root`; yield lists of Find, in order.
 
-    `select` is which face of several, see choose(). `workers` is the number of processes: by default one per core, but
-    at most GPU_PROCESSES with CUDA and none with MPS. With 0 or 1, this process searches, and a thread reads ahead.
+    `select` is which face of several, see choose(). `workers` is the number of processes, None for one per core but at
+    most GPU_PROCESSES with CUDA and none with MPS. With 0 or 1, this process searches, and a thread reads ahead.
     """
-    root, kind = Path(root), detector.device.type
     if workers is None:
-        workers = {"cpu": count_cpus(), "cuda": min(count_cpus(), GPU_PROCESSES)}.get(kind, 0)
+        workers = {"cpu": count_cpus(), "cuda": min(count_cpus(), GPU_PROCESSES)}.get(detector.device.type, 0)
     if workers > 1 and len(items) > BATCH:
         batches = (items[start:start + BATCH] for start in range(0, len(items), BATCH))
         yield from in_processes(partial(find_all, root, detector, select), batches, workers, detector.device)
@@ -69,7 +65,7 @@ def read_groups(root, items):
         if "\t" in path or "\\" in path or path.splitlines() != [path]:
             return UnreadableImage("its name has a character that a list can't hold, such as a tab")
         try:
-            return read_image(root / path)
+            return read_image(Path(root, path))
         except UnreadableImage as error:
             return error
 
@@ -84,7 +80,7 @@ def find_all(root, detector, select, items):
 def find(detector, select, group):
     """Return a Find for each (index, image or UnreadableImage)."""
     images = {i: image for i, image in group if not isinstance(image, UnreadableImage)}
-    finds = {i: Find(i, images[i].shape[1::-1]) if i in images else Find(i, (0, 0), problem=str(image))
+    finds = {i: Find(i, image.shape[1::-1]) if i in images else Find(i, (0, 0), problem=str(image))
              for i, image in group}
     for attempt, (thresholds, width) in enumerate(ATTEMPTS):
         missing = [i for i in images if finds[i].attempt == NO_FACE]
@@ -106,8 +102,8 @@ def frame(image: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
 def choose(faces: Faces, shape: tuple, select: str, corner=(0, 0)) -> int | None:
     """Return the row of the chosen face in an image's Faces, or None if none can be aligned.
 
-    `select` is "center" for the face nearest the center of the image, which is LFW's rule, "largest", or "score" for
-    the highest probability. `shape` is (height, width), also of a frame, in which the image is at `corner`, (x, y).
+    `select` is "center" for the face nearest the center, which is LFW's rule, "largest", or "score" for the highest
+    probability. `shape` is (height, width), also of a frame, in which the image is at `corner`, (x, y).
     """
     size = np.asarray(shape) - 2 * np.asarray(corner)[::-1]    # of the image itself
     rows = [row for row, points in enumerate(faces.landmarks) if can_be_aligned(points - corner, size)]

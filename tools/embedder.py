@@ -1,11 +1,10 @@
-"""Turn photos into embeddings from Python: detect the faces in each photo, align them, embed them.
+"""Turn photos into embeddings from Python: detect the faces in each photo, align and embed them.
 
     from tools.embedder import Embedder
     embed = Embedder("runs/cosFace/checkpoint.pt")
     a, b = embed(["a.jpg", "b.jpg"])                # float32 (1024,) each, flipped image included
     everyone = embed("group.jpg", all_faces=True)   # float32 (faces, 1024)
 """
-from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,15 +26,12 @@ NO_FACE = "no face was found"
 
 
 class Face(NamedTuple):
-    """An aligned face, uint8 RGB (112, 96, 3), and where it was in the photo, as in mtcnn.detector.Faces.
-
-    chosen, count: which of how many detected faces it is, in order of decreasing score, from 0.
-    """
+    """An aligned face, uint8 RGB (112, 96, 3), and where it was in the photo, as in mtcnn.detector.Faces."""
     crop: np.ndarray
     box: np.ndarray | None = None
     score: float | None = None
     landmarks: np.ndarray | None = None
-    chosen: int | None = None
+    chosen: int | None = None    # which of how many detected faces it is, by decreasing score from 0
     count: int | None = None
 
 
@@ -50,7 +46,7 @@ class Embedder:
         flip: how to use the embedding of the flipped face: "concatenate", "sum" or "none".
         batch_size: faces per batch; changes the result by rounding only.
         net, channels: see faces.verification.weights.load_net, whose description of the file is the attribute `loaded`.
-        detector: mtcnn.detector.Detector; None makes one with its defaults when the first photo needs it.
+        detector: mtcnn.detector.Detector; None makes one with its defaults.
     """
 
     def __init__(self, model, device="auto", select: str = "largest", flip: str = "concatenate",
@@ -61,12 +57,7 @@ class Embedder:
         self.net, self.loaded = (model, None) if is_module else load_net(model, NETS, net, channels)
         self.net.to(self.device)
         self.select, self.flip, self.batch_size = select, flip, batch_size
-        if detector is not None:
-            self.detector = detector
-
-    @cached_property
-    def detector(self) -> Detector:
-        return Detector(device=self.device)
+        self.detector = detector or Detector(device=self.device)
 
     def __call__(self, photos, aligned: bool = False, all_faces: bool = False):
         """Embed one photo, or a list of photos.
@@ -90,18 +81,24 @@ class Embedder:
             raise InputError(f"can't embed {photos!r}; pass a photo or a list of photos.") from None
         if not photos:
             raise InputError("there is nothing to embed; pass at least one photo.")
+        found = self.find(photos, aligned, all_faces)
+        crops = [face.crop for faces in found for face in faces]
+        embeddings = self.embed(np.stack(crops or [np.zeros((112, 96, 3), np.uint8)]))[:len(crops)]
+        if all_faces:
+            embeddings = np.split(embeddings, np.cumsum([len(faces) for faces in found])[:-1])
+        return embeddings[0] if single else embeddings
+
+    def find(self, photos: list, aligned: bool = False, all_faces: bool = False) -> list[list[Face]]:
+        """Return the faces that __call__() embeds, for each photo of a list."""
         found = crop_faces(photos) if aligned else find_faces(photos, self.detector, self.select, all_faces)
         for i, (photo, faces) in enumerate(zip(photos, found)):
             if all_faces and faces == NO_FACE:
                 found[i] = []
             elif isinstance(faces, str):
                 name = photo if isinstance(photo, (str, Path)) else f"photo {i + 1} of {len(photos)}"
-                raise InputError(f"can't embed {name}: {faces}.")
-        crops = [face.crop for faces in found for face in faces]
-        embeddings = self.embed(np.stack(crops or [np.zeros((112, 96, 3), np.uint8)]))[:len(crops)]
-        if all_faces:
-            embeddings = np.split(embeddings, np.cumsum([len(faces) for faces in found])[:-1])
-        return embeddings[0] if single else embeddings
+                advice = "; pass a photo in which both eyes are visible, or lower --min-face-size"
+                raise InputError(f"can't embed {name}: {faces}{advice if faces == NO_FACE else ''}.")
+        return found
 
     def embed(self, crops: np.ndarray) -> np.ndarray:
         """Return the embeddings of aligned faces, uint8 (N, 112, 96, 3), N >= 1; float32 (N, D)."""
@@ -109,12 +106,9 @@ class Embedder:
 
 
 def find_faces(photos, detector: Detector, select: str = "largest", all_faces: bool = False) -> list[list[Face] | str]:
-    """Find and align a face in each of N photos, or with all_faces, all of them by decreasing score; see Embedder.
+    """Find and align a face in each photo, or with all_faces, all of them by decreasing score; see Embedder.
 
-    Few of the photos are in memory at a time.
-
-    Returns:
-        list of N: a list of Face, or the reason why there is none, as text.
+    Returns a list of Face for each photo, or the reason why there is none. Few photos are in memory at a time.
     """
     images = (_try(read_image, photo) for photo in photos)
     together = groups(images, lambda image: 0 if isinstance(image, str) else image[..., 0].size)
@@ -136,9 +130,7 @@ def _try(function, photo):
 
 def _find_in_images(images, detector, select, all_faces):
     results = [image if isinstance(image, str) else None for image in images]
-    # Try the photo itself, then the photo in a black frame. The later attempts are left out because their lower
-    # thresholds would produce false detections.
-    for thresholds, width in ATTEMPTS[:2]:
+    for thresholds, width in ATTEMPTS[:2]:    # the lower thresholds of the others would produce false detections
         missing = [i for i, result in enumerate(results) if result is None]
         framed = [frame(images[i], width) for i in missing]
         for i, (image, corner), faces in zip(missing, framed, detector.detect([f[0] for f in framed], thresholds)):
@@ -150,16 +142,16 @@ def _find_in_images(images, detector, select, all_faces):
 
 
 def add_model_options(parser, **options):
-    """Add --model with further `options`, --net and --channels, for load_model()."""
+    """Add --model with further `options`, --net and --channels, for load_embedder()."""
     parser.add_argument("--model", type=path, required=True, metavar="FILE|DIR", help=MODEL_HELP, **options)
     add_options(parser, NETS)
 
 
-def load_model(model: Path, args) -> tuple:
-    """Return what faces.verification.weights.load_net() returns for a model, and print what public files hold."""
-    net, loaded = load_net(model, NETS, args.net, args.channels)
-    announce(model, loaded)
-    return net, loaded
+def load_embedder(model: Path, args, device="cpu", **options) -> Embedder:
+    """Return the Embedder of a model, with further `options` of Embedder, and print what a public file holds."""
+    embedder = Embedder(model, device, net=args.net, channels=args.channels, **options)
+    announce(model, embedder.loaded)
+    return embedder
 
 
 def add_photo_options(parser):
@@ -172,7 +164,4 @@ def add_photo_options(parser):
 
 def make_embedder(args, flip: str = "concatenate") -> Embedder:
     """Return the Embedder that the options ask for."""
-    embedder = Embedder(args.model, args.device, args.select, flip, None, args.net, args.channels,
-                        make_detector(args))
-    announce(args.model, embedder.loaded)
-    return embedder
+    return load_embedder(args.model, args, args.device, select=args.select, flip=flip, detector=make_detector(args))

@@ -23,15 +23,13 @@ from faces.align import HEIGHT, TEMPLATE, WIDTH
 from faces.device import to_input
 from faces.files import InputError, atomic_write, check_writable, command, path, script_parser
 from faces.verification.weights import model_file
-from mtcnn.detector import list_photos
-from tools.embedder import add_model_options, crop_faces, load_model
+from tools.embedder import add_model_options, load_embedder
 
 TOLERANCE = 1e-4      # accepted difference between embedding values, relative to the largest value if that exceeds 1
-SYNTHETIC_FACES, MAX_READ_FACES = 8, 256
 
 
-def export(net: torch.nn.Module, format: str, faces: np.ndarray, metadata: dict) -> tuple[bytes, float, float]:
-    """Export a network, and check the result with faces, uint8 (N, 112, 96, 3), N >= 2: as a batch, and two singly.
+def export(net: torch.nn.Module, format: str, metadata: dict) -> tuple[bytes, float, float]:
+    """Export a network, and check the result with eight synthetic faces: as a batch, and two singly.
 
     Args:
         net: module on the CPU, float (N, 3, 112, 96) to (N, 512); it is switched to eval mode.
@@ -44,6 +42,7 @@ def export(net: torch.nn.Module, format: str, faces: np.ndarray, metadata: dict)
         InputError: a package is missing, or the exported network differs by more than TOLERANCE.
     """
     net.eval()
+    faces = synthetic_faces(8)
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")    # PyTorch has deprecated both exporters, but deployments still need them
         batches = [to_input(torch.from_numpy(part)).contiguous() for part in (faces, faces[:1], faces[1:2])]
@@ -58,8 +57,7 @@ def export(net: torch.nn.Module, format: str, faces: np.ndarray, metadata: dict)
     return data, difference, largest
 
 
-# Each of these returns the bytes of the file, and a function that opens them again and maps float (N, 3, 112, 96) to
-# float32 (N, 512) with them.
+# Each of these returns the bytes of the file, and the network in them as a function of float (N, 3, 112, 96).
 
 def to_onnx(net, example, metadata):
     """Make an ONNX model with input "face", output "embedding" and folded batch normalization."""
@@ -101,13 +99,12 @@ def to_safetensors(net, example, metadata):
 
 
 FORMATS = {"onnx": to_onnx, "torchscript": to_torchscript, "safetensors": to_safetensors}
-EXTENSIONS = {".onnx": "onnx", ".pt": "torchscript", ".pth": "torchscript", ".safetensors": "safetensors"}
 
 
-def make_metadata(net_name: str, method: str | None) -> dict:
-    """Return a dict of strings that describes how to use the network; "template" is a JSON list of five [x, y]."""
+def make_metadata(loaded: dict) -> dict:
+    """Return strings that describe how to use a network, given what load_net() says of it; "template" is JSON."""
     return {
-        "net": net_name, "method": method or "unknown", "height": str(HEIGHT), "width": str(WIDTH),
+        "net": loaded["net"], "method": loaded["method"] or "unknown", "height": str(HEIGHT), "width": str(WIDTH),
         "input": "float32 (N, 3, height, width), any N; (x - mean) / divisor of pixels x from 0 to 255",
         "colour_order": "RGB", "mean": "127.5", "divisor": "128", "template": json.dumps(TEMPLATE.tolist()),
         "alignment": "least-squares similarity transform, never a reflection, that maps the five landmarks (image-left "
@@ -120,47 +117,29 @@ def make_metadata(net_name: str, method: str | None) -> dict:
 def synthetic_faces(count: int) -> np.ndarray:
     """Return images that vary like faces in brightness, contrast and detail, uint8 (count, 112, 96, 3)."""
     random = np.random.default_rng(0)
-    faces = []
-    for _ in range(count):
-        coarse = random.normal(random.uniform(70, 180), random.uniform(20, 70), (7, 6, 3))
-        image = cv2.resize(coarse, (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC)
-        faces.append(np.clip(image + random.normal(0, 8, image.shape), 0, 255).astype(np.uint8))
-    return np.stack(faces)
+    brightness, contrast = random.uniform((70, 20), (180, 70), (count, 2)).T[..., None, None, None]
+    coarse = random.normal(brightness, contrast, (count, 7, 6, 3))
+    faces = np.stack([cv2.resize(face, (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC) for face in coarse])
+    return np.clip(faces + random.normal(0, 8, faces.shape), 0, 255).astype(np.uint8)
 
 
 @command
 def main(argv=None):
-    args = _parse(argv)
-    faces = synthetic_faces(SYNTHETIC_FACES)
-    if args.check_faces:
-        files = list_photos([args.check_faces])
-        found = crop_faces(files[::1 + len(files) // MAX_READ_FACES])
-        faces = np.stack([*faces, *(face.crop for some in found if not isinstance(some, str) for face in some)])
-    net, loaded = load_model(args.model, args)
-    data, difference, largest = export(net, args.format, faces, make_metadata(loaded["net"], loaded["method"]))
-    with atomic_write(args.output) as file:
-        file.write(data)
-    print(f"{args.output}: {args.format}, {len(data) / 1e6:.1f} MB, including metadata\n"
-          f"largest difference from the original on {SYNTHETIC_FACES} synthetic faces and "
-          f"{len(faces) - SYNTHETIC_FACES} of --check-faces: {difference:.1e} (largest value: {largest:.1f})")
-
-
-def _parse(argv):
     parser = script_parser(__doc__)
     add_model_options(parser)
     parser.add_argument("--format", choices=tuple(FORMATS), required=True,
                         help="onnx for other runtimes (`pip install onnx onnxruntime`), torchscript, or safetensors")
     parser.add_argument("--output", type=path, required=True, metavar="FILE", help="file to write")
-    parser.add_argument("--check-faces", type=path, metavar="DIR",
-                        help="also use aligned faces in this folder for the check")
     args = parser.parse_args(argv)
     if args.output.exists() and args.output.samefile(model_file(args.model)):
         parser.error(f"--output {args.output} is the model itself; pass the name of another file")
-    format = EXTENSIONS.get(args.output.suffix.lower(), args.format)
-    if format != args.format:
-        parser.error(f"--output {args.output} has the extension of {format}; choose another name or --format")
     check_writable(args.output.parent)
-    return args
+    embedder = load_embedder(args.model, args)
+    data, difference, largest = export(embedder.net, args.format, make_metadata(embedder.loaded))
+    with atomic_write(args.output) as file:
+        file.write(data)
+    print(f"{args.output}: {args.format}, {len(data) / 1e6:.1f} MB, including metadata\n"
+          f"largest difference from the original on synthetic faces: {difference:.1e} (largest value: {largest:.1f})")
 
 
 if __name__ == "__main__":

@@ -3,13 +3,11 @@
     python tools/holdout.py --casia DIR --output holdout
     python cosFace/casia_train.py --casia DIR --landmarks holdout/train.txt --lfw holdout/heldout.bin
 
-Use the pairs to choose options such as the margin or the learning rate. If they are chosen on LFW, the accuracy on LFW
-is no longer that on unknown people. In the end, train once more on all people, and evaluate on LFW.
+Use the pairs, not LFW, to choose options such as the learning rate. In the end, train once more on all people.
 
-The pairs form ten folds with different people in each, like those of LFW, and half of them are genuine. People take
-turns in contributing genuine pairs, so that a few people with many photos do not dominate; impostor pairs are drawn at
-random from at most 50 photos per person. heldout.bin has the format of InsightFace's lfw.bin, but its faces have 112x96
-pixels. If the set has no landmarks, because its faces are aligned, pass train.txt as --list instead.
+The pairs form ten folds with different people in each, and half of them are genuine. People take turns in contributing
+genuine pairs, so that a few people with many photos do not dominate. heldout.bin has the format of InsightFace's
+lfw.bin. If the faces of the set are already aligned, pass train.txt as --list instead.
 """
 import pickle
 import sys
@@ -24,7 +22,7 @@ from faces.data.casia import list_casia
 from faces.data.recordio import Records
 from faces.files import CACHE, InputError, at_least, atomic_write, command, count_of, locked, path, script_parser
 from faces.landmarks import write_landmarks
-from faces.verification.binset import MAX_BYTES, MAX_IMAGES
+from faces.verification.binset import MAX_IMAGES
 from faces.verification.pairs import FOLDS
 
 MAX_OF_PERSON, MAX_OF_FOLD = 50, 2000    # photos that pairs are drawn from, so that all pairs can be listed
@@ -41,16 +39,8 @@ def choose_people(labels: np.ndarray, count: int, rng: np.random.Generator) -> n
 
 
 def draw_pairs(labels: np.ndarray, rows: np.ndarray, people: np.ndarray, count: int, rng: np.random.Generator) -> tuple:
-    """Draw the pairs of one fold: int (count, 2) rows, and bool (count,), whether a pair is genuine.
-
-    Args:
-        labels: int (N,), the person in each image of the set.
-        rows: int (K,), the usable images.
-        people: labels of the people in the fold, at least two.
-
-    Raises:
-        InputError: these people have too few photos.
-    """
+    """Draw the pairs of a fold of `people` from the usable images `rows`, int (K,): int (count, 2) rows, and bool
+    (count,), whether a pair is genuine."""
     photos = [rng.permutation(rows[labels[rows] == person])[:MAX_OF_PERSON] for person in people]
     genuine = []
     for own in photos:
@@ -73,8 +63,6 @@ def draw_pairs(labels: np.ndarray, rows: np.ndarray, people: np.ndarray, count: 
 def write_bin(file: Path, images: np.ndarray, pairs: np.ndarray, same: np.ndarray):
     """Write a .bin set of int (P, 2) rows of `images`, uint8 (N, 112, 96, 3), RGB, and bool (P,)."""
     encoded = {row: cv2.imencode(".png", images[row][..., ::-1])[1].tobytes() for row in np.unique(pairs)}
-    if sum(map(len, encoded.values())) > 0.99 * MAX_BYTES:
-        raise InputError(f"{file} would be larger than the {MAX_BYTES / 1e6:.0f} MB that can be read; lower --pairs.")
     with atomic_write(file) as output:    # an image of several pairs is one object, which is written once
         pickle.dump(([encoded[row] for row in pairs.ravel()], same.tolist()), output, protocol=4)
 
@@ -82,15 +70,15 @@ def write_bin(file: Path, images: np.ndarray, pairs: np.ndarray, same: np.ndarra
 @command
 def main(argv=None):
     args = _parse(argv)
-    args.output.mkdir(parents=True, exist_ok=True)
     with locked(args.output / ".lock", f"writing into {args.output}", wait=False):
-        if (args.output / "train.txt").exists():    # it is written last, and models may have been trained on it
-            raise InputError(f"{args.output / 'train.txt'} exists already; choose another --output, or remove it.")
-        hold_out(args, args.output / "heldout.bin", args.output / "train.txt")
+        hold_out(args)
 
 
-def hold_out(args, pairs_file: Path, list_file: Path):
+def hold_out(args):
     """Choose people and pairs, write both files, and print what is in them."""
+    pairs_file, list_file = args.output / "heldout.bin", args.output / "train.txt"
+    if list_file.exists():    # models may have been trained on it
+        raise InputError(f"{list_file} exists already; choose another --output, or remove it.")
     listing = list_casia(args.casia, args.landmarks, args.list)
     if isinstance(listing.source, Records):
         raise InputError(f"no people of {args.casia} can be held out, because a RecordIO set takes no list; extract "

@@ -3,11 +3,9 @@
     make reproduce CASIA=DIR LFW=DIR                                        LFW may also be an InsightFace .bin set
     make reproduce CASIA=DIR LFW=DIR ARGS="--epochs 1 --batch-size 16"      a small trial
 
-Options that are not listed here are passed to both casia_train.py. Landmarks are detected only if the faces are not
-aligned and there is no list yet. Stop it at any moment, and continue with the same command: each of the commands that
-it prints and runs resumes by itself. The table is runs/reproduce/results.md, written after each evaluation.
+Options that are not listed here are passed to both casia_train.py. Stop it at any moment, and continue with the same
+command: each of the commands that it prints and runs resumes by itself. The table is runs/reproduce/results.md.
 """
-import contextlib
 import os
 import shlex
 import signal
@@ -23,17 +21,16 @@ import sphereFace.casia_train
 from faces import files
 from faces.data.casia import list_casia
 from faces.files import ROOT, RUNS, at_least, command, path, script_parser
-from faces.images import UnreadableImage, read_image
 from faces.landmarks import found_list
 from faces.verification.binset import read_bin
 from faces.verification.pairs import open_images, read_pairs
+from tools.embedder import crop_faces
 
 METHODS = {"cosFace": cosFace.casia_train, "sphereFace": sphereFace.casia_train}
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node"]
 
 
 def plan(args, options: list[str]) -> list[tuple]:
-    """Check sets and options; return the words of each command, without `python`, and the results.json it writes."""
+    """Check sets and options; return the words of each command, and the results.json it writes or None."""
     for module in METHODS.values():    # both must understand the options
         first = module.parser.parse_args(["--casia", str(args.casia), *options])
     device = [] if first.device == "auto" else ["--device", first.device]
@@ -55,30 +52,28 @@ def plan(args, options: list[str]) -> list[tuple]:
             else:
                 commands.append((["mtcnn/lfw_landmark.py", "--lfw", args.lfw, *device], None))
     processes = args.processes or (torch.cuda.device_count() if first.device in ("auto", "cuda") else 1)
-    start = [*TORCHRUN, processes] if processes > 1 else []
+    torchrun = [*"-m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node".split(), processes]
     for folder in METHODS:
         run = args.output / folder
-        commands.append(([*start, f"{folder}/casia_train.py", "--casia", args.casia, *options, "--output", run,
-                          "--resume", "auto"], None))
-        commands.append(([f"{folder}/lfw_eval.py", "--model", run, "--lfw", args.lfw, *evaluation, *device,
-                          "--output", run / "lfw"], run / "lfw/results.json"))
-    return [([str(ROOT / w if str(w)[-3:] == ".py" else w) for w in words], results) for words, results in commands]
+        train = [f"{folder}/casia_train.py", "--casia", args.casia, *options, "--output", run, "--resume", "auto"]
+        commands += [(torchrun + train if processes > 1 else train, None),
+                     ([f"{folder}/lfw_eval.py", "--model", run, "--lfw", args.lfw, *evaluation, *device,
+                       "--output", run / "lfw"], run / "lfw/results.json")]
+    return [([ROOT / w if str(w)[-3:] == ".py" else w for w in words], results) for words, results in commands]
 
 
 def are_aligned(source, names: list[str]) -> bool:
-    """Return whether most of 20 images of a set have the size of aligned faces, 112x96 or 112x112."""
-    sizes = []
-    for name in names[::max(1, len(names) // 20)]:
-        with contextlib.suppress(UnreadableImage):
-            sizes.append(read_image(source.open(name)).shape[:2])
-    return 2 * sum(size in ((112, 96), (112, 112)) for size in sizes) > len(sizes)
+    """Return whether most of 20 images of a set have the size of aligned faces."""
+    aligned = [isinstance(face, list) for face in crop_faces(map(source.open, names[::max(1, len(names) // 20)]))]
+    return 2 * sum(aligned) > len(aligned)
 
 
-def run(words: list[str]) -> int:
+def run(words: list) -> int:
     """Print a command as it is typed in the current folder, run it, and return its exit status."""
-    here = [os.path.relpath(word) if word.startswith(f"{ROOT}{os.sep}") else word for word in words]
+    here = [os.path.relpath(word) if isinstance(word, Path) and word.is_relative_to(ROOT) else str(word)
+            for word in words]
     print(f"\n$ python {shlex.join(here)}", flush=True)
-    process, received = subprocess.Popen([sys.executable, *words]), []
+    process, received = subprocess.Popen([sys.executable, *here]), []
 
     def pass_on(number, _):    # the command saves its work first, and this program waits for that
         received.append(number)
@@ -86,6 +81,9 @@ def run(words: list[str]) -> int:
             process.send_signal(number)
     with files.on_signals(pass_on):
         status = process.wait()
+    if status:
+        print(f"the command above ended with exit status {status}; to continue, repeat the command that you typed",
+              file=sys.stderr)
     return 128 + received[-1] if received else abs(status)
 
 
@@ -98,18 +96,18 @@ def render(args, commands: list[tuple]) -> str:
         if result is None:
             continue
         state, counts = files.load_tensors(folder / "checkpoint.pt"), result["counts"]
+        settings, versions = state["settings"], [f"{name} {version}" for name, version in state["versions"].items()]
         tar = next(point for point in result["tar"] if point["far"] == 1e-3)
         few = "" if tar["resolved"] else f" (only {tar['impostors']} impostor pairs)"
         rank_1 = f"{result['identification']['rank_1']:.4f}" if result["identification"] else "-"
         cells = (state["method"], result["settings"]["net"], f"{result['accuracy']:.4f} (std {result['std']:.4f})",
                  "{:.4f} to {:.4f}".format(*result["interval_95"]), f"{tar['tar']:.4f}{few}", rank_1,
-                 f"{state['step'] * state['settings']['batch_size']:,} of {state['classes']:,} people")
+                 f"{state['step'] * settings['batch_size']:,} of {state['classes']:,} people")
         rows.append(f"| {' | '.join(cells)} |")
-        versions = ", ".join(f"{name} {version}" for name, version in state["versions"].items())
         facts = [f"- training set: {args.casia}",
                  f"- test set: {args.lfw}, {counts['pairs']:,} pairs of {counts['images']:,} images",
-                 f"- trained in {state['settings']['precision']} with {versions}"]
-    typed = [shlex.join(words).replace(f"{ROOT}{os.sep}", "") for words, _ in commands]
+                 f"- trained in {settings['precision']} with {', '.join(versions)}"]
+    typed = [shlex.join(map(str, words)).replace(f"{ROOT}{os.sep}", "") for words, _ in commands]
     return "\n".join(["# Results", "",
                       "| method | network | accuracy | 95 % interval | TAR@FAR=1e-3 | rank 1 | training images |",
                       "| --- | --- | --- | --- | --- | --- | --- |", *rows, "",
@@ -136,8 +134,6 @@ def main(argv=None):
             if not (results and results.exists() and results.stat().st_mtime > model.stat().st_mtime):
                 status = run(words)
                 if status:
-                    print(f"reproduce.py: the command above ended with exit status {status}; to continue, repeat the "
-                          "command that you typed.", file=sys.stderr)
                     return status
             if results:
                 with files.atomic_write(args.output / "results.md", "w") as file:

@@ -1,14 +1,11 @@
 """Draw a t-SNE plot of the embeddings of a few identities, and measure how well the identities separate.
 
     python tools/tsne.py --model FILE --faces DIR                   # CASIA-WebFace, or faces that are already aligned
-    python tools/tsne.py --model FILE --lfw DIR
-    python tools/tsne.py --model A --model B --title softmax --title CosFace --faces DIR
+    python tools/tsne.py --model A --model B --title softmax --title CosFace --lfw DIR
 
-The seed determines the identities and images, so all models embed the same ones. The silhouette score is computed with
-cosine distance on the embeddings, not on the 2-D layout; 1 means well separated, 0 means overlapping. --points FILE
-saves the points of the plot.
+All models embed the same images. The silhouette score is computed with cosine distance on the embeddings, not on the
+2-D layout; 1 means well separated, 0 means overlapping.
 """
-import csv
 import sys
 from pathlib import Path, PurePosixPath
 
@@ -18,28 +15,23 @@ import numpy as np
 from faces.align import load_face
 from faces.data.casia import TrainingList, list_casia
 from faces.data.sources import open_source
-from faces.device import pick_device
-from faces.files import RUNS, InputError, at_least, atomic_write, check_writable, command, path, reading, script_parser
+from faces.files import RUNS, InputError, at_least, check_writable, command, path, script_parser, write_json
 from faces.landmarks import found_list, read_landmarks
 from faces.plots import tsne_panels
-from faces.verification.embed import embed
-from tools.embedder import add_model_options, load_model
+from tools.embedder import add_model_options, load_embedder
 
 
 def list_lfw(root: Path, landmarks: Path | None = None) -> TrainingList:
     """List LFW like a training set, with labels by person folder; without a landmark list, the faces are aligned."""
     source = open_source(root)
     landmarks = landmarks or found_list(source, "lfw_landmark.txt")
-    names, _, points = read_landmarks(landmarks, False, root) if landmarks else (source.names(), None, None)
+    names, _, points = read_landmarks(landmarks, False, source.root) if landmarks else (source.names(), None, None)
+    names = [name.removeprefix(source.wrapper) for name in names]
     return TrainingList(source, names, np.unique([_person(name) for name in names], return_inverse=True)[1], points)
 
 
 def choose_images(labels: np.ndarray, identities: int, per_identity: int, seed: int) -> np.ndarray:
-    """Choose identities and images of each at random, int (identities, per_identity), indices into `labels`.
-
-    Raises:
-        InputError: too few identities have enough images.
-    """
+    """Choose identities and images of each at random, int (identities, per_identity), indices into `labels`."""
     random = np.random.default_rng(seed)
     people, counts = np.unique(labels, return_counts=True)
     candidates = people[counts >= per_identity]
@@ -64,11 +56,7 @@ def read_faces(listing: TrainingList, rows) -> np.ndarray:
 
 
 def layout_and_silhouette(embeddings: np.ndarray, labels: np.ndarray, seed: int) -> tuple[np.ndarray, float]:
-    """Return a t-SNE layout of embeddings, float (N, 2), and their silhouette score with cosine distance, -1 to 1.
-
-    Raises:
-        InputError: an embedding is not finite, or is zero.
-    """
+    """Return a t-SNE layout of embeddings, float (N, 2), and their silhouette score with cosine distance, -1 to 1."""
     from sklearn.manifold import TSNE  # imported here because it is slow to import
     from sklearn.metrics import silhouette_score
     if not np.isfinite(embeddings).all() or not embeddings.any(1).all():
@@ -80,43 +68,24 @@ def layout_and_silhouette(embeddings: np.ndarray, labels: np.ndarray, seed: int)
     return tsne.fit_transform(embeddings), float(silhouette_score(embeddings, labels, metric="cosine"))
 
 
-def write_points(file, panels: list, labels, names: list[str]):
-    """Write what tsne_panels() draws as a tab-separated table."""
-    rows = [(title, names[label], f"{x:.2f}", f"{y:.2f}") for title, points in panels
-            for label, (x, y) in zip(labels, points)]
-    with atomic_write(file, "w", newline="") as output:
-        csv.writer(output, "excel-tab", lineterminator="\n").writerows([("panel", "identity", "x", "y"), *rows])
-
-
-def read_points(file) -> tuple:
-    """Return the panels, labels and names that write_points() wrote to a file; see faces.plots.tsne_panels()."""
-    with reading(file, "table of points"), open(file, encoding="utf-8", errors="surrogateescape", newline="") as lines:
-        rows = list(csv.DictReader(lines, dialect="excel-tab"))
-        titles, names = (list(dict.fromkeys(row[column] for row in rows)) for column in ("panel", "identity"))
-        panels = [(title, np.array([(float(row["x"]), float(row["y"])) for row in rows if row["panel"] == title]))
-                  for title in titles]
-        labels = np.array([names.index(row["identity"]) for row in rows if row["panel"] == titles[0]])
-        return panels, labels, names
-
-
 @command
 def main(argv=None):
     args = _parse(argv)
-    device = pick_device(args.device)
     listing = list_lfw(args.lfw, args.landmarks) if args.lfw else list_casia(args.faces, args.landmarks)
     rows = choose_images(listing.labels, args.identities, args.per_identity, args.seed)
     faces = read_faces(listing, rows.ravel())
     labels = np.repeat(np.arange(args.identities), args.per_identity)
     panels = []
     for i, model in enumerate(args.model):
-        net, loaded = load_model(model, args)
-        layout, silhouette = layout_and_silhouette(embed(net, faces, device, args.batch_size), labels, args.seed)
-        title = args.title[i] if args.title else f"{loaded['method'] or ''} {model}".strip()
+        embedder = load_embedder(model, args, args.device)
+        layout, silhouette = layout_and_silhouette(embedder.embed(faces), labels, args.seed)
+        title = args.title[i] if args.title else f"{embedder.loaded['method'] or ''} {model}".strip()
         print(f"silhouette {silhouette:.4f}  {title}  ({args.identities} identities, {args.per_identity} images each)")
         panels.append((f"{title}: silhouette {silhouette:.2f}", layout))
     names = [_person(listing.paths[row]).replace("_", " ") or f"label {listing.labels[row]}" for row in rows[:, 0]]
     if args.points:
-        write_points(args.points, panels, labels, names)
+        points = [(title, layout.astype(float).round(2).tolist()) for title, layout in panels]
+        write_json(args.points, {"panels": points, "labels": labels.tolist(), "names": names})
     tsne_panels(args.output, panels, labels, names)
     print(f"picture: {args.output}")
 
@@ -139,9 +108,8 @@ def _parse(argv):
     parser.add_argument("--per-identity", type=at_least(2), default=20, metavar="N", help="images per identity")
     parser.add_argument("--seed", type=at_least(0), default=0, help="of the choice of identities and images")
     parser.add_argument("--output", type=path, default=RUNS / "tsne.png", metavar="FILE", help=".png, .svg or .pdf")
-    parser.add_argument("--points", type=path, metavar="FILE", help="also write the points, as a table")
+    parser.add_argument("--points", type=path, metavar="FILE", help="also write the points, as JSON")
     parser.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu")
-    parser.add_argument("--batch-size", type=at_least(1), metavar="N", help="faces per batch; affects only the speed")
     args = parser.parse_args(argv)
     if args.title and len(args.title) != len(args.model):
         parser.error("pass --title once per --model, in the same order")
