@@ -33,8 +33,7 @@ def errors(layer, plain, x):
 
 @needs_compiler
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("count, size", [(3, (56, 48)), (70, (7, 6)), (2, (1, 5)), (1, (14, 12))])
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("count, size, bias", [(3, (56, 48), False), (70, (7, 6), True), (2, (1, 5), False)])
 def test_winograd_convolution_and_its_gradients_are_accurate(count, size, bias, order):
     torch.manual_seed(0)
     plain = nn.Conv2d(64, 48, 3, padding=1, bias=bias).to(memory_format=order)
@@ -137,7 +136,7 @@ def test_a_library_that_is_not_whole_or_may_be_another_users_is_not_loaded(damag
 
 
 @pytest.mark.skipif(not kernels.is_x86(), reason="nothing is compiled")
-@pytest.mark.parametrize("compiler, problem", [("'", "there is no C compiler"), ("no-such-compiler", "there is no C "),
+@pytest.mark.parametrize("compiler, problem", [("no-such-compiler", "there is no C compiler"),
                                                ("false", "the C compiler 'false' can't compile kernels.c")])
 def test_an_unusable_compiler_is_one_sentence(compiler, problem, monkeypatch, tmp_path, recompile, capsys):
     monkeypatch.setattr(kernels, "LIBRARY_FOLDER", tmp_path)

@@ -8,11 +8,9 @@ import pytest
 import torch
 from conftest import draw_face, run_lfw_eval, write_image
 
-from cosFace.net import NETS
 from faces.files import InputError
 from faces.images import read_image
 from faces.verification.metrics import best_threshold
-from faces.verification.weights import load_weights
 from tools import compare
 from tools.embedder import Embedder
 
@@ -22,24 +20,21 @@ pytest_plugins = "helpers"
 @pytest.fixture
 def scores(tmp_path):
     """Write scores of 300 genuine and 200 impostor pairs with many ties; return (path, similarities, same)."""
-    random = np.random.default_rng(3)
-    same = random.permutation(np.arange(500) < 300)
-    similarity = np.round(random.normal(np.where(same, 0.5, 0.2), 0.15).clip(-1, 1), 2)
-    lines = [f"a.jpg\tb.jpg\t{int(s)}\t0\t{x:.6f}" for x, s in zip(similarity, same)]
-    (tmp_path / "scores.tsv").write_text("\n".join(["left\tright\tsame\tfold\tsimilarity", *lines, ""]))
+    same = np.arange(500) < 300
+    similarity = np.random.default_rng(3).normal(np.where(same, 0.5, 0.2), 0.15).clip(-1, 1).round(2)
+    lines = [f"a.jpg\tb.jpg\t{int(s)}\t0\t{x:.6f}\n" for x, s in zip(similarity, same)]
+    (tmp_path / "scores.tsv").write_text("".join(["left\tright\tsame\tfold\tsimilarity\n", *lines]))
     return tmp_path / "scores.tsv", similarity, same
 
 
 def test_similarity_is_the_cosine_of_the_embeddings_of_both_crops(model, photos):
-    net, embedder = NETS["faceNet"](), Embedder(model, "cpu")
-    load_weights(net, model)
+    embedder = Embedder(model, "cpu")
     result = compare.compare(embedder, photos / "face.png", photos / "brighter.png")
-    assert result.face_counts == (1, 1) and result.crops.shape == (2, 112, 96, 3)
+    assert result.face_counts == (1, 1)
     x = torch.tensor((result.crops.astype(np.float32) - 127.5) / 128).permute(0, 3, 1, 2)
     with torch.no_grad():
-        a, b = torch.cat((net.eval()(x), net(x.flip(3))), 1).double()
+        a, b = torch.cat((embedder.net.eval()(x), embedder.net(x.flip(3))), 1).double()
     assert result.similarity == pytest.approx(float(a @ b / a.norm() / b.norm()), abs=1e-5)
-    assert result.similarity < 0.9999
     same = compare.compare(embedder, photos / "face.png", (photos / "face.png").read_bytes())
     assert same.similarity == pytest.approx(1, abs=1e-6)
 
@@ -61,24 +56,21 @@ def test_the_command_runs_with_and_without_a_threshold(model, photos, call):
     pair = photos / "face.png", photos / "face.png", "--model", model, "--device", "cpu"
     out = call(compare, *pair, "--threshold", "1")[1]
     assert "different people: 1.0000 <= threshold 1.0000\nthe error rates at this threshold are unknown" in out
-    assert "--save-threshold` once" in call(compare, *pair)[1]
-    assert call(compare, *pair, "--threshold", "60")[0] == 2
+    assert "--save-threshold` once" in call(compare, *pair)[1] and call(compare, *pair, "--threshold", "60")[0] == 2
     status, _, err = call(compare, photos / "face.png", photos / "coffee.png", *pair[2:])
     assert status == 2 and "coffee.png: no face was found" in err
 
 
 def test_thresholds_of_an_evaluation_are_used_but_not_for_other_weights(write_model, photos, tmp_path, capsys, call):
-    for person, photo in itertools.product(range(4), (1, 2)):
-        write_image(tmp_path / f"lfw/P{person}/P{person}_{photo:04d}.png", draw_face(person, photo, 112)[0])
-    (tmp_path / "lfw/pairs.txt").write_text("2\t2\nP0\t1\t2\nP1\t1\t2\nP0\t1\tP1\t1\nP2\t1\tP3\t1\n"
-                                            "P2\t1\t2\nP3\t1\t2\nP0\t2\tP2\t2\nP1\t2\tP3\t2\n")
+    for p, photo in itertools.product(range(2), (1, 2)):
+        write_image(tmp_path / f"lfw/P{p}/P{p}_{photo:04d}.png", draw_face(p, photo, 112)[0])
+    (tmp_path / "lfw/pairs.txt").write_text("2 1\nP0 1 2\nP0 1 P1 1\nP1 1 2\nP0 2 P1 2\n")
     model, other = write_model(tmp_path / "a/checkpoint.pt"), write_model(tmp_path / "b/checkpoint.pt", seed=1)
-    status, _, err = run_lfw_eval(capsys, "--model", model.parent, "--lfw", tmp_path / "lfw", "--aligned",
-                                  "--save-threshold", "--output", tmp_path / "result")
-    assert status == 0, err
+    assert run_lfw_eval(capsys, "--model", model.parent, "--lfw", tmp_path / "lfw", "--aligned", "--save-threshold",
+                        "--output", tmp_path / "result")[0] == 0
     command = photos / "face.png", photos / "two.png", "--device", "cpu", "--model"
     saved = call(compare, *command, model)[1]
-    assert "expected errors at this threshold, from 8 pairs of" in saved and "of 4 genuine pairs" in saved
+    assert "expected errors at this threshold, from 4 pairs of" in saved and "of 2 genuine pairs" in saved
     from_scores = call(compare, *command, model.parent, "--scores", tmp_path / "result")[1]
     assert saved.splitlines()[:3] == from_scores.splitlines()[:3]
     status, _, err = call(compare, *command, other, "--scores", tmp_path / "result")
@@ -99,13 +91,10 @@ def test_the_threshold_of_the_evaluation_during_training_is_used(write_model, ph
     assert "during training" not in call(compare, *command, "--scores", scores[0])[1]
 
 
-@pytest.mark.parametrize("text, settings, message", [
-    ("left\tright\na.jpg\tb.jpg\n", {}, "not a scores.tsv"),
-    ("same\tsimilarity\n1\tx\n0\t0.1\n", {}, "not a scores.tsv"),
-    ("same\tsimilarity\n1\t0.3\n", {}, "genuine and impostor pairs"),
-    ("same\tsimilarity\n1\t0.3\n0\t0.1\n", {"flip": "none"}, "--flip")])
-def test_unsuitable_scores_are_refused(tmp_path, text, settings, message):
-    (tmp_path / "scores.tsv").write_text(text)
-    (tmp_path / "results.json").write_text(json.dumps({"settings": settings}))
-    with pytest.raises(InputError, match=message):
-        compare.read_scores(tmp_path)
+def test_unsuitable_scores_are_refused(tmp_path):
+    for text, flip, message in (("1\tx\n0\t0\n", "concatenate", "not a scores.tsv"),
+                                ("1\t0\n", "concatenate", "genuine and impostor"), ("1\t0\n0\t0\n", "none", "--flip")):
+        (tmp_path / "scores.tsv").write_text(f"same\tsimilarity\n{text}")
+        (tmp_path / "results.json").write_text(json.dumps({"settings": {"flip": flip}}))
+        with pytest.raises(InputError, match=message):
+            compare.read_scores(tmp_path)

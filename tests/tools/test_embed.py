@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +19,7 @@ from faces.verification.embed import embed
 from faces.verification.weights import load_weights
 from mtcnn.detector import Detector
 from tools import embed as embed_tool
+from tools.compare import compare
 from tools.embedder import Embedder, find_faces
 
 pytest_plugins = "helpers"
@@ -36,7 +36,6 @@ def test_a_photo_in_any_form_becomes_the_embedding_of_its_aligned_face(embedder,
     image, data = read_image(photos / "face.png"), (photos / "face.png").read_bytes()
     crop = align(image, Detector(device="cpu").detect(image).landmarks[0])
     expected, = embed(net, crop[None], "cpu", progress=False)
-    assert expected.shape == (1024,)
     monkeypatch.setenv("HOME", str(photos))
     for photo in ("~/face.png", data, io.BytesIO(data), Image.open(photos / "face.png"), image, torch.tensor(image)):
         np.testing.assert_allclose(embedder(photo), expected, atol=1e-5)
@@ -51,16 +50,13 @@ def test_a_photo_in_any_form_becomes_the_embedding_of_its_aligned_face(embedder,
 def test_the_largest_face_is_used_or_all_faces(embedder, photos):
     (only,), (largest,) = find_faces([photos / "face.png", photos / "two.png"], embedder.detector)
     assert (only.count, largest.count) == (1, 2)
-    assert abs(only.crop.astype(int) - largest.crop).mean() < 8
     np.testing.assert_allclose(largest.landmarks, only.landmarks, atol=3)
     found, = find_faces([photos / "two.png"], embedder.detector, all_faces=True)
     np.testing.assert_array_equal(found[largest.chosen].box, largest.box)
     assert [face.chosen for face in found] == [0, 1] and found[0].score > found[1].score
-
     one, none, two = embedder([photos / f"{name}.png" for name in ("face", "coffee", "two")], all_faces=True)
     assert (one.shape, none.shape, two.shape) == ((1, 1024), (0, 1024), (2, 1024))
     np.testing.assert_allclose(two, embedder.embed(np.stack([face.crop for face in found])), atol=1e-4)
-    np.testing.assert_allclose(two[largest.chosen], embedder(photos / "two.png"), atol=1e-4)
 
 
 def test_faces_at_a_border_and_in_a_panorama_are_found_in_the_photos_own_coordinates(embedder, photos):
@@ -69,51 +65,43 @@ def test_faces_at_a_border_and_in_a_panorama_are_found_in_the_photos_own_coordin
     x1, y1, x2, y2 = whole.box.astype(int) + (8, 8, -8, -8)
     (cut,), = find_faces([image[y1:y2, x1:x2]], embedder.detector)
     np.testing.assert_allclose(cut.landmarks + (x1, y1), whole.landmarks, atol=8)
-    wide = np.full((200, 33_000, 3), 96, np.uint8)
-    wide[:, 32_600:32_860] = image
+    wide = np.pad(image, ((0, 0), (32_600, 0), (0, 0)))
     (far,), = find_faces([wide], embedder.detector)
     np.testing.assert_allclose(far.landmarks - (32_600, 0), whole.landmarks, atol=3)
     assert abs(far.crop.astype(int) - whole.crop).mean() < 8
 
 
-@pytest.mark.parametrize("photo, aligned, message", [
+@pytest.mark.parametrize("wrong, aligned, message", [
     ("coffee.png", False, "can't embed .*coffee.png: no face was found"),
     ("missing.png", False, "can't embed .*missing.png: No such file"),
     ("face.png", True, "can't embed .*face.png: an image of 200 rows and 260 columns is not an aligned face"),
-])
-def test_what_can_not_be_embedded_is_named(embedder, photos, photo, aligned, message):
+    (None, False, "can't embed None; pass a photo"), ([None], False, "photo 1 of 1: .*NoneType"),
+    ([], False, "nothing to embed"), (b"image", False, "photo 1 of 1: not an image"),
+    (np.zeros((200, 200)), False, r"photo 1 of 1: .* not float64 \(200, 200\)")])
+def test_what_can_not_be_embedded_is_named(embedder, photos, wrong, aligned, message):
     with pytest.raises(InputError, match=message):
-        embedder(photos / photo, aligned)
+        embedder(photos / wrong if isinstance(wrong, str) else wrong, aligned)
 
 
-@pytest.mark.parametrize("wrong, message", [
-    (None, "can't embed None; pass a photo"), ([None], "photo 1 of 1: .*NoneType"), ([], "nothing to embed"),
-    (np.zeros((200, 200)), r"photo 1 of 1: .* not float64 \(200, 200\)"), (b"image", "photo 1 of 1: not an image")])
-def test_what_is_no_photo_is_one_sentence(embedder, wrong, message):
-    with pytest.raises(InputError, match=message):
-        embedder(wrong)
-
-
-def test_the_settings_of_the_callers_process_do_not_matter_and_stay(model, photos):
-    program = f"""import os, sys
-sys.stdout = sys.stderr = None
-import torch
-torch.set_default_dtype(torch.float64)
-from tools.compare import compare
-from tools.embedder import Embedder
-unchanged = "matplotlib.pyplot" not in sys.modules and os.environ["MPLBACKEND"] == "module://not_there"
-photo = {str(photos / 'face.png')!r}
-similarity = compare(Embedder({str(model)!r}, device="cpu"), photo, photo).similarity
-sys.exit(7 if unchanged and abs(similarity - 1) < 1e-6 and torch.get_default_dtype() == torch.float64 else 1)
-"""
-    environment = {**os.environ, "MPLBACKEND": "module://not_there", "PYTHONPATH": str(ROOT)}
-    assert subprocess.run([sys.executable, "-OO", "-c", program], env=environment, timeout=300).returncode == 7
+def test_the_settings_of_the_callers_process_do_not_matter_and_stay(model, photos, monkeypatch):
+    program = "import os, sys, faces.plots; assert 'matplotlib.pyplot' not in sys.modules; os.environ['MPLBACKEND']"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, env={**os.environ, "MPLBACKEND": "x"}, check=True)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", None)
+            patch.setattr(sys, "stderr", None)
+            similarity = compare(Embedder(model, "cpu"), *2 * [photos / "face.png"]).similarity
+        assert similarity == pytest.approx(1, abs=1e-6) and torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture
 def run(model, call, monkeypatch):
     """Return a function that runs embed.py with parts of three photos: (exit status, stdout, stderr)."""
     monkeypatch.setattr(embed_tool, "PART", 3)
+    monkeypatch.setattr(embed_tool, "__doc__", None)    # as with python -OO
     return lambda *options: call(embed_tool, "--model", model, "--device", "cpu", "--workers", 0, *options)
 
 
@@ -131,65 +119,54 @@ def test_a_folder_becomes_one_file_and_what_is_skipped_is_listed(run, embedder, 
     np.testing.assert_allclose(faces["embeddings"], embedder(expected), atol=1e-3)
     assert faces["embeddings"].dtype == faces["boxes"].dtype == faces["landmarks"].dtype == np.float32
     (two,), = find_faces(expected[2:3], embedder.detector)
-    np.testing.assert_allclose(faces["boxes"][2], two.box, atol=1e-2)
     np.testing.assert_allclose(faces["landmarks"][2], two.landmarks, atol=1e-2)
     assert (faces["faces"].tolist(), faces["chosen"].tolist()) == ([1, 1, 2, 2], [0, 0, 1, 1])
     assert str(faces["model"]) == embedder.loaded["fingerprint"]
-    assert not list(output.parent.glob(".*.rows"))
 
-
-def test_worker_processes_give_the_same_file(run, photos, tmp_path):
-    for name, options in (("one", ()), ("two", ("--workers", 2))):
-        assert run(photos, "--output", tmp_path / f"{name}.npz", *options)[0] == 0
-    one, two = np.load(tmp_path / "one.npz"), np.load(tmp_path / "two.npz")
-    assert one["names"].tolist() == two["names"].tolist()
-    np.testing.assert_allclose(one["embeddings"], two["embeddings"], atol=1e-3)
+    assert run(folder, folder / "two.png", photos / "two.png", "--output", output, "--workers", 2)[0] == 0
+    np.testing.assert_allclose(np.load(output)["embeddings"], faces["embeddings"], atol=1e-3)
 
 
 def test_an_interrupted_run_continues_to_the_same_file(run, photos, tmp_path, monkeypatch):
-    options = photos, "--all-faces"
-    assert run(*options, "--output", tmp_path / "whole.npz")[0] == 0
+    options = photos, "--all-faces", "--output"
+    assert run(*options, tmp_path / "whole.npz")[0] == 0
     original, embedded, output = Embedder.embed, [], tmp_path / "faces.npz"
 
     def stop_in_the_second_part(self, crops):
-        if embedded:
+        if len(embedded) == 1:
             raise KeyboardInterrupt
         embedded.append(len(crops))
         return original(self, crops)
     monkeypatch.setattr(Embedder, "embed", stop_in_the_second_part)
-    assert run(*options, "--output", output)[0] == 130 and not output.exists()
+    assert run(*options, output)[0] == 130 and not output.exists()
     rows, = tmp_path.glob(".faces.npz.*.rows")
     with open(rows, "ab") as file:    # as if it had been killed while it wrote a row
         file.write(b"half a row")
-    monkeypatch.setattr(Embedder, "embed", lambda self, crops: embedded.append(len(crops)) or original(self, crops))
-    status, out, _ = run(*options, "--output", output)
+    embedded.append("again")
+    assert run(*options, output)[0] == 0 and not rows.exists()
+    assert embedded == [2, "again", 3]    # the last photo might have had more faces, so it is done again
     whole, continued = np.load(tmp_path / "whole.npz"), np.load(output)
     for name in whole:
         np.testing.assert_array_equal(whole[name], continued[name])
-    assert [Path(name).stem for name in continued["names"]] == ["brighter", "face", "two", "two"]
+    assert continued["names"].tolist() == [str(photos / f"{name}.png") for name in ("brighter", "face", "two", "two")]
     assert continued["chosen"].tolist() == [0, 0, 0, 1] and continued["faces"].tolist() == [1, 1, 2, 2]
-    assert status == 0 and embedded == [2, 3]    # the last photo might have had more faces, so it is done again
-    run(*options, "--output", output, "--flip", "none")
-    assert np.load(output)["embeddings"].shape == (4, 512)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other file systems take only UTF-8")
 def test_aligned_faces_and_names_that_are_not_utf8(run, embedder, tmp_path):
     image = np.random.default_rng(0).integers(0, 256, (112, 96, 3), np.uint8)
-    latin1 = tmp_path / b"Jos\xe9.png".decode(errors="surrogateescape")
+    latin1 = tmp_path / os.fsdecode(b"Jos\xe9.png")
     write_image(tmp_path / "a.png", image)
-    try:
-        (tmp_path / "a.png").rename(latin1)
-    except OSError:
-        pytest.skip("this file system takes only UTF-8")
-    assert run(tmp_path, "--aligned", "--output", tmp_path / "faces.npz")[0] == 0
+    (tmp_path / "a.png").rename(latin1)
+    assert run(tmp_path, "--aligned", "--flip", "none", "--output", tmp_path / "faces.npz")[0] == 0
     faces = np.load(tmp_path / "faces.npz")
     assert set(faces) == {"names", "embeddings", "model"} and faces["names"].tolist() == [str(latin1)]
-    np.testing.assert_allclose(faces["embeddings"][0], embedder(image, aligned=True), atol=1e-5)
+    np.testing.assert_allclose(faces["embeddings"][0], embedder(image, aligned=True)[:512], atol=1e-5)
 
 
-@pytest.mark.parametrize("photo, output, message", [
-    ("missing", "faces.npz", "missing does not exist"), ("coffee.png", "faces.npz", "no face that can be used"),
-    ("face.png", "faces.csv", "is not the name of a .npz file")])
-def test_mistakes_are_one_sentence_errors(run, photos, tmp_path, photo, output, message):
-    status, _, err = run(photos / photo, "--output", tmp_path / output)
-    assert status == 2 and message in err and not (tmp_path / output).exists()
+def test_mistakes_are_one_sentence_errors(run, photos, tmp_path):
+    for photo, output, message in (("missing", "faces.npz", "missing does not exist"),
+                                   ("coffee.png", "faces.npz", "no face that can be used"),
+                                   ("face.png", "faces.csv", "is not the name of a .npz file")):
+        status, _, err = run(photos / photo, "--output", tmp_path / output)
+        assert status == 2 and message in err and not (tmp_path / output).exists()

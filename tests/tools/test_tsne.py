@@ -1,7 +1,8 @@
 """tsne.py: the choice of images, the layout and its score, and the picture."""
+import json
+
 import numpy as np
 import pytest
-from conftest import write_image
 from sklearn.metrics import silhouette_score
 from sklearn.metrics.pairwise import cosine_distances
 
@@ -18,12 +19,9 @@ def test_choice_of_images_depends_on_the_seed_and_skips_small_identities():
     labels = np.array([0] * 9 + [1] * 4 + [2] * 5 + [3] * 7)[np.random.default_rng(0).permutation(25)]
     rows = tsne.choose_images(labels, 2, 5, seed=1)
     assert rows.shape == (2, 5) and len(np.unique(rows)) == 10
-    people = labels[rows]
-    assert (people == people[:, :1]).all() and people[0, 0] != people[1, 0] and 1 not in people
+    assert np.ptp(labels[rows], axis=1).tolist() == [0, 0] and 1 not in labels[rows]
     assert np.array_equal(rows, tsne.choose_images(labels, 2, 5, seed=1))
     assert any(not np.array_equal(rows, tsne.choose_images(labels, 2, 5, seed=s)) for s in range(2, 6))
-    with pytest.raises(InputError, match="only 3 of 4 people have 5 images or more"):
-        tsne.choose_images(labels, 4, 5, seed=0)
 
 
 def test_silhouette_score_uses_the_cosine_distance_of_the_embeddings():
@@ -32,43 +30,35 @@ def test_silhouette_score_uses_the_cosine_distance_of_the_embeddings():
     points, silhouette = tsne.layout_and_silhouette(embeddings * random.uniform(1, 9, (12, 1)), labels, 0)
     distance = cosine_distances(embeddings)    # the norms must not matter
     assert silhouette == pytest.approx(silhouette_score(distance, labels, metric="precomputed"))
-    assert points.shape == (12, 2)
     with pytest.raises(InputError, match="not finite"):
         tsne.layout_and_silhouette(np.full((12, 8), np.nan), labels, 0)
 
 
 def test_two_models_are_drawn_on_the_same_images(casia, model, tmp_path, call):
-    output = tmp_path / "tsne.png"
+    output, table = tmp_path / "tsne.png", tmp_path / "points.json"
     status, out, _ = call(tsne, "--model", model, "--model", model, "--title", "before", "--title", 'after "x"',
                           "--faces", casia, "--identities", 2, "--per-identity", 3, "--device", "cpu", "--output",
-                          output, "--points", tmp_path / "points.tsv")
-    lines = out.splitlines()
+                          output, "--points", table)
+    lines, drawn = out.splitlines(), json.loads(table.read_text())
     assert status == 0 and lines[0].replace("before", 'after "x"') == lines[1]
     assert "2 identities, 3 images each" in lines[0] and -1 <= float(lines[0].split()[1]) <= 1
-    height, width = read_image(output).shape[:2]
-    assert width > 2 * height * 0.9
-    (before, after), labels, names = tsne.read_points(tmp_path / "points.tsv")
-    assert before[0].startswith("before: silhouette") and after[0].startswith('after "x": silhouette')
-    assert before[1].shape == (6, 2) and np.array_equal(before[1], after[1])
-    assert labels.tolist() == [0, 0, 0, 1, 1, 1] and len(set(names)) == 2
+    assert read_image(output).shape[1] > 1.8 * len(read_image(output))
+    (_, before), (title, after) = drawn["panels"]
+    assert title.startswith('after "x": silhouette') and before == after and np.shape(after) == (6, 2)
+    assert drawn["labels"] == [0, 0, 0, 1, 1, 1] and len(set(drawn["names"])) == 2
 
 
-def test_lfw_casia_and_aligned_faces_are_read(casia, tmp_path):
+def test_lfw_and_casia_are_read(casia, tmp_path):
     listed = read_landmarks(casia / "casia_landmark.txt", labeled=True)
     write_landmarks(tmp_path / "lfw.txt", zip(listed.paths, listed.points))
     lfw, train = tsne.list_lfw(casia, tmp_path / "lfw.txt"), list_casia(casia)
-    assert np.array_equal(lfw.labels, train.labels)
     faces = tsne.read_faces(lfw, [0, 9])
-    assert np.array_equal(faces, tsne.read_faces(train, [0, 9]))
-    for i, face in enumerate(faces):
-        write_image(tmp_path / "aligned" / f"person{i}" / "1.png", face)
-    aligned = list_casia(tmp_path / "aligned")
-    assert aligned.points is None and np.array_equal(tsne.read_faces(aligned, [0, 1]), faces)
+    assert np.array_equal(lfw.labels, train.labels) and np.array_equal(faces, tsne.read_faces(train, [0, 9]))
 
 
-@pytest.mark.parametrize("options, message", [
-    (("--per-identity", 9), "only 0 of 6 people"), (("--identities", 1), "--identities"),
-    (("--title", "a", "--title", "b"), "--title once per --model"), (("--output", "tsne.gif"), "must end in .png")])
-def test_invalid_options_are_refused(casia, model, call, options, message):
-    status, _, err = call(tsne, "--model", model, "--faces", casia, "--device", "cpu", *options)
-    assert status == 2 and message in err
+def test_invalid_options_are_refused(casia, model, call):
+    for options, message in ((("--per-identity", 9), "only 0 of 6 people have 9 images or more"),
+                             (("--title", "a", "--title", "b"), "--title once per --model"),
+                             (("--output", "tsne.gif"), "must end in .png")):
+        status, _, err = call(tsne, "--model", model, "--faces", casia, "--device", "cpu", *options)
+        assert status == 2 and message in err
