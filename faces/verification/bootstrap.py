@@ -33,28 +33,14 @@ def bootstrap(correct: np.ndarray, identities: np.ndarray, resamples: int = 1000
     rng = np.random.default_rng(seed)
     accuracies = []
     for start in range(0, resamples, CHUNK):
-        counts = draw(rng, min(CHUNK, resamples - start), len(people))
-        weights = pair_weights(counts, left, right)                                 # (draws, P)
+        size = min(CHUNK, resamples - start)
+        # Each draw has its own range of numbers, so that one bincount() counts the people of all draws.
+        drawn = rng.integers(len(people), size=(size, len(people))) + len(people) * np.arange(size)[:, None]
+        counts = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape).astype(np.float32)
+        weights = counts[:, left] * np.where(left == right, np.float32(1), counts[:, right])    # (draws, P)
         with np.errstate(invalid="ignore"):   # if all weights are zero, the result is NaN, which interval() ignores
             accuracies.append((weights @ correct) / weights.sum(1, keepdims=True))
     return np.concatenate(accuracies).T.astype(np.float64)
-
-
-def draw(rng: np.random.Generator, resamples: int, size: int) -> np.ndarray:
-    """Draw `size` items out of `size` with replacement; return how often each was drawn, float32 (resamples, size)."""
-    # Each resample has its own range of numbers, so that one bincount() counts the items of all resamples.
-    items = rng.integers(size, size=(resamples, size)) + size * np.arange(resamples)[:, None]
-    return np.bincount(items.ravel(), minlength=resamples * size).reshape(resamples, size).astype(np.float32)
-
-
-def pair_weights(counts: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Return the weight of each pair in each draw, float32 (R, P).
-
-    Args:
-        counts: float32 (R, I), how often each identity was drawn.
-        left, right: int (P,), the two identities of each pair; they are equal for a genuine pair.
-    """
-    return counts[:, left] * np.where(left == right, np.float32(1), counts[:, right])
 
 
 def interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:

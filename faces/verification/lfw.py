@@ -49,13 +49,13 @@ def load_lfw(root, file=None, landmarks=None, aligned: bool = False, view: int |
             raise InputError(f"{root} contains its pairs and aligned faces; leave out --pairs, --landmarks and --view.")
         pairs, images = read_bin(root)
         return Lfw(pairs, load_faces(images, pairs.paths), f"none, the faces in {root.name} are aligned", str(root))
-    source = open_images(root)
+    source, points, found = open_images(root), None, "none, the images are aligned"
     pairs = read_pairs(source, file, view, identification)
-    points, found = None, "none, the images are aligned"
-    if not aligned:
-        listed = path(landmarks) if landmarks else found_list(source, "lfw_landmark.txt")
-        points, found = (landmarks_of(listed, pairs.paths, source), str(listed)) if listed else \
-            _detect_landmarks(source, pairs.paths, find_landmarks, device)
+    listed = None if aligned else path(landmarks) if landmarks else found_list(source, "lfw_landmark.txt")
+    if listed:
+        points, found = _landmarks_of(listed, pairs.paths, source), str(listed)
+    elif not aligned:
+        points, found = _detect_landmarks(source, pairs.paths, find_landmarks, device)
     return Lfw(pairs, load_faces(source, pairs.paths, points), found, str(root))
 
 
@@ -63,11 +63,11 @@ def _detect_landmarks(source, paths, find_landmarks, device):
     if source.root.is_file() or find_landmarks is None:
         raise InputError(f"there is no landmark list for {source}; unpack it, so that landmarks can be found, or pass "
                          "a list with --landmarks, or --aligned if the faces are aligned.")
-    print(f"there is no landmark list for {source}; detecting landmarks in {count_of(len(paths), 'image~')} now "
-          "(mtcnn/lfw_landmark.py would save them)", file=sys.stderr)
+    images = count_of(len(paths), "image~")
+    print(f"there is no landmark list for {source}; detecting landmarks in {images} now (mtcnn/lfw_landmark.py would "
+          "save them)", file=sys.stderr)
     points, missed = find_landmarks(source.root, paths, device=device)
-    found = f"MTCNN, for this run; no face in {missed:,} of {count_of(len(paths), 'image~')}" + (
-        ", which got the median landmarks" if missed else "")
+    found = f"MTCNN, for this run; no face in {missed:,} of {images}{', which got the median landmarks' * bool(missed)}"
     print(found, file=sys.stderr)
     return points, found
 
@@ -93,10 +93,10 @@ def load_faces(source, paths: list, points: np.ndarray | None = None) -> np.ndar
         try:
             image = read_image(source.open(paths[i]))
             faces[i] = crop_aligned(image) if points is None else align(image, points[i])
-            if points is not None:
-                centers[i] = points[i].mean(0) / image.shape[1::-1]
         except (UnreadableImage, ValueError) as error:
             return paths[i], str(error)
+        if points is not None:
+            centers[i] = points[i].mean(0) / image.shape[1::-1]
 
     with one_opencv_thread(), ThreadPoolExecutor(min(16, count_cpus())) as pool:
         results = tqdm(pool.map(load, range(len(paths))), "aligning", len(paths), unit=" faces", leave=False,
@@ -111,12 +111,8 @@ def load_faces(source, paths: list, points: np.ndarray | None = None) -> np.ndar
     return faces
 
 
-def landmarks_of(file, paths: list, source) -> np.ndarray:
-    """Return the landmarks of images `paths` of a Folder or Zip from a list without labels, float32 (N, 5, 2).
-
-    Raises:
-        InputError: the list can't be read, or lacks an image.
-    """
+def _landmarks_of(file, paths, source):
+    """Return the landmarks of images from a list without labels, float32 (N, 5, 2)."""
     listed = read_landmarks(file, labeled=False, root=source.root)
     row = {normal_form(name).removeprefix(source.wrapper): i for i, name in enumerate(listed.paths)}
     absent = [name for name in paths if normal_form(name) not in row]

@@ -32,11 +32,7 @@ class OperatingPoint(NamedTuple):
     threshold: float
     accepted: int       # number of impostor pairs that are accepted
     impostors: int      # number of all impostor pairs
-
-    @property
-    def resolved(self) -> bool:
-        """Whether there are enough impostor pairs for one of them to be accepted at this rate."""
-        return _allowed(self.far, self.impostors) >= 1
+    resolved: bool      # whether there are enough of them for one to be accepted at this rate
 
 
 class Identification(NamedTuple):
@@ -68,7 +64,10 @@ def verify(embeddings: np.ndarray, pairs: np.ndarray, same: np.ndarray, folds: n
     judged = np.flatnonzero(folds >= 0)
     if count + (len(judged) < len(folds)) < 2 or len(np.unique(folds[judged])) != count:
         raise ValueError("the protocol needs at least two folds, none of them empty")
-    means = training_means(embeddings, pairs, folds) if subtract_mean else np.zeros((1, np.shape(embeddings)[1]))
+    means = np.zeros((1, np.shape(embeddings)[1]))
+    if subtract_mean:
+        member = np.array([np.isin(np.arange(len(embeddings)), pairs[folds != k]) for k in range(count)])    # (K, N)
+        means = member @ np.asarray(embeddings, np.float64) / member.sum(1, keepdims=True)
     tables = np.broadcast_to(similarities(embeddings, pairs, means), (count, len(folds)))
     scores = tables[folds[judged], judged]
     far, tar = roc(scores, same[judged])    # raises ValueError unless there are pairs of both kinds
@@ -80,7 +79,7 @@ def verify(embeddings: np.ndarray, pairs: np.ndarray, same: np.ndarray, folds: n
 
 
 def similarities(embeddings: np.ndarray, pairs: np.ndarray, means: np.ndarray) -> np.ndarray:
-    """Return the cosine similarity of each pair after subtracting a mean, for each of several means.
+    """Return the cosines of P pairs after subtracting each of K means, float64 (K, P), in [-1, 1].
 
     Expands (a - m).(b - m), so that K means cost one matrix product instead of K passes over the embeddings.
 
@@ -88,9 +87,6 @@ def similarities(embeddings: np.ndarray, pairs: np.ndarray, means: np.ndarray) -
         embeddings: float (N, D).
         pairs: int (P, 2).
         means: float (K, D); a single row of zeros gives plain cosines.
-
-    Returns:
-        float64 (K, P), in [-1, 1].
 
     Raises:
         ValueError: an embedding is not finite, or one in a pair is zero after the mean is subtracted.
@@ -111,21 +107,11 @@ def similarities(embeddings: np.ndarray, pairs: np.ndarray, means: np.ndarray) -
     return np.clip(dot / np.sqrt(norm_square[:, left] * norm_square[:, right]), -1, 1)
 
 
-def training_means(embeddings: np.ndarray, pairs: np.ndarray, folds: np.ndarray) -> np.ndarray:
-    """Return the mean embedding of the distinct images in the pairs of all folds except k, float64 (K, D)."""
-    count, e = folds.max() + 1, np.asarray(embeddings, np.float64)
-    member = np.zeros((count, len(e)), bool)
-    for k in range(count):
-        member[k, np.ravel(pairs[folds != k])] = True
-    return member @ e / member.sum(1, keepdims=True)
-
-
 def best_threshold(similarity: np.ndarray, same: np.ndarray) -> float:
     """Return the threshold that classifies most pairs correctly; similarity float (P,), same bool (P,).
 
-    The candidates are the midpoints between neighboring distinct similarities, one just below the lowest (all
-    accepted), and the highest itself (none accepted). If several are equally good, the middle one is returned, or the
-    lower of the two in the middle.
+    Candidates are the midpoints between neighboring distinct similarities, one just below the lowest (all accepted),
+    and the highest itself (none accepted). Of several equally good ones, the middle or lower middle one is returned.
     """
     values, genuine, impostor = _tally(similarity, same)
     lower, upper = values[:-1], values[1:]
@@ -139,14 +125,8 @@ def best_threshold(similarity: np.ndarray, same: np.ndarray) -> float:
 
 
 def roc(similarity: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the points of the ROC curve, one per distinct outcome; similarity float (P,), same bool (P,).
-
-    Returns:
-        far, tar: float64 (V + 1,) for V distinct similarities, from (0, 0), nothing accepted, to (1, 1).
-
-    Raises:
-        ValueError: no genuine or no impostor pair, or a similarity that is not a number.
-    """
+    """Return the ROC curve as far and tar, float64 (V + 1,) for V distinct similarities, from (0, 0), nothing accepted,
+    to (1, 1); similarity float (P,), same bool (P,). Raises ValueError unless there are pairs of both kinds."""
     _, genuine, impostor = _tally(similarity, same)
     if not genuine.any() or not impostor.any():
         raise ValueError("a ROC curve needs genuine and impostor pairs")
@@ -172,21 +152,19 @@ def operating_point(similarity: np.ndarray, same: np.ndarray, far: float) -> Ope
     """Return the OperatingPoint with the highest TAR among the thresholds with at most the rate `far`, 0 to 1;
     similarity float (P,), same bool (P,), with pairs of both kinds."""
     impostors = np.sort(similarity[~same])[::-1]
-    allowed = _allowed(far, len(impostors))
+    allowed = int(far * len(impostors) + 1e-9)    # 1e-3 of 3,000 may be computed as slightly less than 3
     threshold = impostors[allowed] if allowed < len(impostors) else np.nextafter(similarity.min(), -np.inf)
     return OperatingPoint(far, float((similarity[same] > threshold).mean()), float(threshold),
-                          int((impostors > threshold).sum()), len(impostors))
+                          int((impostors > threshold).sum()), len(impostors), allowed >= 1)
 
 
 def identify(embeddings: np.ndarray, identities: np.ndarray, seed: int = 0) -> Identification:
     """Find each probe's person in a gallery by cosine similarity; ties count against the probe.
 
-    The gallery holds one randomly drawn image of each identity with at least two images; the others are the probes.
-
     Args:
         embeddings: float (N, D), not zero.
         identities: int (N,).
-        seed: for the choice of the gallery.
+        seed: see choose_gallery().
 
     Raises:
         ValueError: fewer than two identities with two images or more.
@@ -206,7 +184,8 @@ def identify(embeddings: np.ndarray, identities: np.ndarray, seed: int = 0) -> I
 
 
 def choose_gallery(identities: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Return the images of the gallery, in the order of their identities, and of the probes: int (G,), int (Q,)."""
+    """Draw one image of each identity with at least two images; return these, in the order of the identities, and the
+    others of these identities, the probes: int (G,), int (Q,)."""
     identities = np.asarray(identities)
     shuffled = np.random.default_rng(seed).permutation(len(identities))
     shuffled = shuffled[np.isin(identities[shuffled], np.flatnonzero(np.bincount(identities) >= 2))]
@@ -222,7 +201,3 @@ def _tally(similarity, same):
     values, index = np.unique(similarity, return_inverse=True)
     genuine = np.bincount(index, same).astype(np.int64)
     return values, genuine, np.bincount(index) - genuine
-
-
-def _allowed(far, impostors):
-    return int(far * impostors + 1e-9)   # 1e-3 of 3,000 may be computed as slightly less than 3

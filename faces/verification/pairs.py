@@ -7,7 +7,6 @@ number of pairs of each kind. Without such a header, as in Kaggle's pairs.csv, t
 So do those of lists with lines of `path path 0|1` or `0|1 path path`, or with a line per image and two lines per pair,
 `path 0` (impostor) or `path fold` (genuine), as for CALFW and CPLFW.
 """
-import contextlib
 import io
 from collections import Counter
 from collections.abc import Callable
@@ -18,7 +17,6 @@ import numpy as np
 
 from faces.data.sources import Folder, Zip, open_source
 from faces.files import InputError, count_of, path, reading, shorten
-from faces.images import UnreadableImage
 from faces.landmarks import normal_form, read_lines
 
 VIEW_1_FILES = ("pairsDevTrain.txt", "pairsDevTest.txt")
@@ -61,15 +59,17 @@ def read_pairs(source, file=None, view: int | None = None, identification: bool 
     """
     source, file = source if isinstance(source, (Folder, Zip)) else open_images(source), file and path(file)
     if view is None:
-        view_1 = file.name in VIEW_1_FILES if file else _search(source, VIEW_1_FILES[:1]) and not _search(source)
-        view = 1 if view_1 else 2
+        found = file or _find(source, VIEW_2_FILES) or _find(source, VIEW_1_FILES)
+        view = 1 if found and found.name in VIEW_1_FILES else 2
     if view == 1 and file and file.name not in VIEW_1_FILES:
         raise InputError(f"{file} does not belong to view 1, which consists of {' and '.join(VIEW_1_FILES)}; pass one "
                          "of them with --pairs, or use --view 2.")
-    if view == 1:
-        files = [file.with_name(name) if file else _find(source, [name]) for name in VIEW_1_FILES]
-    else:
-        files = [file or _find(source, VIEW_2_FILES)]
+    files = []
+    for names in [[name] for name in VIEW_1_FILES] if view == 1 else [VIEW_2_FILES]:
+        files.append((file.with_name(names[0]) if view == 1 else file) if file else _find(source, names))
+        if files[-1] is None:
+            raise InputError(f"there is no {names[0]} in {source} or its parent folder; download it into one of these "
+                             "(lfw_eval.py also takes --pairs FILE).")
     parts = [read_list(part) for part in files]
     named_pairs, same = sum((part[0] for part in parts), []), np.concatenate([part[1] for part in parts])
     folds = np.repeat((TRAINING_ONLY, 0), [len(part[0]) for part in parts]) if view == 1 else parts[0][2]
@@ -118,22 +118,14 @@ def _pair(number, fields):
     """Return the names of both images on a line, and whether the pair is genuine."""
     match fields:
         case [name, i, j] if i.isdecimal() and j.isdecimal():
-            return _lfw_name(name, i), _lfw_name(name, j), True
-        case [name, i, other, j] if i.isdecimal() and j.isdecimal():
-            if name == other:
-                raise ValueError(f"line {number}: the impostor pair names the same person twice")
-            return _lfw_name(name, i), _lfw_name(other, j), False
+            names, same = (f"{name}/{name}_{int(i):04d}", f"{name}/{name}_{int(j):04d}"), True
+        case [name, i, other, j] if i.isdecimal() and j.isdecimal() and name != other:
+            names, same = (f"{name}/{name}_{int(i):04d}", f"{other}/{other}_{int(j):04d}"), False
         case [left, right, ("0" | "1") as same] | [("0" | "1") as same, left, right]:
-            return _name(left), _name(right), same == "1"
-    raise ValueError(f"line {number}: expected `Name i j`, `Name1 i Name2 j` or `path path 0|1`")
-
-
-def _lfw_name(person, number):
-    return _name(f"{person}/{person}_{int(number):04d}")
-
-
-def _name(text):
-    return normal_form(text.replace("\\", "/"))
+            names, same = (left, right), same == "1"
+        case _:
+            raise ValueError(f"line {number}: expected `Name i j`, `Name1 i Name2 j` or `path path 0|1`")
+    return *(normal_form(name.replace("\\", "/")) for name in names), same
 
 
 def ten_folds(count: int) -> np.ndarray:
@@ -211,37 +203,26 @@ def _person(image):
 
 class _Member(NamedTuple):
     """A list in the zip of the images, with what read_lines() needs of a Path."""
+    source: Zip
     name: str
-    data: bytes
 
     def __str__(self):
-        return self.name
+        return f"{self.source}/{self.name}"
 
     def exists(self):
-        return True
+        return self.name in self.source.members
 
     is_file = exists
 
     def open(self, _):
-        return io.BytesIO(self.data)
-
-
-def _search(source, names=VIEW_2_FILES):
-    """Return the list in the folder or zip of images, or around it, or None."""
-    root = source.root.absolute()
-    outer = 0 if root.is_file() else max(source.wrapper.count("/"), root.name == root.parent.name)
-    for name in names:
-        if root.is_file():
-            with contextlib.suppress(UnreadableImage):
-                return _Member(f"{source}/{name}", source.open(name))
-        for folder in (root, *root.parents[:1 + outer], root.resolve().parent):
-            if (folder / name).is_file():
-                return folder / name
+        return io.BytesIO(self.source.open(self.name))
 
 
 def _find(source, names):
-    file = _search(source, names)
-    if file is None:
-        raise InputError(f"there is no {names[0]} in {source} or its parent folder; download it into one of these "
-                         "(lfw_eval.py also takes --pairs FILE).")
-    return file
+    """Return the list in the folder or zip of images, or around it, or None."""
+    root = source.root.absolute()
+    inside = [_Member(source, name) for name in names] if root.is_file() else []
+    outer = 0 if inside else max(source.wrapper.count("/"), root.name == root.parent.name)
+    folders = (root, *root.parents[:1 + outer], root.resolve().parent)
+    return next((file for file in [*inside, *(folder / name for name in names for folder in folders)]
+                 if file.is_file()), None)

@@ -25,13 +25,11 @@ class Threshold(NamedTuple):
 
 
 def choose_threshold(similarity: np.ndarray, same: np.ndarray, source: str, value: float | None = None) -> Threshold:
-    """Return the Threshold with the highest accuracy on some pairs, or with a given value.
+    """Return the Threshold with the highest accuracy on P pairs from a set called `source`, or with a given value.
 
     Args:
         similarity: float (P,), cosine similarities of concatenated embeddings, without subtracting a mean.
         same: bool (P,), True for a genuine pair.
-        source: where the pairs are from, in words.
-        value: None for the best threshold.
     """
     value = float(best_threshold(similarity, same) if value is None else value)
     accepted = np.asarray(similarity) > value
@@ -55,15 +53,11 @@ def load_threshold(model, loaded: dict) -> Threshold | None:
 
     `loaded` is what load_net() returned for the model. Raises InputError if the file belongs to other weights.
     """
-    content = read_json(threshold_path(model))
-    if content:
-        if content["fingerprint"] != loaded["fingerprint"]:
-            raise InputError(f"{threshold_path(model)} belongs to other weights than {model} has now; run `lfw_eval.py "
-                             "--save-threshold` again.")
-        return Threshold(*(content[name] for name in Threshold._fields))
-    stored = loaded["threshold"]
-    if stored is None:
-        return None
-    later = "" if loaded["step"] == stored["step"] else f" (the weights are those of step {loaded['step']:,})"
-    source = f"{stored['source']}, evaluated during training at step {stored['step']:,}{later}"
-    return Threshold(*(stored[name] for name in Threshold._fields[:-1]), source)
+    stored = read_json(threshold_path(model)) or dict(loaded["threshold"] or {})
+    if stored.get("fingerprint", loaded["fingerprint"]) != loaded["fingerprint"]:
+        raise InputError(f"{threshold_path(model)} belongs to other weights than {model} has now; run `lfw_eval.py "
+                         "--save-threshold` again.")
+    if "step" in stored:    # from the checkpoint
+        later = "" if loaded["step"] == stored["step"] else f" (the weights are those of step {loaded['step']:,})"
+        stored["source"] += f", evaluated during training at step {stored['step']:,}{later}"
+    return Threshold(*(stored[name] for name in Threshold._fields)) if stored else None

@@ -51,7 +51,6 @@ class Found(NamedTuple):
     layout: Layout
     tensors: dict      # from our name to (name in the file, tensor)
     source: str        # where in the file they are, such as "model_ema"; empty if they are not nested
-    ignored: list      # names beside them that do not belong to the network, such as training heads
 
 
 def _ignored(module, name):
@@ -69,30 +68,17 @@ IGNORED = [_ignored(*name.rsplit(".", 1)) for name in """numpy.core.multiarray.s
 
 def load_net(file, nets: dict[str, Callable], name: str | None = None,
              channels: str | None = None) -> tuple[nn.Module, dict]:
-    """Return the network whose weights a file holds, on the CPU, and a description of the file.
+    """Return the network whose weights a file holds, on the CPU, and the description of load_weights().
 
     Args:
-        file: see load_weights().
+        file, channels: see load_weights().
         nets: dict from a network's name, "faceNet" or "sphere20a", to its constructor.
         name: name of the network that the file is expected to hold; None accepts either.
-        channels: see load_weights().
-
-    Raises:
-        InputError: see load_weights().
     """
-    file, content, found = _read(file)
-    found_name = _net_in(file, found, name)
+    content = _read(file, name)
     with torch.device("cpu"):    # whatever the defaults of the process are
-        net = nets[found_name]().float()
-    return net, _load(file, content, found, net, channels)
-
-
-def initial_net(make: Callable[[], nn.Module], file=None) -> nn.Module:
-    """Return a network to train: make(), with the weights in a file if one is given; see load_weights()."""
-    net = make()
-    if file is not None:
-        announce(file, load_weights(net, file))
-    return net
+        net = nets[content.net]().float()
+    return net, _load(content, net, channels)
 
 
 def load_weights(net: nn.Module, file, channels: str | None = None) -> dict:
@@ -114,29 +100,29 @@ def load_weights(net: nn.Module, file, channels: str | None = None) -> dict:
     Raises:
         InputError: the file can't be read safely, is not a checkpoint, or contains weights that do not fit `net`.
     """
-    file, content, found = _read(file)
-    _net_in(file, found, architecture(net.state_dict()))
-    return _load(file, content, found, net, channels)
+    return _load(_read(file, architecture(net.state_dict())), net, channels)
+
+
+def initial_net(make: Callable[[], nn.Module], file=None) -> nn.Module:
+    """Return a network to train: make(), with the weights in a file if one is given; see load_weights()."""
+    net = make()
+    if file is not None:
+        announce(file, load_weights(net, file))
+    return net
 
 
 def net_in(file) -> str:
     """Return the name of the network whose weights a file holds; see load_weights()."""
-    file, _, found = _read(file)
-    return _net_in(file, found)
+    return _read(file).net
 
 
 def announce(file, loaded: dict):
     """Print which layout a public file has, on one line of stderr; checkpoints of this project need no announcement."""
-    if loaded["format"] == CHECKPOINT:
-        return
-    line = f"{file}: {loaded['net']} in the layout {loaded['layout']}; channel order {loaded['channels'].upper()}"
-    if loaded["source"]:
-        line += f"; taken from {loaded['source']}"
-    if loaded["others"]:
-        line += f" rather than {', '.join(loaded['others'])}"
-    if loaded["ignored"]:
-        line += f"; left out: {shorten(loaded['ignored'])}"
-    print(line, file=sys.stderr)
+    if loaded["format"] != CHECKPOINT:
+        rather = f" rather than {', '.join(loaded['others'])}" if loaded["others"] else ""
+        print(f"{file}: {loaded['net']} in the layout {loaded['layout']}; channel order {loaded['channels'].upper()}"
+              + (f"; taken from {loaded['source']}{rather}" if loaded["source"] else rather)
+              + (f"; left out: {shorten(loaded['ignored'])}" if loaded["ignored"] else ""), file=sys.stderr)
 
 
 def add_options(parser, nets, **net_options):
@@ -174,38 +160,41 @@ def model_file(model) -> Path:
             raise InputError(f"the folder {file} holds no checkpoint.pt; pass the folder of a run, or a file.")
         return file / "checkpoint.pt"
     with reading(file, "file of weights"):
-        is_torchscript = zipfile.is_zipfile(file) and any(
-            name.endswith("/constants.pkl") for name in zipfile.ZipFile(file).namelist())
-    if file.suffix.lower() == ".onnx" or is_torchscript:
+        names = zipfile.ZipFile(file).namelist() if zipfile.is_zipfile(file) else []
+    if file.suffix.lower() == ".onnx" or any(name.endswith("/constants.pkl") for name in names):    # of TorchScript
         raise InputError(f"{file} is an export for other programs; pass the checkpoint it was made from, or export "
                          "safetensors.")
     return file
 
 
-def find_weights(content, source: str = "", depth: int = 0) -> list[Found]:
-    """Return the weights in what torch.load() returned, the preferred ones first; empty if none has a known layout.
+def find_weights(content) -> tuple[list[Found], list[str]]:
+    """Return the weights in what torch.load() returned, the preferred ones first, and the names of all other tensors.
 
     They are a state dict, or under one of KEYS at any of MAX_DEPTH levels. Names may have any prefix, such as
-    "backbone.". `source` and `depth` say where `content` is in the file.
+    "backbone.". Without weights in a known layout, the list is empty.
     """
-    if not isinstance(content, dict) or depth > MAX_DEPTH:
-        return []
-    tensors = {".".join(part for part in name.split(".") if part not in WRAPPERS): (name, value)
-               for name, value in content.items() if isinstance(name, str) and isinstance(value, torch.Tensor)}
-    prefixes = [(prefix, layout) for layout in LAYOUTS for name in tensors
-                if (prefix := name.removesuffix(layout.first)) != name and prefix[-1:] in ("", ".")]
-    order = ["", *KEYS]
-    prefixes.sort(key=lambda item: order.index(key) if (key := item[0].partition(".")[0]) in order else len(order))
-    found = []
+    tensors = dict(_tensors(content))
+    prefixes = [(name.removesuffix(layout.first), layout) for layout in LAYOUTS for name in tensors
+                if f".{name}".endswith(f".{layout.first}")]
+    prefixes.sort(key=lambda item: [KEYS.index(part) if part in KEYS else len(KEYS)
+                                    for part in item[0].split(".")[:-1]])
+    found, others = [], dict(tensors)
     for prefix, layout in prefixes[:8]:    # only a hostile file has more
-        own = {name: value for name, value in tensors.items()
-               if name.startswith(prefix) and re.match(layout.body, name.removeprefix(prefix))}
-        found.append(Found(layout, {_our_name(name.removeprefix(prefix)): value for name, value in own.items()},
-                           ".".join(filter(None, (source, prefix.rstrip(".")))),
-                           [value[0] for name, value in tensors.items() if name not in own]))
-    for key in KEYS:
-        found += find_weights(content.get(key), f"{source}.{key}".lstrip("."), depth + 1)
-    return found
+        own = {name: name.removeprefix(prefix) for name in tensors if name.startswith(prefix)}
+        own = {name: inner for name, inner in own.items() if re.match(layout.body, inner)}
+        found.append(Found(layout, {_our_name(inner): (name, tensors[name]) for name, inner in own.items()},
+                           prefix.rstrip(".")))
+        others = {name: None for name in others if name not in own}
+    return found, list(others)
+
+
+def _tensors(content, prefix="", depth=0):
+    """Yield (name, tensor) of a state dict, and of the dicts under KEYS in it, without the names of WRAPPERS."""
+    for name, value in content.items() if isinstance(content, dict) else ():
+        if isinstance(name, str) and isinstance(value, torch.Tensor):
+            yield prefix + ".".join(part for part in name.split(".") if part not in WRAPPERS), value
+        elif isinstance(name, str) and name in KEYS and depth < MAX_DEPTH:
+            yield from _tensors(value, f"{prefix}{name}.", depth + 1)
 
 
 def _our_name(name):
@@ -218,66 +207,59 @@ def _our_name(name):
     return re.sub(r"^fc\.", "fc5.", name)
 
 
-def _read(model):
-    """Return the file of a model; a dict with its "format" and what it states; and its weights, a list of Found."""
+class _Content(NamedTuple):
+    file: Path
+    stated: dict     # what the file says about itself, with its "format"
+    net: str         # name of the network
+    found: list      # of Found, at least one
+    ignored: list    # names of tensors that do not belong to the network, such as training heads
+
+
+def _read(model, expected=None):
+    """Return the _Content of a file of weights; raise InputError if its network is not `expected`."""
     file = model_file(model)
-    with reading(file, "safetensors file", "export or download it again"):
+    with reading(file, "file of weights", "export or download it again"):
         with open(file, "rb") as data:
-            start = data.read(9)
-        if start[8:] == b"{" and int.from_bytes(start[:8], "little") < file.stat().st_size:
+            is_safetensors = data.read(9)[8:] == b"{"
+        if is_safetensors:
             with safetensors.safe_open(file, "pt") as data:
                 content = {name: data.get_tensor(name) for name in data.keys()}
                 stated = {**(data.metadata() or {}), "format": "safetensors"}
-                return file, stated, _found(file, content)
-    with torch.serialization.safe_globals(IGNORED):
-        content = load_tensors(file)
-    if isinstance(content, dict) and content.get("format") == CHECKPOINT:
-        return file, {**content, "colour_order": "RGB"}, _found(file, {"weights": content["weights"]})
-    return file, {"format": "state dict"}, _found(file, content)
-
-
-def _found(file, content):
-    found = find_weights(content)
+    if not is_safetensors:
+        with torch.serialization.safe_globals(IGNORED):
+            content, stated = load_tensors(file), {"format": "state dict"}
+        if isinstance(content, dict) and content.get("format") == CHECKPOINT:
+            content, stated = {"weights": content.get("weights")}, {**content, "colour_order": "RGB"}
+    found, ignored = find_weights(content)
     if not found:
-        parts = [content, *content.values()] if isinstance(content, dict) else []
-        first = next((name for part in parts if isinstance(part, dict) for name, value in part.items()
-                      if isinstance(value, torch.Tensor)), None)
-        what = f"no weights of the 20-layer CNN (its first tensor is {first})" if first else "no weights"
+        what = f"no weights of the 20-layer CNN (its first tensor is {ignored[0]})" if ignored else "no weights"
         raise InputError(f"{file} contains {what}; {PAGE}.")
-    return found
-
-
-def _net_in(file, found, expected=None):
-    """Return the name of the network in a file; raise InputError if it is none or not `expected`."""
     name = architecture(found[0].tensors)
     if name is None:
         raise InputError(f"the weights in {file} do not fit faceNet or sphere20a (the last layer is missing); {PAGE}.")
     if name != (expected or name):
         raise InputError(f"{file} contains the weights of {name}, not of {expected}; pass --net {name} or leave out "
                          "--net.")
-    return name
+    return _Content(file, stated, name, found, ignored)
 
 
-def _load(file, stated, found, net, channels):
+def _load(content, net, channels):
     """Load the first of the weights in a file into a network; return the description of load_weights()."""
-    (layout, tensors, source, ignored), *others = found
+    stated, (layout, tensors, source), method = content.stated, content.found[0], content.stated.get("method")
     stated_channels = str(stated.get("colour_order")).lower()
     channels = channels or (stated_channels if stated_channels in CHANNELS else layout.channels)
     expected, modules = net.state_dict(), dict(net.named_modules())
     # In public files, residual convolutions may have biases that the network does not have yet.
     biases = {name: nn.Parameter(layer.weight.new_zeros(layer.out_channels)) for name in tensors
-              if name not in expected and name.endswith(".bias")
-              and isinstance(layer := modules.get(name.removesuffix(".bias")), nn.Conv2d)}
+              if name not in expected and isinstance(layer := modules.get(name.removesuffix(".bias")), nn.Conv2d)}
     expected |= biases
-    with reading(file, "checkpoint of ordinary tensors", "pass another checkpoint"):
+    with reading(content.file, "checkpoint of ordinary tensors", "pass another checkpoint"):
         for name in [*expected, *tensors]:
             file_name, value = tensors.get(name, (name, None))
-            problem = "missing" if value is None else "unknown" if name not in expected else None
-            if not problem and _kind(value) != _kind(expected[name]):
-                problem = f"{_kind(value)}, not {_kind(expected[name])}"
-            if problem and not name.endswith("num_batches_tracked"):
-                raise InputError(f"the weights in {file} do not fit {architecture(tensors)} ({file_name} is "
-                                 f"{problem}); {PAGE}.")
+            found, wanted = _kind(value), _kind(expected.get(name))
+            if found != wanted and not name.endswith("num_batches_tracked"):
+                raise InputError(f"the weights in {content.file} do not fit {content.net} ({file_name} is {found}, not "
+                                 f"{wanted}); {PAGE}.")
         weights = {name: value for name, (_, value) in tensors.items()}
         first = weights["conv1_1.weight"].flip(1) if channels == "bgr" else weights["conv1_1.weight"]
         # Both inputs are zero at x = 127.5 and in the padding, so scaling the weight is exact.
@@ -285,13 +267,14 @@ def _load(file, stated, found, net, channels):
         for name, bias in biases.items():
             modules[name.removesuffix(".bias")].bias = bias
         net.load_state_dict({**expected, **weights})
-    method = stated.get("method")
-    return {"format": stated["format"], "method": None if method == "unknown" else method,
-            "net": architecture(tensors), "layout": layout.title, "channels": channels, "source": source,
-            "ignored": ignored, "others": [other.source for other in others], "fingerprint": fingerprint(net),
+    return {"format": stated["format"], "method": None if method == "unknown" else method, "net": content.net,
+            "layout": layout.title, "channels": channels, "source": source, "ignored": content.ignored,
+            "others": [other.source for other in content.found[1:]], "fingerprint": fingerprint(net),
             "step": stated.get("step"), "threshold": stated.get("threshold")}
 
 
 def _kind(tensor):
+    if tensor is None:
+        return "missing"
     shape = "x".join(map(str, tensor.shape)) or "a scalar"
     return shape if tensor.is_floating_point() else f"{shape} of {tensor.dtype}"

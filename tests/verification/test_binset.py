@@ -2,6 +2,7 @@
 import os
 import pickle
 import struct
+import tracemalloc
 
 import cv2
 import numpy as np
@@ -11,7 +12,7 @@ from conftest import draw_face
 from faces.files import InputError
 from faces.images import read_image
 from faces.verification import binset
-from faces.verification.binset import read_bin, unpickle
+from faces.verification.binset import read_bin
 from faces.verification.lfw import load_lfw
 
 PEOPLE = 12
@@ -52,19 +53,22 @@ def write_bin(tmp_path, data):
     return path
 
 
+def assert_holds(tmp_path, data, images):
+    pairs, read = read_bin(write_bin(tmp_path, data))
+    assert [read.open(pairs.paths[i]) for i in pairs.pairs.ravel()] == images and pairs.same.tolist() == SAME
+
+
 @pytest.mark.parametrize("protocol", range(2, 6))
 def test_every_pickle_protocol_and_type_of_list_can_be_read(tmp_path, images, protocol):
     arrays = [np.frombuffer(image, np.uint8) for image in images]
     for encoded, same in ((images, SAME), (arrays, tuple(SAME)), ([array.copy() for array in arrays], np.array(SAME)),
                           (images, [np.bool_(s) for s in SAME]), (images, np.array(SAME, ">i8"))):
-        pairs, read = read_bin(write_bin(tmp_path, pickle.dumps((encoded, same), protocol)))
-        assert [read.open(pairs.paths[i]) for i in pairs.pairs.ravel()] == images and pairs.same.tolist() == SAME
+        assert_holds(tmp_path, pickle.dumps((encoded, same), protocol), images)
 
 
 def test_files_written_by_python_2_can_be_read(tmp_path, images):
     for data in (python2_pickle(images, SAME), python2_array_pickle(images, SAME)):
-        pairs, read = read_bin(write_bin(tmp_path, data))
-        assert [read.open(pairs.paths[i]) for i in pairs.pairs.ravel()] == images and pairs.same.tolist() == SAME
+        assert_holds(tmp_path, data, images)
         # Python's own unpickler reads the same, so the synthetic files are valid.
         assert bytes(pickle.loads(data, encoding="bytes")[0][5]) == images[5]
 
@@ -94,64 +98,57 @@ class PickledCall:
 
 
 @pytest.mark.parametrize("protocol", (0, 2, 5))
-@pytest.mark.parametrize("name", ("os.system", "eval", "numpy.load", "object array"))
-def test_no_code_in_a_file_is_run(tmp_path, name, protocol):
+def test_no_code_in_a_file_is_run(tmp_path, protocol):
     marker = tmp_path / "run"
-    malicious = {"os.system": PickledCall(os.system, f"touch {marker}"),
-                 "eval": PickledCall(eval, f"open({str(marker)!r}, 'w')"),
-                 "numpy.load": PickledCall(np.load, str(marker))}
-    malicious["object array"] = np.array([malicious["os.system"]], object)
-    data = pickle.dumps(([malicious[name]], [True]), protocol)
-    with pytest.raises(InputError, match=r"lfw.bin is damaged or not a.* \(it (asks for|has an array of)"):
-        read_bin(write_bin(tmp_path, data))
+    touch = PickledCall(os.system, f"touch {marker}")
+    for image in (touch, PickledCall(eval, f"open({str(marker)!r}, 'w')"), PickledCall(np.load, str(marker)),
+                  np.array([touch], object)):
+        with pytest.raises(InputError, match="lfw.bin is damaged or not a"):
+            read_bin(write_bin(tmp_path, pickle.dumps(([image] * 20, SAME[:10]), protocol)))
     assert not marker.exists()
-    if name == "os.system":
-        pickle.loads(data)
-        assert marker.exists()  # Python's own unpickler runs the code, so the file was dangerous
+    pickle.loads(pickle.dumps(touch))
+    assert marker.exists()  # Python's own unpickler runs the code, so the file was dangerous
 
 
 RECONSTRUCT = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85C\x01b\x87R"
-U1 = b"cnumpy\ndtype\nX\x02\x00\x00\x00u1\x85R"
+U1 = b"cnumpy\ndtype\nX\x02\x00\x00\x00u1\x85R(K\x03X\x01\x00\x00\x00|tb"
 
 
 @pytest.mark.parametrize("data", [
     b"", b"no pickle", b"\x80\x04.", b"\x80\x04]", b"\x80\x04a.", b"h\x00.", b"]]R.", b"]]b.",
     b"(ios\nsystem\n.", b"(cos\nsystem\no.", b"cos\nsystem\n)\x81.", b"Pid\n.", b"\x82\x01.", b"}.", b"\x8f.",
-    b"cbuiltins\ngetattr\n.", b"\x8c\x02os\x8c\x06system\x93.", b"cnumpy\nndarray\nJ\xff\xff\xff\x7f\x85R.",
-    b"cnumpy\ndtype\nX\x01\x00\x00\x00O\x85R.", b"cnumpy\ndtype\n)\x81]b.",
-    b"c_codecs\nencode\nX\x00\x00\x00\x00X\x03\x00\x00\x00hex\x86R.",
-    # These declare more bytes, more array elements, or a larger memo than they contain.
+    b"cbuiltins\ngetattr\n.", b"\x8c\x02os\x8c\x06system\x93.", b"cnumpy\nndarray\n)\x81.",
+    # These declare more bytes, or a larger memo, than they contain.
     b"B\xff\xff\xff\xff.", b"\x8e\xff\xff\xff\xff\xff\xff\xff\x7f.", b"\x96\xff\xff\xff\xff\xff\xff\x00\x00.",
-    RECONSTRUCT + b"(K\x01J\xff\xff\xff\x7f\x85" + U1 + b"\x89C\x01xtb.", b"\x80\x02]r\xff\xff\xff\x7f.",
-    RECONSTRUCT + b"(K\x01J\xff\xff\xff\x7f\x85" + U1 + b"\x89J\xff\xff\xff\x7ftb.",    # an integer as its data
+    b"\x80\x02]r\xff\xff\xff\x7f.",
     # A tuple in a tuple, 100,000 deep: hashing it would crash Python.
     b"\x8f()" + b"\x85" * 100_000 + b"\x90.", b"})" + b"\x85" * 100_000 + b"Ns.",
-], ids=range(29))
+], ids=range(24))
 def test_damaged_and_hostile_files_are_refused(tmp_path, data):
-    path = write_bin(tmp_path, data)
     with pytest.raises(InputError, match="lfw.bin is damaged or not a verification set"):
-        read_bin(path)
+        read_bin(write_bin(tmp_path, data))
 
 
 def test_memory_is_bounded_by_the_size_of_the_file(tmp_path, monkeypatch):
     text = b"X" + struct.pack("<i", 100_000) + b"a" * 100_000 + b"q\x00"
     encode = b"c_codecs\nencode\nh\x00X\x06\x00\x00\x00latin1\x86R"
-    with pytest.raises(ValueError, match="many times its size"):
-        unpickle(b"(" + text + encode * 1000 + b"t.")               # 150 KB that decode to 100 MB
-    one = b"B" + struct.pack("<i", 100_000) + b"a" * 100_000 + b"q\x00"
-    arrays = unpickle(b"(" + one + (RECONSTRUCT + b"(K\x01J" + struct.pack("<i", 100_000) + b"\x85" + U1
-                                    + b"\x89h\x00tb") * 1000 + b"t.")
-    assert all(array.data is arrays[0] for array in arrays[1:])     # the same bytes in a thousand arrays
+    array = RECONSTRUCT + b"(K\x01J" + struct.pack("<i", 100_000) + b"\x85" + U1 + b"\x89" + encode + b"tb"
+    for image in (encode, array):    # 200 KB that unfold to 100 MB
+        path = write_bin(tmp_path, b"(]" + text + b"0(" + image * 1000 + b"e](" + b"\x88\x89" * 250 + b"et.")
+        tracemalloc.start()
+        pairs, _ = read_bin(path)
+        assert len(pairs.paths) == 1 and tracemalloc.get_traced_memory()[1] < 10e6
+        tracemalloc.stop()
     monkeypatch.setattr(binset, "MAX_INSTRUCTIONS", 1000)
-    with pytest.raises(ValueError, match="more than plain data"):
-        unpickle(b"\x80\x04" + b"]" * 5000 + b"a" * 4999 + b".")
+    with pytest.raises(InputError, match="more than plain data"):
+        read_bin(write_bin(tmp_path, b"\x80\x04" + b"]" * 5000 + b"a" * 4999 + b"."))
     monkeypatch.setattr(binset, "MAX_BYTES", 100)
     with pytest.raises(InputError, match="lfw.bin: over"):
         read_bin(write_bin(tmp_path, b"]" * 101))
 
 
 @pytest.mark.parametrize("value, message", [
-    ([1, 2, 3], "unpack"), ((b"ab", [True]), "two lists"), (([b""], [True, False]), "1 image for 2 pairs"),
+    ([1, 2, 3], "unpack"), ((b"ab" * 10, SAME[:10]), "not the bytes"), (([b""], [True, False]), "1 image for 2 pairs"),
     (([b"x"] * 18, SAME[:9]), "9 pairs, 5 of them genuine"), (([b"x"] * 48, [True] * 24), "24 of them genuine"),
     (([b"x"] * 48, [2] * 24), "neither true nor false"), (([None] * 48, SAME), "not the bytes of image files"),
 ])
@@ -161,8 +158,7 @@ def test_pickles_with_other_contents_are_refused(tmp_path, value, message):
 
 
 def test_images_that_cannot_be_read_are_named(tmp_path, images):
-    photo = cv2.imencode(".png", np.zeros((50, 40, 3), np.uint8))[1].tobytes()
-    with pytest.raises(InputError, match="2 of 25 images in .*lfw.bin#1: not an image"):
-        load_lfw(write_bin(tmp_path, pickle.dumps(([photo, b"no image", *images[2:]], SAME))))
+    with pytest.raises(InputError, match="1 of 24 images in .*lfw.bin#1: not an image"):
+        load_lfw(write_bin(tmp_path, pickle.dumps(([images[0], b"no image", *images[2:]], SAME))))
     with pytest.raises(InputError, match="leave out --pairs"):
         load_lfw(write_bin(tmp_path, b""), file="pairs.txt")

@@ -5,33 +5,28 @@ import torch
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from faces.verification import metrics
+from faces.verification.bootstrap import bootstrap, interval
 from faces.verification.embed import embed
 from faces.verification.metrics import (
     auc,
     best_threshold,
+    choose_gallery,
     equal_error_rate,
+    identify,
     operating_point,
     roc,
     similarities,
-    training_means,
     verify,
 )
+from faces.verification.report import hardest
 
 
 def random_scores(seed, pairs=400, decimals=None):
-    """Return random similarities, float (P,), and whether each pair is genuine, bool (P,); half of them are.
-
-    Rounding to few decimals produces ties, both within a kind of pair and between the two kinds.
-    """
+    """Return random similarities, float (P,), with ties if rounded, and whether each pair is genuine, bool (P,)."""
     rng = np.random.default_rng(seed)
     same = rng.permutation(np.arange(pairs) % 2 == 0)
     similarity = np.clip(rng.normal(0.4 * same, 0.2), -1, 1)
     return (similarity if decimals is None else similarity.round(decimals)), same
-
-
-def accuracy(similarity, same, threshold):
-    """Return the fraction of pairs that a threshold classifies correctly."""
-    return np.mean((similarity > threshold) == same)
 
 
 def random_embeddings(seed=0, images=60, folds=5, size=20):
@@ -44,16 +39,23 @@ def random_embeddings(seed=0, images=60, folds=5, size=20):
     return embeddings, pairs, people[pairs[:, 0]] == people[pairs[:, 1]], np.arange(folds * size) // size
 
 
+def accuracy(similarity, same, threshold):
+    return np.mean((similarity > threshold) == same)
+
+
+def cosines(embeddings, pairs, mean=0):
+    centered = embeddings - np.asarray(mean, np.float64)
+    centered /= np.linalg.norm(centered, axis=1, keepdims=True)
+    return (centered[pairs[:, 0]] * centered[pairs[:, 1]]).sum(1)
+
+
 @pytest.mark.parametrize("decimals", [None, 2, 1])
-@pytest.mark.parametrize("seed", range(3))
-def test_no_threshold_beats_best_threshold(seed, decimals):
-    similarity, same = random_scores(seed, decimals=decimals)
-    threshold = best_threshold(similarity, same)
+def test_no_threshold_beats_best_threshold(decimals):
+    similarity, same = random_scores(0, decimals=decimals)
     values = np.unique(similarity)
     candidates = np.concatenate(([-2], values, (values[1:] + values[:-1]) / 2))
-    assert accuracy(similarity, same, threshold) == max(accuracy(similarity, same, t) for t in candidates)
-    far, tar, _ = roc_curve(same, similarity, drop_intermediate=False)
-    assert accuracy(similarity, same, threshold) == pytest.approx(max(tar + 1 - far) / 2)  # half are genuine
+    best = accuracy(similarity, same, best_threshold(similarity, same))
+    assert best == max(accuracy(similarity, same, t) for t in candidates)
 
 
 @pytest.mark.parametrize("similarity, same, expected", [
@@ -75,9 +77,13 @@ def test_roc_metrics_agree_with_scikit_learn_and_brute_force(decimals):
     np.testing.assert_allclose(far, expected_far)
     np.testing.assert_allclose(tar, expected_tar)
     assert auc(far, tar) == pytest.approx(roc_auc_score(same, similarity), abs=1e-12)
-    for target in (0, 0.01, 0.1, 1):
-        allowed = [np.mean(similarity[same] > t) for t in (-2, *similarity) if np.mean(similarity[~same] > t) <= target]
-        assert operating_point(similarity, same, target).tar == max(allowed)
+    for target in (1e-3, 0.01, 0.0999, 0.5, 0.9999):
+        point = operating_point(similarity, same, target)
+        assert point.tar == tar[far <= target].max() == np.mean(similarity[same] > point.threshold)
+        assert point.accepted == (similarity[~same] > point.threshold).sum() <= target * 200
+        assert point.resolved == (target >= 1 / 200)
+    # A rate of 1e-3 allows exactly three of 3,000 impostor pairs.
+    assert operating_point(np.arange(6000) / 6000, np.arange(6000) < 3000, 1e-3).accepted == 3
     grid = np.linspace(0, 1, 2_000_001)
     crossing = np.argmin(abs(grid - (1 - np.interp(grid, far, tar))))
     # np.interp() uses only one end of a vertical step, so search the steps for the crossing separately.
@@ -89,9 +95,7 @@ def test_roc_metrics_agree_with_scikit_learn_and_brute_force(decimals):
 def test_the_threshold_of_each_fold_comes_from_the_other_folds():
     embeddings, pairs, same, folds = random_embeddings()
     result = verify(embeddings, pairs, same, folds)
-    unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
-    cosines = np.array([unit[a] @ unit[b] for a, b in pairs])
-    np.testing.assert_allclose(result.similarities, cosines, atol=1e-6)
+    np.testing.assert_allclose(result.similarities, cosines(embeddings, pairs), atol=1e-6)
     for k in range(5):
         threshold = best_threshold(result.similarities[folds != k], same[folds != k])
         assert result.thresholds[k] == threshold
@@ -107,14 +111,23 @@ def test_the_subtracted_mean_comes_from_the_training_folds():
     result = verify(embeddings, pairs, same, folds, subtract_mean=True)
     for k in range(5):
         mean = embeddings[sorted(set(pairs[folds != k].ravel()))].astype(np.float64).mean(0)
-        centered = embeddings - mean
-        centered /= np.linalg.norm(centered, axis=1, keepdims=True)
-        cosines = (centered[pairs[:, 0]] * centered[pairs[:, 1]]).sum(1)
-        np.testing.assert_allclose(result.similarities[folds == k], cosines[folds == k], atol=1e-9)
-        threshold = best_threshold(cosines[folds != k], same[folds != k])
-        assert result.accuracies[k] == accuracy(cosines[folds == k], same[folds == k], threshold)
+        expected = cosines(embeddings, pairs, mean)
+        np.testing.assert_allclose(result.similarities[folds == k], expected[folds == k], atol=1e-9)
+        threshold = best_threshold(expected[folds != k], same[folds != k])
+        assert result.accuracies[k] == accuracy(expected[folds == k], same[folds == k], threshold)
     assert not np.allclose(result.similarities, verify(embeddings, pairs, same, folds).similarities)
-    np.testing.assert_allclose(training_means(embeddings, pairs, folds)[4], mean)
+
+
+@pytest.mark.parametrize("subtract_mean", (False, True))
+def test_view_1_chooses_the_threshold_on_its_training_pairs(subtract_mean):
+    embeddings, pairs, same, folds = random_embeddings()
+    train = folds < 3
+    result = verify(embeddings, pairs, same, np.where(train, -1, 0), subtract_mean)
+    expected = cosines(embeddings, pairs, embeddings[np.unique(pairs[train])].mean(0) if subtract_mean else 0)
+    threshold = best_threshold(expected[train], same[train])
+    np.testing.assert_allclose(result.similarities, expected[~train], atol=1e-6)
+    assert result.threshold == pytest.approx(threshold, abs=1e-6) and result.std == 0
+    assert result.accuracy == accuracy(expected[~train], same[~train], threshold) == result.correct.mean()
 
 
 def test_invalid_input_raises_value_error():
@@ -130,7 +143,6 @@ def test_invalid_input_raises_value_error():
         verify(embeddings, pairs, same, np.zeros_like(folds))
     with pytest.raises(ValueError, match="not numbers"):
         best_threshold(np.array([0.1, np.nan]), np.array([True, False]))
-    assert similarities(embeddings, np.array([[0, 0]]), np.zeros((1, 16)))[0, 0] == pytest.approx(1)
 
 
 def test_similarities_do_not_depend_on_how_many_pairs_are_in_memory(monkeypatch):
@@ -138,6 +150,63 @@ def test_similarities_do_not_depend_on_how_many_pairs_are_in_memory(monkeypatch)
     expected = similarities(embeddings, pairs, embeddings[:3] / 2)
     monkeypatch.setattr(metrics, "CHUNK", 7)
     assert len(pairs) > 7 and np.array_equal(similarities(embeddings, pairs, embeddings[:3] / 2), expected)
+
+
+def test_the_hardest_pairs():
+    scores, same = random_scores(0)
+    indices = hardest(scores, same, True, 7)
+    assert len(indices) == 7 and same[indices].all() and (np.diff(scores[indices]) >= 0).all()
+    assert scores[indices[-1]] <= np.delete(scores, indices)[np.delete(same, indices)].min()
+    indices = hardest(scores, same, False, 7)
+    assert not same[indices].any() and scores[indices[0]] == scores[~same].max()
+
+
+def test_identification_agrees_with_ranks_computed_by_sorting():
+    embeddings = random_embeddings()[0]
+    identities = np.array([*np.arange(40) % 12, 12, 13, 14])   # three people with one image each
+    gallery, probes = choose_gallery(identities, seed=5)
+    assert sorted(identities[gallery]) == list(range(12)) and sorted((*gallery, *probes)) == list(range(40))
+    assert any((gallery != choose_gallery(identities, seed)[0]).any() for seed in range(3))
+    unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
+    ranks = []
+    for probe in probes:
+        order = sorted(gallery, key=lambda image: -unit[image] @ unit[probe])
+        ranks.append(1 + [identities[image] for image in order].index(identities[probe]))
+    result = identify(embeddings[:43], identities, seed=5)
+    assert (result.gallery, result.probes) == (12, 28) and result.cmc[-1] == 1
+    np.testing.assert_allclose(result.cmc, [np.mean(np.array(ranks) <= rank) for rank in range(1, 13)])
+    # If all similarities are equal, every probe gets the last rank, because ties count against it.
+    assert identify(np.ones((43, 4)), identities).cmc.tolist() == [0] * 11 + [1]
+    with pytest.raises(ValueError, match="two people"):
+        identify(embeddings[:3], np.array([0, 0, 1]))
+
+
+def test_bootstrap_counts_the_copies_of_each_pair():
+    rng = np.random.default_rng(1)
+    identities, correct = rng.integers(0, 5, (60, 2)), rng.random((2, 60)) < 0.8
+    drawn = np.random.default_rng(7).integers(5, size=(30, 5))
+    expected = []
+    for people in drawn:    # a pair is repeated for each choice of two drawn people, of a genuine pair for each of one
+        copies = [sum(x == a for x in people) * (a == b or sum(x == b for x in people)) for a, b in identities]
+        expected.append([np.repeat(row, copies).mean() for row in correct])
+    np.testing.assert_allclose(bootstrap(correct, identities, 30, 7), np.transpose(expected), atol=1e-6)
+
+
+def test_interval_accounts_for_pairs_that_share_a_person():
+    people = np.repeat(np.arange(200), 10)
+    identities = np.stack((people, people), 1)
+    rng = np.random.default_rng(0)
+    independent = rng.random(2000) < 0.8               # each pair is correct or not, regardless of the person
+    shared = np.repeat(rng.random(200) < 0.8, 10)      # all ten pairs of a person are correct, or all are wrong
+    binomial_std = np.sqrt(0.8 * 0.2 / 2000)
+    draws = bootstrap(np.stack((independent, shared, shared)), identities, 2000, 1)
+    assert draws[0].std() == pytest.approx(binomial_std, rel=0.15)
+    assert draws[1].std() == pytest.approx(binomial_std * 10 ** 0.5, rel=0.15)
+    low, high = interval(draws[1])
+    assert low < shared.mean() < high and high - low == pytest.approx(3.92 * draws[1].std(), rel=0.1)
+    assert interval(draws[1] - draws[2]) == (0, 0)
+    assert (bootstrap(independent[None], identities, 50, 1) == draws[0, :50]).all()  # draws depend on the seed only
+    assert (bootstrap(independent[None], identities, 50, 2) != draws[0, :50]).any()
 
 
 class ColumnSums(torch.nn.Module):
