@@ -33,36 +33,20 @@ def errors(layer, plain, x):
 
 @needs_compiler
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("count, size, bias", [(3, (56, 48), False), (70, (7, 6), True), (2, (1, 5), False)])
-def test_winograd_convolution_and_its_gradients_are_accurate(count, size, bias, order):
-    torch.manual_seed(0)
-    plain = nn.Conv2d(64, 48, 3, padding=1, bias=bias).to(memory_format=order)
+@pytest.mark.parametrize("plain, fast_class, size", [
+    (nn.Conv2d(64, 48, 3, padding=1, bias=False), WinogradConv2d, (3, 64, 56, 48)),
+    (nn.Conv2d(64, 48, 3, padding=1), WinogradConv2d, (70, 64, 7, 6)),
+    (nn.Conv2d(64, 48, 3, padding=1, bias=False), WinogradConv2d, (2, 64, 1, 5)),
+    (nn.Conv2d(32, 24, 3, 2, 1), StridedConv2d, (9, 32, 11, 8)),
+    (nn.Conv2d(32, 24, (2, 3), (3, 2), (0, 2)), StridedConv2d, (9, 32, 11, 8)),
+    (nn.PReLU(48), FastPReLU, (5, 48, 9, 7)), (nn.PReLU(48, -0.7), FastPReLU, (5, 48, 9, 7))])
+def test_layers_and_their_gradients_are_accurate(plain, fast_class, size, order):
+    plain = copy.deepcopy(plain).to(memory_format=order)
     fast = copy.deepcopy(plain)
-    fast.__class__ = WinogradConv2d
-    assert max(errors(fast, plain, torch.randn(count, 64, *size).contiguous(memory_format=order)).values()) < 5e-6
-
-
-@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("kernel, stride, padding", [(3, 2, 1), ((2, 3), (3, 2), (0, 2))])
-def test_strided_convolution_and_its_gradients_are_accurate(kernel, stride, padding, order):
-    torch.manual_seed(0)
-    plain = nn.Conv2d(32, 24, kernel, stride, padding).to(memory_format=order)
-    fast = copy.deepcopy(plain)
-    fast.__class__ = StridedConv2d
-    assert max(errors(fast, plain, torch.randn(9, 32, 11, 8).contiguous(memory_format=order)).values()) < 5e-6
-
-
-@needs_compiler
-@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
-def test_prelu_and_its_gradients_are_accurate(order):
-    torch.manual_seed(0)
-    plain = nn.PReLU(48)
-    nn.init.uniform_(plain.weight, -1, 1)
-    fast = copy.deepcopy(plain)
-    fast.__class__ = FastPReLU
-    x = torch.randn(5, 48, 9, 7).contiguous(memory_format=order)
-    x[0, :, 0] = 0      # the kernel must treat 0 as PyTorch does
-    assert max(errors(fast, plain, x).values()) < 1e-6
+    fast.__class__ = fast_class
+    x = torch.randn(size).contiguous(memory_format=order)
+    x[0, :, 0] = 0      # the kernel of PReLU must treat 0 as PyTorch does
+    assert max(errors(fast, plain, x).values()) < 5e-6
 
 
 @needs_compiler
