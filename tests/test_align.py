@@ -4,7 +4,7 @@ import pytest
 from conftest import draw_face
 from skimage.transform import estimate_transform
 
-from faces.align import TEMPLATE, align, crop_aligned, similarity_transform
+from faces.align import TEMPLATE, align, similarity_transform
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -39,14 +39,6 @@ def test_aligned_landmarks_are_on_the_template():
     for x, y in TEMPLATE:
         rows, columns = np.nonzero(bright[int(y) - 4:int(y) + 6, int(x) - 4:int(x) + 6])
         assert abs(rows.mean() - 4 - y % 1) < 1 and abs(columns.mean() - 4 - x % 1) < 1
-
-
-def test_square_faces_are_eight_pixels_wider_on_each_side():
-    image, points = draw_face(1, 1)
-    square = np.pad(align(image, points), ((0, 0), (8, 8), (0, 0)))
-    assert np.array_equal(crop_aligned(square), align(image, points))
-    with pytest.raises(ValueError, match="landmarks are needed"):
-        crop_aligned(image)
 
 
 @pytest.mark.parametrize("shape, offset", [((150, 40_000), (39_700, 0)), ((40_000, 150), (0, 38_000))])

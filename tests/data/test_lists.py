@@ -21,14 +21,6 @@ def written(folder, text, encoding="utf-8"):
     return folder / "list.txt"
 
 
-def test_a_written_list_can_be_read_back(tmp_path):
-    points = np.random.default_rng(0).uniform(-5, 300, (3, 5, 2)).astype(np.float32)
-    write_landmarks(tmp_path / "list.txt", zip(("a/1.jpg", "a/2 b.jpg", "b/1.jpg"), (0, 0, 1), points))
-    read = read_landmarks(tmp_path / "list.txt", labeled=True)
-    assert read.paths == ["a/1.jpg", "a/2 b.jpg", "b/1.jpg"] and read.labels.tolist() == [0, 0, 1]
-    np.testing.assert_allclose(read.points, points, atol=0.006)
-
-
 @pytest.mark.parametrize("separator, encoding", [("\t", "utf-8-sig"), (" ", "utf-16"), ("  \t", "utf-8")])
 def test_lists_are_read_from_the_right(tmp_path, separator, encoding):
     numbers = POINTS.replace(" ", separator)
