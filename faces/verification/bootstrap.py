@@ -15,13 +15,11 @@ CHUNK = 64   # number of draws computed at a time, which limits the memory to ab
 
 
 def bootstrap(correct: np.ndarray, identities: np.ndarray, resamples: int = 1000, seed: int = 0) -> np.ndarray:
-    """Draw identities with replacement, and return the accuracy of each model on each draw.
+    """Draw identities with replacement, and return the accuracy of each of M models on each of R draws.
 
     Args:
-        correct: bool (M, P), which pairs each of M models classified correctly.
+        correct: bool (M, P), which pairs each model classified correctly.
         identities: int (P, 2), the identities of both images in each pair.
-        resamples: number of draws, R.
-        seed: seed for the draws.
 
     Returns:
         float64 (M, R), the weighted fraction of correct pairs; NaN for a draw in which all weights are zero, which

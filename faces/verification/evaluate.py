@@ -26,10 +26,8 @@ def evaluate(net: nn.Module, lfw: Lfw, device, flip: str = "concatenate", subtra
              batch_size: int | None = None, dtype: torch.dtype = torch.float32, progress: bool = True) -> Verification:
     """Run the k-fold protocol on a network.
 
-    Args: see faces.verification.embed.embed and faces.verification.metrics.verify. `lfw` can be used again.
-
-    Raises:
-        InputError: the network's embeddings are not finite, or are zero.
+    The arguments are those of faces.verification.embed.embed and faces.verification.metrics.verify; `lfw` can be used
+    as often as needed. Raises InputError if the network's embeddings are not finite, or are zero.
     """
     return _verify(embed(net, lfw.faces, device, batch_size, flip, dtype, progress), lfw.pairs, subtract_mean)
 
@@ -50,13 +48,9 @@ def evaluate_epoch(net: nn.Module, lfw: Lfw | None, device, dtype: torch.dtype, 
 
 @command
 def main(nets: dict, method: str, find_landmarks=None, argv: list[str] | None = None):
-    """Run lfw_eval.py.
+    """Run lfw_eval.py with `nets`, a dict from a network's name to its constructor.
 
-    Args:
-        nets: dict from a network's name to its constructor.
-        method: "CosFace" or "SphereFace", for files that do not name theirs.
-        find_landmarks: see faces.verification.lfw.load_lfw.
-        argv: command line arguments; None takes sys.argv.
+    `method` is "CosFace" or "SphereFace", for files that do not name theirs; find_landmarks: see load_lfw().
     """
     args, started = _parse(nets, argv), time.monotonic()
     device = pick_device(args.device)

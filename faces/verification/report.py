@@ -118,13 +118,8 @@ def _draw_curves(folder, models):
 def error_sheet(file, faces: np.ndarray, pairs, similarities: np.ndarray, correct: np.ndarray, count: int = 10):
     """Draw the hardest pairs as the network sees them: a wrong label, a wrong alignment or the network's error?
 
-    Args:
-        file: PNG file to write.
-        faces: uint8 (N, HEIGHT, WIDTH, 3), RGB, aligned.
-        pairs: faces.verification.pairs.Pairs, of P pairs.
-        similarities: float (P,).
-        correct: bool (P,), which pairs were classified correctly.
-        count: maximum number of pairs of each kind, the hardest first.
+    Up to `count` Pairs of each kind are drawn, with their aligned faces, uint8 (N, HEIGHT, WIDTH, 3), RGB, and their
+    similarities, float (P,). `correct`, bool (P,), says which pairs were classified correctly.
     """
     shown = [hardest(similarities, pairs.same, genuine, count) for genuine in (True, False)]
     rows = [-(-len(indices) // PAIRS_PER_ROW) for indices in shown]    # rounded up

@@ -189,7 +189,7 @@ def test_a_single_protocol_and_a_bin_set(lfw, models, tmp_path, capsys):
 @pytest.mark.parametrize("options, message", [
     (("--net", "faceNet", "--net", "sphere20a"), "--net was given 2 times for 1 model"),
     (("--title", "a", "--title", "b"), "--title was given 2 times for 1 model"),
-    (("--far", "0", "--protocol", "tar"), "at least 1e-12"),
+    (("--far", "0", "--protocol", "tar"), "must be greater than 0"),
     (("--protocol", "roc"), "invalid choice"), (("--view", "1", "--pairs", "pairs.txt"), "does not belong to view 1"),
     (("--net", "sphere20a"), "pass --net faceNet"), (("--device", "cuda:99"), "--device cuda:99"),
     (("--output", __file__), "can't write"), (("--model", "missing.pt"), "missing.pt: No such file"),
