@@ -74,7 +74,7 @@ def command(main):
 
 
 class Output:
-    """Standard output or error that drops what can't be written: to no console, a closed terminal, or a dead pipe."""
+    """Standard output or error that drops what can't be written: to no console, a closed terminal, a dead pipe."""
 
     def __init__(self, stream, descriptor: int):
         self.stream, self.descriptor = stream, descriptor    # the stream is None in a program without a console
@@ -161,15 +161,11 @@ def at_least(minimum: float, kind: type = int, maximum: float = float("inf")):
 
 @contextlib.contextmanager
 def reading(file, what: str, advice: str = "download or create it again"):
-    """Context in which any exception of a parser means that a file is not what it should be.
+    """Context in which any exception of a parser becomes InputError, one sentence that names the file.
 
     Args:
-        file: path of the file, for the message.
-        what: what it should be, such as "landmark list".
+        what: what the file should be, such as "landmark list".
         advice: what to do about a damaged file.
-
-    Raises:
-        InputError: one sentence that names the file.
     """
     try:
         yield
@@ -188,11 +184,8 @@ def reading(file, what: str, advice: str = "download or create it again"):
 def atomic_write(file, mode: str = "wb", **kwargs):
     """Open a temporary file beside `file`; on success it is flushed to disk and renamed to `file`.
 
-    On any error, including a full disk, the temporary file is deleted and whatever was at `file` stays. Text may
-    contain names of files that are not UTF-8.
-
-    Raises:
-        InputError: the folder or the file can't be written.
+    On any error, the temporary file is deleted and whatever was at `file` stays. If it can't be written, that is an
+    InputError. Text may contain names of files that are not UTF-8.
     """
     file = path(file)
     if "b" not in mode:
@@ -268,15 +261,9 @@ def load_tensors(file):
 
 @contextlib.contextmanager
 def locked(file, activity: str, wait: bool = True):
-    """Hold the lock file `file`. If another process holds it, say so once and wait.
+    """Hold the lock file `file`. If another process holds it, wait, or raise InputError if `wait` is false.
 
-    Args:
-        file: the lock file; its folder is created.
-        activity: what the holder is doing, for that message, such as "building the cache DIR".
-        wait: whether to wait for another process; otherwise, that is an error.
-
-    Raises:
-        InputError: the lock file can't be written, or it is held and `wait` is false.
+    `activity` is what the holder is doing, for the message, such as "building the cache DIR".
     """
     lock = FileLock(file)
     try:
@@ -297,11 +284,7 @@ def locked(file, activity: str, wait: bool = True):
 
 
 def check_writable(folder, option: str = "--output"):
-    """Create a folder, and check that files can be written into it, before the work whose results it is for.
-
-    Raises:
-        InputError: it can't be created or written; the message names the option.
-    """
+    """Create a folder, and raise InputError, which names the option, if files can't be written into it."""
     try:
         path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

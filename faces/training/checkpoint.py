@@ -53,13 +53,9 @@ class Checkpoints:
     Only rank 0 reads and writes files, so that machines need no shared disk.
 
     Args:
-        run: Processes.
         output: folder of the run; it is created.
         resume: "always"; "auto", which starts a new run if there is no checkpoint; or "never".
         minutes: time between checkpoints.
-
-    Raises:
-        InputError: nothing to resume, or with "never", a run that would be overwritten; another process trains there.
     """
 
     def __init__(self, run: Processes, output: Path, resume: str, minutes: float):
@@ -90,19 +86,14 @@ class Checkpoints:
         self.lock.close()
 
     def load(self, method: str, settings: dict, faces: str, steps: int, sharded: bool) -> dict:
-        """Return the checkpoint, with tensors on the CPU; {} for a new run.
-
-        With sharded class centers, only rank 0 receives them.
+        """Return the checkpoint, with tensors on the CPU, or {} for a new run; raise InputError if it does not fit.
 
         Args:
             method: name of the loss.
             settings: what settings_of() returned; those that processes have to agree on must be equal in all.
             faces: fingerprint of the training set.
             steps: number of steps of the whole run, which the checkpoint must not exceed.
-            sharded: whether the class centers are a PartialFC.
-
-        Raises:
-            InputError: other data, options or method than the checkpoint's.
+            sharded: whether the class centers are a PartialFC, so that only rank 0 receives them.
         """
         alike = {name: value for name, value in settings.items() if name not in MAY_DIFFER - EXCHANGED}
         self.run.check_same(**alike, faces=faces)
@@ -141,16 +132,10 @@ class Checkpoints:
         return self.run.clock - self.saved_at >= 60 * self.minutes
 
     def save(self, state: dict, last: bool = False):
-        """Save a training state; a thread of rank 0 writes a copy of it while training goes on.
+        """Save rank 0's state, a dict of plain data and tensors; a thread writes a copy while training goes on.
 
-        If the disk is full, the previous checkpoint stays, and training continues until the next attempt.
-
-        Args:
-            state: dict of tensors, numbers, strings and containers of them, such as "step"; rank 0's counts.
-            last: whether there will be no further attempt; then, wait until the file is written.
-
-        Raises:
-            InputError: the weights are not finite; or the last checkpoint can't be written.
+        If the disk is full, the previous checkpoint stays, and training continues until the next attempt. The `last`
+        one is waited for, and raises InputError if it can't be written; so do weights that are not finite.
         """
         self._wait()
         self.saved_at = self.run.clock

@@ -29,13 +29,9 @@ class Processes:
         device: a name for faces.device.pick_device; under torchrun, "auto" and "cuda" are the GPU of this process.
 
     Attributes:
-        rank, world_size: index of this process, and number of processes.
-        device: torch.device of this process.
+        rank, world_size, device: index of this process, number of processes, and torch.device of this process.
         signal: number of the signal that ended the run, or 0.
         clock: seconds from the start to the last call of should_stop(), equal in all processes.
-
-    Raises:
-        InputError: this machine has no such device, or torchrun can't use it.
     """
 
     def __init__(self, device: str = "auto"):
@@ -93,10 +89,8 @@ class Processes:
             distributed.all_reduce(torch.zeros(1), group=self.group)
 
     def on_main(self, function, *args, share: bool = True, **kwargs):
-        """Call a function in rank 0 while the others wait; return its result, or raise its InputError, in all of them.
-
-        With share=False, the others return None. Otherwise, the result must be picklable.
-        """
+        """Call a function in rank 0; return its picklable result (share=False: None in the others) or raise its
+        InputError in all processes."""
         if self.world_size == 1:
             return function(*args, **kwargs)
         result, outcome = None, [None, None]
@@ -145,14 +139,11 @@ class Processes:
         return bool(self.signal)
 
     def leave(self, step: int, steps: int, checkpoint: Path) -> int:
-        """End together, and say how the run ended; return the exit status: 0 if complete, else 128 plus the signal.
-
-        A process that ended earlier would break the connections of the others.
-        """
+        """Say how the run ended; return the exit status: 0 if it is complete, else 128 plus the signal."""
         if self.world_size > 1:
             if self._exchange is not None:
                 self._exchange[0].wait()
-            self.barrier()
+            self.barrier()    # a process that ended earlier would break the connections of the others
             distributed.destroy_process_group()
         if step < steps:
             self.print(f"stopped after {step:,} of {count_of(steps, 'step~')}; continue with --resume")
@@ -162,11 +153,7 @@ class Processes:
 
     @contextlib.contextmanager
     def explained(self, advice: str):
-        """Context in which too little memory, or the loss of another process, is one sentence.
-
-        Args:
-            advice: what to do if the memory of the device is too small.
-        """
+        """Context in which too little memory (with advice what to do), or a lost process, is one sentence."""
         try:
             yield
         except (RuntimeError, MemoryError) as error:

@@ -1,4 +1,5 @@
 """What a training run reports: progress bar, TensorBoard events, one JSON line per epoch, a picture, its settings."""
+import contextlib
 import json
 import math
 import platform
@@ -24,16 +25,11 @@ class TrainingLog:
     """Collects the figures of each step; a context manager. Only rank 0 writes.
 
     Args:
-        run: Processes.
         output: folder of the run.
         batch_size: images per step over all processes.
-        steps, per_epoch: number of steps of the whole run, and of an epoch.
-        start: step from which training starts.
-        settings: dict of the options, for settings.json.
-        sums: `sums` of the run that is resumed.
-
-    Attributes:
-        sums: dict of float, loss and training accuracy added up over the steps of the epoch so far, and their number.
+        steps, per_epoch, start: number of steps of the whole run and of an epoch, and step from which training starts.
+        settings: options, for settings.json.
+        sums: loss and training accuracy, added up over the steps of the epoch so far, and their number; an attribute.
     """
 
     def __init__(self, run: Processes, output: Path, batch_size: int, steps: int, per_epoch: int, start: int,
@@ -64,9 +60,7 @@ class TrainingLog:
         """Record a batch, or each micro-batch of it, without waiting for the device.
 
         Args:
-            loss: scalar.
-            predicted, label: int64 (B,).
-            embedding: float (B, 512).
+            loss, predicted, label, embedding: scalar, int64 (B,), int64 (B,), float (B, 512).
             weight: class centers, float (C, 512); None if they are spread over the processes.
         """
         self.totals += torch.stack((loss.detach(), (predicted == label).float().mean()))
@@ -79,11 +73,7 @@ class TrainingLog:
                 self.geometry["target_cosine"] = (F.normalize(x) * own).sum(1).mean()
 
     def end_step(self, **scalars: float):
-        """End a step; `scalars` are further numbers for TensorBoard, such as the learning rate.
-
-        Raises:
-            InputError: the loss is not finite.
-        """
+        """End a step; `scalars` are further numbers for TensorBoard. A loss that is not finite is an InputError."""
         self.count, self.step = self.count + 1, self.step + 1
         self.bar.update(self.batch_size)
         if self._is_read(self.count, self.step):
@@ -190,11 +180,7 @@ def _describe(run, start, settings):
 
 def _revision():
     """Return the commit of the clone, with the suffix -dirty if files differ from it; None if git can't tell."""
-    if not (ROOT / ".git").exists():    # git would report a repository around this folder
-        return None
-    try:
-        git = subprocess.run(["git", "--no-optional-locks", "-C", ROOT, "describe", "--always", "--dirty",
-                              "--abbrev=40", "--exclude=*"], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return git.stdout.strip() or None
+    command = ["git", "--no-optional-locks", "-C", ROOT, "describe", "--always", "--dirty", "--exclude=*"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        if (ROOT / ".git").exists():    # git would report a repository around this folder
+            return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip() or None

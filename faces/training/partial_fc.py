@@ -57,18 +57,14 @@ class PartialFC(nn.Module):
         self.step, self.drawn, self.sampled = 0, None, None
 
     def forward(self, embedding: torch.Tensor, label: torch.Tensor, *margin) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the loss of a batch of which every process has an equal share.
+        """Return the mean loss of a batch of N faces, scalar, and the predicted labels of this process's faces.
 
         The gradient of the embedding is K times the loss's, because DistributedDataParallel divides the network's
         gradients by K; the gradient of the centers is exact.
 
         Args:
-            embedding: float (N / K, 512), not normalized.
-            label: int64 (N / K,), 0 <= label < C.
+            embedding, label: this process's share, float (N / K, 512), not normalized, and int64 (N / K,).
             margin: further arguments of the method's loss, such as CosFace's ramp.
-
-        Returns:
-            (mean loss over all N faces, scalar float32; predicted labels of this process's faces, int64 (N / K,)).
         """
         count, x = len(label), embedding.float()
         if self.world_size > 1:
@@ -90,12 +86,7 @@ class PartialFC(nn.Module):
 
     @torch.no_grad()
     def update(self, learning_rate: float, grad_scale: float = 1.0):
-        """Do a step of SGD on the centers that the last forward pass used, unless their gradient is not finite.
-
-        Args:
-            learning_rate: of this step.
-            grad_scale: factor by which the loss was scaled.
-        """
+        """Do a step of SGD on the centers that the last forward pass used; `grad_scale` is the factor of the loss."""
         weight, rows = (self.loss.weight, slice(None)) if self.drawn is None else (self.sampled, self.drawn)
         if grad_scale == 1 or torch.isfinite(weight.grad).all():    # fp16 skips a step that overflowed
             velocity = self.velocity[rows].mul_(self.factor).add_(weight.grad, alpha=1 / grad_scale)
