@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.sample_centers and args.accumulate > 1:
         parser.error("--sample-centers can't be combined with --accumulate, as each part would draw its own centers")
     checkpoints = Checkpoints(run, args.output, args.resume, args.checkpoint_minutes)
-    with checkpoints, run.explained(f"a device has {part} faces at a time; pass a larger --accumulate"):
+    with checkpoints, run.explained(f"a device has {part} faces at a time; try --accumulate or a smaller --batch-size"):
         return train(args, run, part, checkpoints)
 
 

@@ -57,12 +57,12 @@ def command(main):
         except InputError as error:
             message, status = str(error), error.status
         except KeyboardInterrupt as stop:
-            message = "interrupted; run the same command again to continue."
+            message = "interrupted."
             status = 128 + getattr(stop, "number", signal.SIGINT)
         except RuntimeError as error:
             if type(error).__name__ != "OutOfMemoryError":    # torch's, which is not imported everywhere
                 raise
-            message, status = "the GPU has too little free memory; pass --device cpu or a smaller --batch-size.", 2
+            message, status = "the GPU has too little free memory; free some, or pass --device cpu.", 2
         finally:
             sys.stdout.flush()
             sys.stdout, sys.stderr = sys.stdout.stream, sys.stderr.stream

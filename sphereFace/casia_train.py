@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.loss == "sphereface" and args.margin % 1:
         parser.error("--margin must be 1, 2, 3, 4 or 5; other numbers are for --loss sphereface-r")
     checkpoints = Checkpoints(run, args.output, args.resume, args.checkpoint_minutes)
-    with checkpoints, run.explained(f"a device has {part} faces at a time; pass a larger --accumulate"):
+    with checkpoints, run.explained(f"a device has {part} faces at a time; try --accumulate or a smaller --batch-size"):
         return train(args, run, part, checkpoints)
 
 

@@ -27,13 +27,24 @@ import numpy as np
 from tqdm import tqdm
 
 from faces.device import count_cpus
-from faces.files import InputError, at_least, atomic_write, command, count_of, locked, path, script_parser, shorten
+from faces.files import (
+    InputError,
+    at_least,
+    atomic_write,
+    check_writable,
+    command,
+    count_of,
+    locked,
+    path,
+    script_parser,
+    shorten,
+)
 from faces.verification.embed import FLIP, optimized_copy
 from mtcnn.detector import list_photos
 from mtcnn.processes import in_processes
 from tools.embedder import Embedder, add_photo_options, crop_faces, find_faces, make_embedder
 
-PART = 64      # photos at a time; a killed run loses two of these per process
+PART = 64      # photos at a time; a killed run repeats up to AHEAD of these per process
 FIELDS = {"boxes": "box", "scores": "score", "landmarks": "landmarks", "chosen": "chosen", "faces": "count"}
 
 
@@ -113,8 +124,8 @@ def main(argv=None):
     width = embedder.net.fc5.out_features * (2 if args.flip == "concatenate" else 1)
     depends = [embedder.loaded["fingerprint"], args.select, args.flip, args.aligned, args.all_faces, args.min_face_size,
                *map(_version, photos)]
+    check_writable(args.output.parent)
     with locked(args.output.with_name(f".{args.output.name}.lock"), f"writing {args.output}", wait=False):
-        args.output.parent.mkdir(parents=True, exist_ok=True)
         rows = Rows(args.output, depends, width, args.aligned)
         skipped = embed_photos(embedder, photos, rows, args)
         count = len(rows.read())

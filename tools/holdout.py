@@ -83,7 +83,7 @@ def hold_out(args):
     if isinstance(listing.source, Records):
         raise InputError(f"no people of {args.casia} can be held out, because a RecordIO set takes no list; extract "
                          "its images into person folders first.")
-    images, failed = build(listing, args.cache)
+    images, failed, _ = build(listing, args.cache)
     rows = np.setdiff1d(np.arange(len(listing.paths)), [row for row, _ in failed])
     rng = np.random.default_rng(args.seed)
     people = choose_people(listing.labels[rows], args.people, rng)

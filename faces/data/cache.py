@@ -74,8 +74,7 @@ def load_casia(root, landmarks=None, cache=CACHE, drop_lfw_overlap: bool = False
         InputError: the set is malformed, more than 1 % of it can't be used, or the cache does not fit on the disk.
     """
     listing = list_casia(root, landmarks, label_list)
-    images, failed = build(listing, cache)
-    folder = _folder(listing, cache)
+    images, failed, folder = build(listing, cache)
     keep = np.ones(len(listing.paths), bool)
     keep[[row for row, _ in failed]] = False
     overlap = ~without_lfw_overlap(listing) if drop_lfw_overlap else np.zeros_like(keep)
@@ -91,11 +90,11 @@ def load_casia(root, landmarks=None, cache=CACHE, drop_lfw_overlap: bool = False
     return AlignedFaces(images, listing, rows, "\n  ".join(lines))
 
 
-def build(listing: TrainingList, cache=CACHE) -> tuple[np.ndarray, list[tuple[int, str]]]:
+def build(listing: TrainingList, cache=CACHE) -> tuple[np.ndarray, list[tuple[int, str]], Path]:
     """Build the cache of a training set in the folder of all caches, unless it exists.
 
     Returns:
-        (uint8 (N, 112, 96, 3), not to be changed; list of (row, reason) of unusable images).
+        (uint8 (N, 112, 96, 3), not to be changed; list of (row, reason) of unusable images; folder of the cache).
     """
     folder = _folder(listing, cache)
     faces, shape = folder / "faces.u8", (len(listing.paths), HEIGHT, WIDTH, 3)
@@ -112,8 +111,8 @@ def build(listing: TrainingList, cache=CACHE) -> tuple[np.ndarray, list[tuple[in
             failed = [(rows[name], reason.rstrip()) for name, _, reason in (line.rpartition("\t") for line in lines)]
         for mode in ("r", "c"):    # some network disks can map files only privately, or not at all
             with contextlib.suppress(OSError):
-                return np.memmap(faces, np.uint8, mode, shape=shape), failed
-        return np.fromfile(faces, np.uint8).reshape(shape), failed
+                return np.memmap(faces, np.uint8, mode, shape=shape), failed, folder
+        return np.fromfile(faces, np.uint8).reshape(shape), failed, folder
 
 
 def _folder(listing, cache):

@@ -101,8 +101,8 @@ class PartialFC(nn.Module):
         weight, momentum = self._collect(self.loss.weight.detach().cpu()), self._collect(self.velocity.cpu())
         return {"weight": weight, "momentum": momentum, "step": self.step}
 
-    def load_state_dict(self, state: dict | None):
-        """Restore what state_dict() returned with any number of processes; only rank 0's argument counts."""
+    def load_state_dict(self, state: dict):
+        """Restore what state_dict() returned with any number of processes; other ranks than 0 need only the step."""
         for name, own in (("weight", self.loss.weight.data), ("momentum", self.velocity)):
             own.copy_(self._spread(state[name] if self.rank == 0 else None))
         self.step = state["step"]

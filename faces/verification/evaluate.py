@@ -58,6 +58,8 @@ def main(nets: dict, method: str, find_landmarks=None, argv: list[str] | None = 
     args.batch_size = args.batch_size or default_batch_size(device)
     models = [load_net(file, nets, name, args.channels) for file, name in zip(args.model, args.net)]
     for file, (_, loaded) in zip(args.model, models):
+        if args.save_threshold:
+            check_writable(threshold_path(file).parent, "--model")
         announce(file, loaded)
         loaded["method"] = loaded["method"] or method
     lfw = load_lfw(args.lfw, args.pairs, args.landmarks, args.aligned, args.view, find_landmarks, device,
@@ -141,8 +143,8 @@ def _parse(nets, argv):
     if args.save_threshold and (args.flip != "concatenate" or args.subtract_mean):
         parser.error("--save-threshold is for compare.py, which appends the flipped image's embedding and subtracts no "
                      "mean; leave out --flip and --subtract-mean")
-    for file in args.model if args.save_threshold else []:
-        check_writable(threshold_path(file).parent, "--model")
+    if args.aligned and args.landmarks:
+        parser.error("--aligned faces have no use for --landmarks; leave one of them out")
     if args.output:
         check_writable(args.output)    # now, so that a mistake does not surface after the work
     return args

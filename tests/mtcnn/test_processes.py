@@ -72,4 +72,4 @@ def test_busy_workers_end_with_this_process(end, to_all):
     assert process.stdout.readline() == "started\n"
     (os.killpg if to_all else os.kill)(process.pid, getattr(signal, end))
     _, errors = process.communicate(timeout=60)    # returns when the last worker, which holds the pipes too, has ended
-    assert errors == ("" if end == "SIGKILL" else "-c: interrupted; run the same command again to continue.\n")
+    assert errors == ("" if end == "SIGKILL" else "-c: interrupted.\n")

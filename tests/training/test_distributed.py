@@ -121,4 +121,4 @@ def test_out_of_memory_is_one_sentence_with_advice(main, casia, tmp_path, monkey
     monkeypatch.setitem(cosFace.net.NETS, "faceNet", tiny_train.TinyNet)
     monkeypatch.setattr(tiny_train.TinyNet, "forward", forward)
     status, output = main("cosFace", *options(casia, tmp_path))
-    assert status == 2 and "cpu is out of memory; a device has 8 faces at a time; pass a larger --acc" in output.err
+    assert status == 2 and "cpu is out of memory; a device has 8 faces at a time; try --accumulate" in output.err
