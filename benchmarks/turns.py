@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from faces.device import count_cpus, wait_for
+from faces.device import count_cpus
 from faces.files import InputError
 
 
@@ -34,6 +34,14 @@ def in_turns(programs: dict[str, Callable], turns: int, device="cpu", warm_up: i
             seconds[name].append(time.perf_counter() - start)
             print(f"turn {turn + 1} of {warm_up + turns}: {name} {seconds[name][-1]:.3f} s", file=sys.stderr)
     return {name: values[warm_up:] for name, values in seconds.items()}
+
+
+def wait_for(device):
+    """Wait until a device has finished its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def report(seconds: dict[str, list], count: float | dict[str, float], unit: str, device="cpu"):

@@ -100,7 +100,7 @@ def can_autocast(device: torch.device, dtype: torch.dtype) -> bool:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with autocast(device, dtype):
-                ones = torch.ones(8, 8, device=device)
+                ones = torch.ones(8, 8, device=device, dtype=torch.float32)
                 return (ones @ ones).dtype == dtype
     except (RuntimeError, NotImplementedError):
         return False
@@ -121,14 +121,6 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         tensor = tensor.contiguous().pin_memory()    # a strided one would be copied from pageable memory
     # On MPS, an asynchronous copy reads the memory later, when it may have been reused.
     return tensor.to(device, non_blocking=device.type != "mps")
-
-
-def wait_for(device):
-    """Wait until a device has finished its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
 
 
 def _is_amd():
