@@ -6,7 +6,7 @@ TWO := -n auto --maxprocesses 2
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint test-oldest fuzz reproduce benchmarks clean
+.PHONY: help demo test lint test-oldest fuzz reproduce both-sets benchmarks clean
 
 help:
 	@echo 'make demo         landmarks, training and evaluation on faces that come with a package; a few minutes'
@@ -36,10 +36,12 @@ fuzz: $(VENV)/with-tests
 	$(VENV)/bin/python tests/fuzz/run.py --seconds $(SECONDS)
 
 # Interrupted at any moment, the same command continues. ARGS are further options of casia_train.py.
-reproduce: $(VENV)/ready
+reproduce: both-sets $(VENV)/ready
+	@$(VENV)/bin/python tools/reproduce.py --casia "$(CASIA)" --lfw "$(LFW)" $(NPROC:%=--processes %) $(ARGS)
+
+both-sets:
 	@test -n "$(CASIA)" && test -n "$(LFW)" || { \
 	  echo 'make: pass both sets: make reproduce CASIA=DIR LFW=DIR' >&2; exit 2; }
-	@$(VENV)/bin/python tools/reproduce.py --casia "$(CASIA)" --lfw "$(LFW)" $(NPROC:%=--processes %) $(ARGS)
 
 benchmarks: $(VENV)/with-benchmarks
 	@$(VENV)/bin/python benchmarks/run.py $(if $(LFW),--lfw "$(LFW)")

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import os
+import pickle
 import signal
 import stat
 import sys
@@ -154,7 +155,7 @@ def at_least(minimum: float, kind: type = int, maximum: float = float("inf")):
         if not minimum <= value <= maximum or value == float("inf"):
             most = "" if maximum == float("inf") else f" and at most {maximum:g}"
             least = "greater than 0" if 0 < minimum < 1e-6 else f"at least {minimum:g}"
-            raise argparse.ArgumentTypeError(f"{text} must be {least}{most}")
+            raise argparse.ArgumentTypeError(f"must be {least}{most}, not {text}")
         return value
     return number
 
@@ -252,11 +253,13 @@ def load_tensors(file):
     with reading(file, "file of tensors that can be loaded safely", advice), warnings.catch_warnings():
         warnings.simplefilter("ignore")    # about unusual pickle protocols
         try:
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:    # an old or compressed file, which can't be mapped
+            with contextlib.suppress(RuntimeError):    # an old or compressed file can't be mapped
+                return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
             if os.path.getsize(file) > MAX_WEIGHTS:
-                raise
+                raise ValueError(f"over {MAX_WEIGHTS // 10**9} GB and not as torch.save() writes it today")
             return torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:    # torch's message recommends to load it all the same
+            raise ValueError("it holds something else, which could run code") from None
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from faces.align import arrangement_problem
 from faces.files import CACHE, InputError, atomic_write, read_json, reading, write_json
 
 ADVICE = "create one with mtcnn/lfw_landmark.py or mtcnn/casia_landmark.py"
-OUTSIDE = "the path {!r} leaves the folder of the images; lists may only name files below it."
+OUTSIDE = "the path {!r} leaves the folder of the images, {}; pass the folder that the list was made for."
 MAX_LINE = 20_000    # characters; a path has at most 4,096 bytes
 
 
@@ -180,7 +180,7 @@ def _relative_to(root):
         for parent in (folder, *folder.parents):
             if (place := known.get(_identity(parent))) is not None:
                 return (place / folder.relative_to(parent)).as_posix()
-        raise InputError(OUTSIDE.format(text))
+        raise InputError(OUTSIDE.format(text, root))
 
     def relative(text):
         name = text.lstrip(" \t").replace("\\", "/").removeprefix("./")
@@ -188,7 +188,7 @@ def _relative_to(root):
             folder, _, file = name.rpartition("/")
             return f"{below(folder or '/')}/{file}".removeprefix("./")
         if ".." in name and ".." in name.split("/"):
-            raise InputError(OUTSIDE.format(name))
+            raise InputError(OUTSIDE.format(name, root))
         return name
     return relative
 

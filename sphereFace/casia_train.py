@@ -54,7 +54,7 @@ option("--shift", type=at_least(0, int, 16), default=0, metavar="PIXELS", help="
 option("--loss", choices=("sphereface", "sphereface-r"), default="sphereface", help="sphereface-r: arXiv:2109.05565")
 option("--margin", type=at_least(1, float, 5), metavar="M", help="m (default: 4, or 1.5 for sphereface-r)")
 option("--lambda-min", type=at_least(0, float), default=5, metavar="L", help="final lambda of sphereface")
-option("--scale", type=positive, default=30, help="s of sphereface-r")
+option("--scale", type=positive, help="s of sphereface-r (default: 30)")
 option("--sample-centers", type=at_least(1e-9, float, 1), metavar="F", help="fraction of class centers seen by a step")
 option("--shard-head", action=BooleanOptionalAction, default=False, help="spread the class centers over the processes")
 option("--seed", type=at_least(0, int, 2**63 - 1), default=0, help="random seed")
@@ -79,8 +79,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.sample_centers and args.accumulate > 1:
         parser.error("--sample-centers can't be combined with --accumulate, as each part would draw its own centers")
     args.margin = args.margin or {"sphereface": 4, "sphereface-r": 1.5}[args.loss]
-    if args.loss == "sphereface" and args.margin % 1:
-        parser.error("--margin must be 1, 2, 3, 4 or 5; other numbers are for --loss sphereface-r")
+    if args.loss == "sphereface" and (args.margin % 1 or args.scale):
+        parser.error("--margin must be 1, 2, 3, 4 or 5, and --scale left out; they are for --loss sphereface-r")
     checkpoints = Checkpoints(run, args.output, args.resume, args.checkpoint_minutes)
     with checkpoints, run.explained(f"a device has {part} faces at a time; try --accumulate or a smaller --batch-size"):
         return train(args, run, part, checkpoints)
@@ -102,7 +102,7 @@ def train(args: Namespace, run: Processes, part: int, checkpoints: Checkpoints) 
     torch.manual_seed(args.seed)
     net = initial_net(NETS[args.net], args.init).to(run.device, memory_format=memory_format(run.device))
     make_loss = partial(SphereFace, m=int(args.margin)) if args.loss == "sphereface" else \
-        partial(SphereFaceR, s=args.scale, m=args.margin)
+        partial(SphereFaceR, s=args.scale or 30, m=args.margin)
     method, sharded = make_loss.func.__name__, args.shard_head or bool(args.sample_centers)
     loss_of = make_loss(faces.classes).to(run.device) if not sharded else \
         PartialFC(make_loss, faces.classes, run, args.sample_centers, args.seed, args.weight_decay)

@@ -199,7 +199,7 @@ def _check(listing, failed, centers):
             raise InputError(f"{source} has photos that are not aligned faces ({examples}); run "
                              f"`python mtcnn/casia_landmark.py --casia {source}` first.")
         raise InputError(f"more than {MAX_FAILED:.0%} of the {count_of(total, 'image~')} of {source} can't be used "
-                         f"({examples}); check the folder and the list.")
+                         f"({examples}); check the folder, or replace these images and delete their lines in the list.")
     if problem := align.position_problem(centers):
         raise InputError(f"the landmarks of {source} are in {problem}; use the images that the landmark list was made "
                          "for, or create a list for these with mtcnn/casia_landmark.py.")

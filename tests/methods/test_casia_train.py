@@ -108,7 +108,7 @@ def test_invalid_input_is_explained_in_one_sentence(main, casia, tmp_path):
     assert "can't read the landmark list" in error_of(main, "--casia", casia, *absent, *common)
     assert "48 faces are less than a step" in error_of(main, "--casia", casia, "--batch-size", "50", *common)
     assert "--batch-size must be a multiple" in error_of(main, "--casia", casia, "--accumulate", "5", *common)
-    assert "-1 must be greater than 0; --help lists" in error_of(main, "--casia", casia, "--epochs", "-1", *common)
+    assert "must be greater than 0, not -1; --help" in error_of(main, "--casia", casia, "--epochs", "-1", *common)
     assert "--device cuda:99 is not available" in error_of(main, "--casia", casia, *common[:4], "--device", "cuda:99")
     (tmp_path / "damaged.zip").write_bytes(b"PK\x03\x04 not really")
     assert "is not a zip" in error_of(main, "--casia", tmp_path / "damaged.zip", *common)
