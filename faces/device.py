@@ -73,8 +73,7 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 def autocast(device, dtype):
     """Return the context in which a network computes in `dtype`; with float32, it changes nothing."""
-    device = torch.device(device)
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    return torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)
 
 
 @contextlib.contextmanager
