@@ -27,7 +27,7 @@ from faces.training.distributed import Processes, accumulating, compile_net, dat
 from faces.training.log import TrainingLog
 from faces.training.partial_fc import PartialFC
 from faces.verification.evaluate import evaluate_epoch
-from faces.verification.lfw import load_lfw
+from faces.verification.lfw import load_sets
 from faces.verification.weights import initial_net, net_in
 from mtcnn.landmark_lists import find_landmarks
 
@@ -38,8 +38,8 @@ option("--landmarks", type=path, metavar="FILE", help="landmark list (default: i
 option("--list", type=path, metavar="FILE", help="list of aligned faces, `path label` (default: a label per folder)")
 option("--drop-lfw-overlap", action=BooleanOptionalAction, default=False, help="leave out the 19 people who are in LFW")
 option("--cache", type=path, default=CACHE, metavar="DIR", help="folder for aligned faces, 32 KB each")
-option("--lfw", type=path, metavar="DIR", help="LFW, to evaluate after each epoch; does not affect the training")
-option("--lfw-landmarks", type=path, metavar="FILE", help="landmark list (default: lfw_landmark.py's)")
+option("--lfw", type=path, nargs="+", default=[], metavar="DIR", help="LFW or other sets, evaluated after each epoch")
+option("--lfw-landmarks", type=path, nargs="+", default=[], metavar="FILE", help="by default, lfw_landmark.py's")
 option("--net", choices=tuple(NETS), help="faceNet has batch normalization (default: as in --init, or faceNet)")
 option("--init", type=path, metavar="FILE", help="start from the network in this file, with new class centers")
 option("--batch-size", type=at_least(2), default=512, metavar="N", help="faces per step over all devices")
@@ -86,8 +86,8 @@ def train(args: Namespace, run: Processes, part: int, checkpoints: Checkpoints) 
     """Train until the last step or a signal; return the exit status."""
     dtype = pick_dtype(args.precision, run.device)                    # of the network: bfloat16, float16 or float32
     settings = settings_of(args, dtype)
-    lfw = run.on_main(lambda: load_lfw(args.lfw, landmarks=args.lfw_landmarks, find_landmarks=find_landmarks,
-                                       device=run.device) if args.lfw else None, share=False)    # None but in rank 0
+    sets = run.on_main(lambda: list(load_sets(args.lfw, landmarks=args.lfw_landmarks, find_landmarks=find_landmarks,
+                                              device=run.device)), share=False)    # None but in rank 0
     faces = load_casia(args.casia, args.landmarks, args.cache, args.drop_lfw_overlap, args.list)    # memory-mapped
     per_epoch = len(faces) // args.batch_size
     steps = round(args.epochs * per_epoch if args.epochs else 28_000 * 512 / args.batch_size)
@@ -147,7 +147,7 @@ def train(args: Namespace, run: Processes, part: int, checkpoints: Checkpoints) 
 
             last = run.should_stop() or step == steps
             if epoch_ends := step % per_epoch == 0 or step == steps:
-                figures, threshold = run.on_main(evaluate_epoch, net, lfw, run.device, dtype, step, threshold)
+                figures, threshold = run.on_main(evaluate_epoch, net, sets, run.device, dtype, step, threshold)
                 log.end_epoch(**figures)
             if last or epoch_ends or checkpoints.is_due():
                 log.read()                                            # stops if the loss is not finite

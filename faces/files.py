@@ -215,7 +215,7 @@ def atomic_write(file, mode: str = "wb", **kwargs):
 def write_json(file, value):
     """Write `value` as indented JSON, atomically."""
     with atomic_write(file, "w") as output:
-        output.write(json.dumps(value, indent=2) + "\n")
+        output.write(json.dumps(value, indent=2, default=str) + "\n")    # paths as text
 
 
 def read_json(file):

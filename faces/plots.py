@@ -98,7 +98,8 @@ def draw_histogram(axes, similarities: np.ndarray, same: np.ndarray, threshold: 
 
 
 def training_picture(path, images: np.ndarray, loss: np.ndarray, lfw: np.ndarray):
-    """Draw the mean loss and the LFW accuracy, 0 to 1 or NaN, of E epochs over the number of images seen, (E,) each."""
+    """Draw the mean loss and the accuracy on LFW, or the mean over several sets, 0 to 1 or NaN, of E epochs, over the
+    number of images seen, (E,) each."""
     figure, axes = new_figure((6, 4))
     axes.plot(images, loss, color=COLORS[0], marker="o", markersize=4)
     axes.set(xlim=(0, None), ylim=(0, None), xlabel="images seen")
@@ -109,7 +110,7 @@ def training_picture(path, images: np.ndarray, loss: np.ndarray, lfw: np.ndarray
         accuracy = axes.twinx()
         accuracy.spines["top"].set_visible(False)
         accuracy.plot(images[measured], 100 * lfw[measured], color=COLORS[1], marker="s", markersize=4, linestyle="--")
-        accuracy.set_ylabel("LFW accuracy in % (dashed line)", color=COLORS[1])
+        accuracy.set_ylabel("accuracy in % (dashed line)", color=COLORS[1])
     save(figure, path)
 
 

@@ -42,8 +42,8 @@ def parse_resumed(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
 
 def settings_of(args: Namespace, dtype: torch.dtype) -> dict:
     """Return the options as a dict that a checkpoint and JSON can hold, with the precision that "auto" stands for."""
-    plain = {name: value if isinstance(value, (int, float, type(None))) else str(value)
-             for name, value in vars(args).items()}
+    plain = {name: value if isinstance(value, (int, float, type(None))) else
+             " ".join(map(str, value)) if isinstance(value, list) else str(value) for name, value in vars(args).items()}
     return {**plain, "precision": next(name for name in PRECISION if PRECISION[name] == dtype)}
 
 

@@ -151,7 +151,8 @@ class TrainingLog:
     def _draw(self):
         from faces.plots import training_picture  # slow to import as well
         lines = _read_epochs(self.output / "epochs.jsonl")
-        columns = [(line["step"] * self.batch_size, line["loss"], line.get("lfw", math.nan)) for line in lines]
+        columns = [(line["step"] * self.batch_size, line["loss"],
+                    line.get("mean_accuracy", line.get("lfw", math.nan))) for line in lines]
         training_picture(self.output / "training.png", *np.array(columns).T)
 
     def _forget_after(self, start):

@@ -1,9 +1,11 @@
 """InsightFace's verification sets (lfw.bin, agedb_30.bin, cfp_fp.bin, calfw.bin, cplfw.bin): their pairs and images.
 
 Such a file is a pickle of (images, issame): 2 P encoded images of faces aligned to 112x112, as bytes or one-dimensional
-numpy arrays, and P booleans. Images 2i and 2i + 1 are pair i, and the pairs form ten folds in their order.
+numpy arrays, and P booleans. Images 2i and 2i + 1 are pair i, and the pairs form ten folds in their order. It may be
+compressed with xz.
 """
 import io
+import lzma
 import pickle
 import pickletools
 import re
@@ -48,7 +50,7 @@ def read_bin(file) -> tuple[Pairs, Images]:
     """
     file = path(file)
     with reading(file, "verification set in InsightFace's format", "pass lfw.bin or the like, or a folder of images"):
-        images, same = _unpickle(read_bytes(file, MAX_BYTES))
+        images, same = _unpickle(_uncompressed(read_bytes(file, MAX_BYTES)))
         same = _array(same) if isinstance(same, Call) else [
             _array(flag)[0] if isinstance(flag, Call) else flag for flag in same]
         if len(images) != 2 * len(same) or len(images) > MAX_IMAGES or not all(flag in (0, 1) for flag in same):
@@ -84,6 +86,16 @@ class _Unpickler(pickle.Unpickler):
         if name not in FUNCTIONS:
             raise ValueError(f"it asks for {ascii(name[:60])}")
         return lambda *arguments: Call(name, arguments)
+
+
+def _uncompressed(data):
+    if not data.startswith(b"\xfd7zXZ"):
+        return data
+    reader = lzma.LZMADecompressor(memlimit=MAX_BYTES)    # xz -9 needs 65 MB
+    data = reader.decompress(data, MAX_BYTES)
+    if not reader.eof:
+        raise ValueError(f"it ends early, or has over {MAX_BYTES // 10**6} MB uncompressed")
+    return data
 
 
 def _unpickle(data):

@@ -1,7 +1,6 @@
-"""Evaluate networks on a verification set: the command behind both lfw_eval.py, and the function that training uses."""
+"""Evaluate networks on verification sets: the command behind both lfw_eval.py, and the function that training uses."""
 import time
 from argparse import BooleanOptionalAction
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -11,12 +10,12 @@ from faces.files import InputError, at_least, check_writable, command, count_of,
 from faces.verification import report
 from faces.verification.bootstrap import bootstrap, interval
 from faces.verification.embed import FLIP, default_batch_size, embed
-from faces.verification.lfw import Lfw, load_lfw
+from faces.verification.lfw import Lfw, find_sets, load_sets, set_name
 from faces.verification.metrics import Verification, identify, operating_point, verify
 from faces.verification.threshold import Threshold, choose_threshold, save_threshold, threshold_path
 from faces.verification.weights import MODEL_HELP, add_options, announce, load_net, model_file
 
-DESCRIPTION = """Evaluate a model on LFW with the standard 10-fold protocol.
+DESCRIPTION = """Evaluate a model on LFW and similar sets with the standard 10-fold protocol.
 
 Each face and its flipped image are embedded, pairs are compared by cosine similarity, and each fold is classified with
 the threshold that is best on the other nine. The options select other sets and protocols; see docs/evaluation.md."""
@@ -32,18 +31,23 @@ def evaluate(net: nn.Module, lfw: Lfw, device, flip: str = "concatenate", subtra
     return _verify(embed(net, lfw.faces, device, batch_size, flip, dtype, progress), lfw.pairs, subtract_mean)
 
 
-def evaluate_epoch(net: nn.Module, lfw: Lfw | None, device, dtype: torch.dtype, step: int,
+def evaluate_epoch(net: nn.Module, sets: list[Lfw], device, dtype: torch.dtype, step: int,
                    threshold: dict | None = None) -> tuple[dict, dict | None]:
     """Evaluate a network that is being trained.
 
     Returns:
-        The accuracy and its standard deviation over the folds, for a log; and for a checkpoint, the threshold with the
-        highest accuracy. Without a set, no figures and the `threshold` of an earlier evaluation.
+        The accuracy and its standard deviation over the folds, of each set and the mean of several, for a log; and for
+        a checkpoint, the threshold with the highest accuracy on the first set. Without a set, no figures and the
+        `threshold` of an earlier evaluation.
     """
-    if lfw is None:
+    if not sets:
         return {}, threshold
-    result = evaluate(net, lfw, device, dtype=dtype)
-    return {"lfw": result.accuracy, "lfw_std": result.std}, {**_threshold(result, lfw)._asdict(), "step": step}
+    results, figures = [evaluate(net, lfw, device, dtype=dtype) for lfw in sets], {}
+    for name, result in zip(_names([lfw.source for lfw in sets]) if len(sets) > 1 else ["lfw"], results):
+        figures |= {name: result.accuracy, f"{name}_std": result.std}
+    if len(sets) > 1:
+        figures["mean_accuracy"] = sum(result.accuracy for result in results) / len(sets)
+    return figures, {**_threshold(results[0], sets[0])._asdict(), "step": step}
 
 
 @command
@@ -52,8 +56,10 @@ def main(nets: dict, method: str, find_landmarks=None, argv: list[str] | None = 
 
     `method` is "CosFace" or "SphereFace", for files that do not name theirs; find_landmarks: see load_lfw().
     """
-    args, started = _parse(nets, argv), time.monotonic()
-    device = pick_device(args.device)
+    args = _parse(nets, argv)
+    sets, device = find_sets(args.lfw), pick_device(args.device)
+    if args.save_threshold and len(sets) > 1 or args.group and len(sets) == 1:
+        raise InputError("--save-threshold takes a single set, and --group two or more; see --lfw.")
     tune_cpu(device)
     args.batch_size = args.batch_size or default_batch_size(device)
     models = [load_net(file, nets, name, args.channels) for file, name in zip(args.model, args.net)]
@@ -62,27 +68,54 @@ def main(nets: dict, method: str, find_landmarks=None, argv: list[str] | None = 
             check_writable(threshold_path(file).parent, "--model")
         announce(file, loaded)
         loaded["method"] = loaded["method"] or method
-    lfw = load_lfw(args.lfw, args.pairs, args.landmarks, args.aligned, args.view, find_landmarks, device,
-                   "identification" in args.protocol)
+    args.title = args.title or _titles(args.model, models)
+    loading = load_sets(sets, args.pairs, args.landmarks, aligned=args.aligned, view=args.view, device=device,
+                        find_landmarks=find_landmarks, identification="identification" in args.protocol)
+    names, results = _names(sets), []
+    rows = report.Rows(names, args.title) if len(sets) > 1 else None
+    if rows:
+        for title, file, (_, loaded) in zip(args.title, args.model, models):
+            print(f"{title}: {file} ({loaded['method']}, {loaded['net']}), flipped image: {args.flip}")
+        print(f"\n{rows.heading}")
+    for i, (name, lfw) in enumerate(zip(names, loading)):
+        results.append(_evaluate_set(args, device, models, lfw, name, args.seed + i, rows))
+        if args.output:
+            report.write_set(args.output / name if rows else args.output, results[-1], lfw)
+    means = report.means(results, args.group)
+    for row in means if rows else []:
+        print(rows.mean(row))
+    if rows and len(models) > 1:
+        print("", "accuracy in %", *report.matrix(results), "", sep="\n")
+    for row in (comparison := report.compare(results)):
+        print(report.comparison_line(row))
+    if args.output:
+        if rows or len(models) > 1:
+            report.write_all(args.output, results, comparison, means)
+        print(f"results: {args.output}")
+
+
+def _evaluate_set(args, device, models, lfw, name, seed, rows):
+    """Print the figures of all models on a set, as `rows` of a table of several sets; return the report.Measured."""
     if "identification" in args.protocol and not (lfw.pairs.named and lfw.pairs.people_with_several() > 1):
-        raise InputError(f"{args.lfw} does not name the people on its images, or has fewer than two people with two "
+        raise InputError(f"{lfw.source} does not name the people on its images, or has fewer than two people with two "
                          "images or more, which --protocol identification needs; leave that out.")
     measured = []
-    for title, file, (net, loaded) in zip(args.title or _titles(args.model, models), args.model, models):
-        measured.append(_measure(args, device, lfw, title, file, net, loaded, started))
-        print(report.table(measured[-1].figures))
+    for title, file, (net, loaded) in zip(args.title, args.model, models):
+        measured.append(_measure(args, device, lfw, name, title, file, net, loaded, seed))
+        figures = measured[-1].figures
+        if not rows or args.protocol != ["folds"]:
+            print(report.table(figures), end="\n\n" if rows or len(models) > 1 else "\n")
+        if rows:
+            print(rows.set(figures))
         if args.save_threshold:
             best = _threshold(measured[-1].result, lfw)
             save_threshold(file, loaded["fingerprint"], best)
             print(f"threshold with the highest accuracy, {best.value:.4f}: {threshold_path(file)}")
-        if len(models) > 1:
-            print()
-        started = time.monotonic()
-    for row in report.compare(measured):
-        print(report.comparison_line(row))
-    if args.output:
-        report.write(args.output, measured, lfw)
-        print(f"results: {args.output}")
+    return measured
+
+
+def _names(sets):
+    return report.folder_names([set_name(file) for file in sets])
 
 
 def _titles(paths, models):
@@ -93,17 +126,16 @@ def _titles(paths, models):
     return [file.parent.name if file.name.startswith("checkpoint") else file.stem for file in files]
 
 
-def _measure(args, device, lfw, title, file, net, loaded, started):
-    """Return the report.Measured of a model."""
-    pairs = lfw.pairs.judged()
+def _measure(args, device, lfw, name, title, file, net, loaded, seed):
+    """Return the report.Measured of a model on a set."""
+    started, pairs = time.monotonic(), lfw.pairs.judged()
     embeddings = embed(net, lfw.faces, device, args.batch_size, args.flip, pick_dtype(args.precision, device))
     result = _verify(embeddings, lfw.pairs, args.subtract_mean)
-    draws, = bootstrap(result.correct[None], pairs.identities[pairs.pairs], args.resamples, args.seed)
+    draws, = bootstrap(result.correct[None], pairs.identities[pairs.pairs], args.resamples, seed)
     points = [operating_point(result.similarities, pairs.same, far) for far in (1e-3, *args.far)]
     found = identify(embeddings, pairs.identities, args.seed) if "identification" in args.protocol else None
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     return report.Measured({
-        "title": title, "method": loaded["method"],
+        "title": title, "method": loaded["method"], "set": name,
         "accuracy": result.accuracy, "std": result.std, "threshold": result.threshold, "auc": result.auc,
         "eer": result.eer, "tar_at_far_1e-3": points[0].tar, "std_ddof": 0, "interval_95": interval(draws),
         "folds": [{"accuracy": float(a), "threshold": float(t)} for a, t in zip(result.accuracies, result.thresholds)],
@@ -111,8 +143,8 @@ def _measure(args, device, lfw, title, file, net, loaded, started):
         "identification": found and {**found._asdict(), "rank_1": float(found.cmc[0]),
                                      "cmc": found.cmc[:report.MAX_CMC_RANK].round(6).tolist()},
         "counts": {"pairs": len(pairs.same), "genuine": int(pairs.same.sum()), "images": len(pairs.paths)},
-        "settings": {**settings, "device": str(device), "model": str(file), "net": loaded["net"], "weights": loaded,
-                     "landmarks": lfw.landmarks},
+        "settings": {**vars(args), "device": str(device), "model": str(file), "net": loaded["net"], "weights": loaded,
+                     "lfw": lfw.source, "landmarks": lfw.landmarks},
         "seconds": round(time.monotonic() - started, 2), "torch": str(torch.__version__)}, result, draws)
 
 
@@ -152,12 +184,12 @@ def _parse(nets, argv):
 
 def _add_options(parser, nets):
     add = parser.add_argument_group("data").add_argument
-    add("--lfw", type=path, required=True, metavar="DIR|FILE",
-        help="folder or zip of Name/Name_0001.jpg, or a .bin set of InsightFace (lfw, agedb_30, ...)")
-    add("--pairs", type=path, metavar="FILE",
+    add("--lfw", type=path, required=True, nargs="+", metavar="DIR|FILE",
+        help="folder or zip of Name/Name_0001.jpg, a .bin set of InsightFace (lfw, agedb_30, ...) or a folder of them")
+    add("--pairs", type=path, nargs="+", default=[], metavar="FILE",
         help="pairs in LFW's format or as `path path 0|1` (default: pairs.txt in --lfw or beside it)")
     add("--view", type=int, choices=(1, 2), help="of LFW: 2 for reporting, 1 for development (default: by file names)")
-    add("--landmarks", type=path, metavar="FILE",
+    add("--landmarks", type=path, nargs="+", default=[], metavar="FILE",
         help="landmark list (default: the one of mtcnn/lfw_landmark.py; without one, MTCNN runs now)")
     add("--aligned", action=BooleanOptionalAction, default=False, help="the images are faces, 112x96 or 112x112")
     group = parser.add_argument_group("model")
@@ -166,6 +198,8 @@ def _add_options(parser, nets):
     add_options(group, nets, action="append")
     group.add_argument("--title", action="append", metavar="TEXT", help="name in pictures and --output; once per model")
     add = parser.add_argument_group("protocol").add_argument
+    add("--group", action=BooleanOptionalAction, default=False,
+        help="the sets are groups of people, such as RFW's: print how much their errors differ")
     add("--protocol", choices=("folds", "tar", "identification"), nargs="+", default=["folds"],
         help="folds: accuracy, AUC and EER; tar: TAR at each --far; identification: rank 1, 5 and 10 with one image of "
              "each person in the gallery (default: folds)")

@@ -1,6 +1,8 @@
-"""Load a verification set: Labeled Faces in the Wild, a folder like it, or one of InsightFace's .bin files."""
+"""Load verification sets: Labeled Faces in the Wild, folders like it, and InsightFace's .bin files."""
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -9,11 +11,14 @@ from tqdm import tqdm
 from faces.align import HEIGHT, WIDTH, align, crop_aligned, position_problem
 from faces.data.sources import PARTS
 from faces.device import count_cpus
-from faces.files import InputError, count_of, path, shorten
+from faces.files import InputError, count_of, existing_folder, path, shorten
 from faces.images import UnreadableImage, one_opencv_thread, read_image, summarize
 from faces.landmarks import found_list, normal_form, read_landmarks
 from faces.verification.binset import read_bin
-from faces.verification.pairs import Pairs, open_images, read_pairs
+from faces.verification.pairs import CONTENT, Pairs, open_images, read_pairs
+
+# In the order in which papers give them.
+ORDER = ("lfw", "cfp_fp", "agedb_30", "calfw", "cplfw")
 
 
 class Lfw(NamedTuple):
@@ -22,6 +27,57 @@ class Lfw(NamedTuple):
     faces: np.ndarray    # uint8 (N, HEIGHT, WIDTH, 3), RGB, aligned; one per path of `pairs`
     landmarks: str       # where the landmarks came from, in words
     source: str          # path of the set
+
+    @property
+    def name(self) -> str:
+        """The set's name, such as "lfw" for lfw.bin."""
+        return set_name(self.source)
+
+
+def set_name(file) -> str:
+    """Return the name of the set at a path: the path's last part, without its extension."""
+    name = Path(file).absolute().name
+    return name.partition(".bin")[0] if is_bin(file) else name.removesuffix(".zip")
+
+
+def is_bin(file) -> bool:
+    """Return whether a path is named like one of InsightFace's sets: lfw.bin, or lfw.bin.xz."""
+    return Path(file).name.lower().endswith((".bin", ".bin.xz"))
+
+
+def find_sets(roots: list) -> list[Path]:
+    """Return the paths of the sets at some paths: a folder of .bin files stands for these, in the order of ORDER.
+
+    Raises InputError if there is nothing at a path.
+    """
+    sets = []
+    for root in map(path, roots):
+        if not root.is_file():
+            existing_folder(root, f"{CONTENT}, or .bin sets")
+        inside = [] if root.is_file() or (root / "pairs.txt").exists() else list(filter(is_bin, root.iterdir()))
+        rank = {name: i for i, name in enumerate(ORDER)}
+        sets += sorted(inside, key=lambda file: (rank.get(set_name(file), len(ORDER)), file.name)) or [root]
+    return sets
+
+
+def load_sets(roots: list, pairs: list = (), landmarks: list = (), **options) -> Iterator[Lfw]:
+    """Load one set after the other.
+
+    Args:
+        roots: paths as for find_sets().
+        pairs, landmarks: lists; empty, or one for each of the sets that are no .bin files, in their order.
+        options: further arguments of load_lfw().
+    """
+    sets = find_sets(roots)
+    given = []
+    for option, files in (("list~ of pairs", pairs), ("landmark list~", landmarks)):
+        takers = sets if len(sets) == 1 else [file for file in sets if not is_bin(file)]
+        if sets and len(files) not in (0, len(takers)):
+            raise InputError(f"{count_of(len(files), option)} for {count_of(len(takers), 'set~')} of images; "
+                             "pass one for each set, in their order (.bin sets need none).")
+        given.append(dict(zip(takers, files)))
+    for file in sets:
+        yield load_lfw(file, given[0].get(file), given[1].get(file), **options)
 
 
 def load_lfw(root, file=None, landmarks=None, aligned: bool = False, view: int | None = None, find_landmarks=None,

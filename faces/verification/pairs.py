@@ -21,6 +21,7 @@ from faces.landmarks import normal_form, read_lines
 
 VIEW_1_FILES = ("pairsDevTrain.txt", "pairsDevTest.txt")
 VIEW_2_FILES = ("pairs.txt", "pairs.csv")
+CONTENT = "LFW images as Name/Name_0001.jpg"    # of a folder that is a set
 FOLDS = 10
 TRAINING_ONLY = -1   # fold number of the pairs that are used only to choose the threshold
 
@@ -58,14 +59,15 @@ def read_pairs(source, file=None, view: int | None = None, identification: bool 
             missing.
     """
     source, file = source if isinstance(source, (Folder, Zip)) else open_images(source), file and path(file)
+    view_2 = (*VIEW_2_FILES, f"{source.root.name}_pairs.txt")    # the last one is RFW's
     if view is None:
-        found = file or _find(source, VIEW_2_FILES) or _find(source, VIEW_1_FILES)
+        found = file or _find(source, view_2) or _find(source, VIEW_1_FILES)
         view = 1 if found and found.name in VIEW_1_FILES else 2
     if view == 1 and file and file.name not in VIEW_1_FILES:
         raise InputError(f"{file} does not belong to view 1, which consists of {' and '.join(VIEW_1_FILES)}; pass one "
                          "of them with --pairs, or use --view 2.")
     files = []
-    for names in [[name] for name in VIEW_1_FILES] if view == 1 else [VIEW_2_FILES]:
+    for names in [[name] for name in VIEW_1_FILES] if view == 1 else [view_2]:
         files.append((file.with_name(names[0]) if view == 1 else file) if file else _find(source, names))
         if files[-1] is None:
             raise InputError(f"there is no {names[0]} in {source} or its parent folder; download it into one of these "
@@ -150,7 +152,7 @@ def linked(count: int, links: np.ndarray) -> np.ndarray:
 
 def open_images(root) -> Folder | Zip:
     """Return the images of a verification set."""
-    return open_source(root, "LFW images as Name/Name_0001.jpg")
+    return open_source(root, CONTENT)
 
 
 def finder(source: Folder | Zip) -> Callable[[str], str | None]:
@@ -223,6 +225,6 @@ def _find(source, names):
     root = source.root.absolute()
     inside = [_Member(source, name) for name in names] if root.is_file() else []
     outer = 0 if inside else max(source.wrapper.count("/"), root.name == root.parent.name)
-    folders = (root, *root.parents[:1 + outer], root.resolve().parent)
+    folders = (root, *root.parents[:1 + outer], root.resolve().parent, root.parent.parent / "txts" / root.name)
     return next((file for file in [*inside, *(folder / name for name in names for folder in folders)]
                  if file.is_file()), None)

@@ -1,4 +1,5 @@
-"""Report the results of lfw_eval.py: the summary line, a table per model, and the files in --output."""
+"""Report the results of lfw_eval.py: the summary line, tables of models and sets, and the files in --output."""
+import csv
 import re
 import warnings
 from itertools import zip_longest
@@ -8,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from faces import plots  # before matplotlib: see MPLBACKEND there
-from faces.files import atomic_write, count_of, write_json
+from faces.files import atomic_write, count_of, shorten, write_json
 from faces.verification.bootstrap import interval
 from faces.verification.lfw import Lfw
 from faces.verification.metrics import Verification
@@ -33,7 +34,7 @@ def table(figures: dict) -> str:
     folds (ddof=0), and mean threshold.
     """
     settings, counts, found, lines = figures["settings"], figures["counts"], figures["identification"], []
-    rows = [("model", f"{settings['model']} ({figures['method']}, {settings['net']})")]
+    rows = [("model", f"{settings['model']} ({figures['method']}, {settings['net']})"), ("set", settings["lfw"])]
     if "folds" in settings["protocol"]:
         lines = ["LFWACC={accuracy:.4f} std={std:.4f} thd={threshold:.4f}".format(**figures)]
         folds = len(figures["folds"])
@@ -58,26 +59,117 @@ def table(figures: dict) -> str:
     return "\n".join([*lines, *(f"{name:<20}{value}" for name, value in rows)])
 
 
-def compare(models: list[Measured]) -> list[dict]:
-    """Return the difference in accuracy between each further model and the first, with its paired 95 % interval."""
-    first = models[0]
-    return [{"model": other.figures["settings"]["model"], "against": first.figures["settings"]["model"],
-             "difference": other.result.accuracy - first.result.accuracy,
-             "interval_95": interval(other.draws - first.draws)} for other in models[1:]]
+class Rows:
+    """The lines of a table with a row per set and model."""
+
+    def __init__(self, names: list[str], titles: list[str]):
+        """`names` are the sets, `titles` the models, which are shown if there are several."""
+        self.widths = 2 + max(map(len, names)), (2 + max(map(len, titles))) * (len(titles) > 1), 9, 22, 18, 1
+        self.heading = self._line("set", "model", "pairs", "accuracy", "95 % interval", "TAR@FAR=1e-3")
+
+    def _line(self, *cells):
+        return "".join(f"{cell:<{width}}" for cell, width in zip(cells, self.widths) if width)
+
+    def set(self, figures: dict) -> str:
+        """Return the line of a model on a set; see Measured for its figures."""
+        counts, tar = figures["counts"], f"{figures['tar_at_far_1e-3']:.4f}"
+        return self._line(figures["set"], figures["title"], f"{counts['pairs']:,}",
+                          "{accuracy:.4f} (std {std:.4f})".format(**figures),
+                          "{:.4f} to {:.4f}".format(*figures["interval_95"]),
+                          tar if counts["pairs"] - counts["genuine"] >= 1000 else "too few pairs")
+
+    def mean(self, row: dict) -> str:
+        """Return the lines of a model's mean over the sets, a dict of means()."""
+        line = self._line("mean", row["title"], "", f"{row['accuracy']:.4f}",
+                          "{:.4f} to {:.4f}".format(*row["interval_95"]), "").rstrip()
+        if "std_ddof_1" not in row:
+            return line
+        ratio = "n/a" if row["error_ratio"] is None else f"{row['error_ratio']:.2f}"
+        line += f"\n  groups: standard deviation {row['std_ddof_1']:.4f} (ddof=1), largest / smallest error {ratio}"
+        if row["overlapping"]:
+            pairs = shorten([" and ".join(pair) for pair in row["overlapping"]], count=6)
+            line += f"\n  warning: the intervals of {pairs} overlap, so their order may be chance"
+        return line
+
+
+def means(results: list[list[Measured]], group: bool = False) -> list[dict]:
+    """Return the mean accuracy over several sets of each model, with its 95 % interval; see compare() for `results`.
+
+    If the sets are groups of people, also the standard deviation over the groups (ddof=1), the ratio of the largest to
+    the smallest error (None if that is 0), and which intervals overlap.
+    """
+    rows = []
+    for models in zip(*results):
+        accuracies = [model.result.accuracy for model in models]
+        intervals = [(model.figures["set"], *model.figures["interval_95"]) for model in models]
+        rows.append({"title": models[0].figures["title"], "model": models[0].figures["settings"]["model"],
+                     "accuracy": float(np.mean(accuracies)),
+                     "interval_95": interval(np.mean([model.draws for model in models], 0))})
+        if group:
+            rows[-1] |= {
+                "std_ddof_1": float(np.std(accuracies, ddof=1)),
+                "error_ratio": (1 - min(accuracies)) / (1 - max(accuracies)) if max(accuracies) < 1 else None,
+                "overlapping": [(a[0], b[0]) for i, a in enumerate(intervals) for b in intervals[:i]
+                                if a[1] <= b[2] and b[1] <= a[2]]}
+    return rows
+
+
+def matrix(results: list[list[Measured]]) -> list[str]:
+    """Return the lines of a table of models by sets, with accuracies in %; see compare() for `results`."""
+    rows = _cells(results)
+    widths = [2 + max(map(len, column)) for column in zip(*rows)]
+    return ["".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows]
+
+
+def _cells(results):
+    """Return the rows of table.csv, as in a paper."""
+    names = [models[0].figures["set"] for models in results]
+    rows = [["model", "network", *names, *(["mean"] if len(results) > 1 else [])]]
+    for models in zip(*results):
+        accuracies = [model.result.accuracy for model in models]
+        accuracies += [np.mean(accuracies)] if len(results) > 1 else []
+        rows.append([models[0].figures["title"], models[0].figures["settings"]["net"],
+                     *(f"{100 * accuracy:.2f}" for accuracy in accuracies)])
+    return rows
+
+
+def compare(results: list[list[Measured]]) -> list[dict]:
+    """Return the differences in accuracy between each further model and the first, with paired 95 % intervals.
+
+    `results` has a list per set, with the Measured of each model. The mean over several sets is compared as well.
+    """
+    rows = []
+    for k in range(1, len(results[0])):
+        gains = [(models[k].figures["set"], models[k].result.accuracy - models[0].result.accuracy,
+                  models[k].draws - models[0].draws) for models in results]
+        if len(gains) > 1:
+            gains.append(("mean", float(np.mean([gain[1] for gain in gains])), np.mean([gain[2] for gain in gains], 0)))
+        model, first = (results[0][i].figures["settings"]["model"] for i in (k, 0))
+        rows += [{"model": model, "against": first, "set": name, "difference": gain, "interval_95": interval(draws)}
+                 for name, gain, draws in gains]
+    return rows
 
 
 def comparison_line(row: dict) -> str:
     """Return a dict of compare() as text."""
     low, high = row["interval_95"]
-    return (f"{row['model']} minus {row['against']}: accuracy {row['difference']:+.4f}, 95 % interval {low:+.4f} to "
-            f"{high:+.4f} (paired, over identities), which {'contains' if low <= 0 <= high else 'excludes'} 0")
+    return (f"{row['model']} minus {row['against']}, {row['set']}: accuracy {row['difference']:+.4f}, 95 % interval "
+            f"{low:+.4f} to {high:+.4f} (paired, over identities), which "
+            f"{'contains' if low <= 0 <= high else 'excludes'} 0")
 
 
-def write(folder: Path, models: list[Measured], lfw: Lfw):
-    """Write results.json, scores.tsv and the pictures into a folder.
+def write_all(folder: Path, results: list[list[Measured]], comparison: list, means: list):
+    """Write table.csv, and a results.json with all models and sets, and what compare() and means() returned."""
+    write_json(folder / "results.json", {"results": [model.figures for models in results for model in models],
+                                         "means": means, "comparison": comparison})
+    with atomic_write(folder / "table.csv", "w", newline="") as file:
+        csv.writer(file).writerows(_cells(results))
 
-    Several models get a subfolder each, named by its title, and the folder gets a results.json with all models and
-    their comparison, and pictures with the curves of all models.
+
+def write_set(folder: Path, models: list[Measured], lfw: Lfw):
+    """Write results.json, scores.tsv and the pictures of a set into a folder.
+
+    Several models get a subfolder each, named by its title, and the folder gets pictures with the curves of all.
     """
     pairs, names = lfw.pairs.judged(), folder_names([model.figures["title"] for model in models])
     for name, model in zip(names if len(models) > 1 else [""], models):
@@ -91,7 +183,6 @@ def write(folder: Path, models: list[Measured], lfw: Lfw):
         plots.histogram_picture(inner / "histogram.png", result.similarities, pairs.same, result.threshold)
         error_sheet(inner / "errors.png", lfw.faces, pairs, result.similarities, result.correct)
     if len(models) > 1:
-        write_json(folder / "results.json", {"models": [m.figures for m in models], "comparison": compare(models)})
         _draw_curves(folder, models)
 
 

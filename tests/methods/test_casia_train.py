@@ -2,6 +2,7 @@
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -230,6 +231,12 @@ def test_lfw_accuracy_after_an_epoch_equals_lfw_eval(main, casia, tmp_path):
     assert main("cosFace", *args, "--resume", "--epochs", "0.5")[0] == 0    # without --lfw
     later = load_threshold(path, load_weights(net, path))
     assert later == stored._replace(source=f"{source} (the weights are those of step 3)")
+
+    shutil.copytree(tmp_path / "lfw", tmp_path / "other")
+    args += [tmp_path / "list.txt", "--lfw", tmp_path / "lfw", tmp_path / "other"]    # a list for each
+    assert main("cosFace", *args, "--resume", "--epochs", "1")[0] == 0
+    line = json.loads((tmp_path / "run/epochs.jsonl").read_text().splitlines()[-1])
+    assert line["lfw"] == line["other"] == line["mean_accuracy"] and "other_std" in line
 
 
 def test_gradient_accumulation_equals_the_whole_batch(main, casia, tmp_path):

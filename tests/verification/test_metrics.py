@@ -18,6 +18,7 @@ from faces.verification.metrics import (
     similarities,
     verify,
 )
+from faces.verification.pairs import ten_folds
 from faces.verification.report import hardest
 
 
@@ -104,6 +105,27 @@ def test_the_threshold_of_each_fold_comes_from_the_other_folds():
     flipped = same.copy()
     flipped[folds == 2] ^= True
     assert verify(embeddings, pairs, flipped, folds).thresholds[2] == result.thresholds[2]
+
+
+def test_accuracy_differs_from_arcface_torch_by_its_grid_of_thresholds_only():
+    """Naive version of recognition/arcface_torch/eval/verification.py: thresholds on squared distances, 0 to 4."""
+    rng = np.random.default_rng(0)
+    people = rng.normal(size=(300, 16))
+    same = np.arange(600) % 2 == 0
+    pairs = np.arange(1200).reshape(-1, 2)
+    e = np.repeat(people, 4, 0) + 0.9 * rng.normal(size=(1200, 16))    # image 4 k + 2 starts an impostor pair
+    e[3::4] = np.roll(e[3::4], 4, 0)
+    result = verify(e, pairs, same, ten_folds(600))
+    unit = e / np.linalg.norm(e, axis=1, keepdims=True)
+    distance = ((unit[0::2] - unit[1::2]) ** 2).sum(1)
+    for k, ours in enumerate(result.thresholds):
+        test = np.arange(600) // 60 == k
+        grid = max(np.arange(0, 4, 0.01), key=lambda t: ((distance < t) == same)[~test].mean())    # the first best
+        accuracy = ((distance < grid) == same)[test].mean()
+        between = (((distance < grid) != (distance < 2 - 2 * ours))[test]).mean()
+        assert abs(accuracy - result.accuracies[k]) <= between + 1e-12 and between < 0.05
+        assert ((distance < grid) == same)[~test].mean() <= ((distance < 2 - 2 * ours) == same)[~test].mean()
+    assert 0.7 < result.accuracy < 0.99
 
 
 def test_the_subtracted_mean_comes_from_the_training_folds():

@@ -132,7 +132,7 @@ def test_two_models_with_every_protocol(lfw, models, tmp_path, capsys):
                                     "--far", 1e-3, 0.25, "--resamples", 200, "--output", tmp_path)
     assert status == 0, err
     results = json.loads((tmp_path / "results.json").read_text())
-    for i, result in enumerate(results["models"]):
+    for i, result in enumerate(results["results"]):
         folder = tmp_path / "ab"[i]    # a.pt and b.pt
         assert json.loads((folder / "results.json").read_text()) == result
         assert result["settings"]["model"] == str(models[i]) and f"LFWACC={result['accuracy']:.4f} std=" in out
@@ -147,9 +147,9 @@ def test_two_models_with_every_protocol(lfw, models, tmp_path, capsys):
     assert out.count("too few to resolve this rate, which needs 1,000") == 2
     assert len(re.findall(r"^(TAR@FAR=1e-3|TAR@FAR=2.5e-1|rank 1 |rank 5 |gallery) ", out, re.M)) == 10
     comparison, = results["comparison"]
-    first, second = (result["accuracy"] for result in results["models"])
+    first, second = (result["accuracy"] for result in results["results"])
     assert comparison["difference"] == pytest.approx(second - first)
-    assert f"{models[1]} minus {models[0]}: accuracy {comparison['difference']:+.4f}, 95 % interval " in out
+    assert f"{models[1]} minus {models[0]}, {lfw.name}: accuracy {comparison['difference']:+.4f}, 95 % interval " in out
     low, high = comparison["interval_95"]
     assert low <= comparison["difference"] <= high
     assert (tmp_path / "roc.png").exists() and (tmp_path / "cmc.png").exists()

@@ -1,0 +1,140 @@
+"""lfw_eval.py on several sets in one run: the same faces in different layouts, RFW's groups, and models by sets."""
+import csv
+import itertools
+import json
+import lzma
+import pickle
+import re
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import draw_face, run_lfw_eval, write_image
+
+import cosFace.net
+from faces.files import CHECKPOINT, InputError
+from faces.images import read_image
+from faces.verification.lfw import find_sets, load_sets
+from faces.verification.pairs import read_pairs
+
+PEOPLE, PHOTOS = 7, 3
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    """Return a folder with the same faces and pairs as LFW's layout, as a list, and as .bin files, one compressed."""
+    root = tmp_path_factory.mktemp("sets")
+    lines = []
+    for person in range(PEOPLE):
+        for photo in range(1, PHOTOS + 1):
+            write_image(root / f"images/m.{person}/m.{person}_{photo:04d}.png", draw_face(person, photo, 112)[0])
+        other = (person + 1) % PEOPLE
+        lines += [f"m.{person}\t{i}\t{j}" for i, j in itertools.combinations(range(1, PHOTOS + 1), 2)]
+        lines += [f"m.{person}\t{i}\tm.{other}\t{i}" for i in range(1, PHOTOS + 1)]
+    (root / "pairs.txt").write_text("\n".join(lines))
+    pairs = read_pairs(root / "images")
+    names = [[pairs.paths[i] for i in pair] for pair in pairs.pairs]
+    (root / "list.txt").write_text("".join(f"{a} {b} {int(s)}\n" for (a, b), s in zip(names, pairs.same)))
+    images = [cv2.imencode(".png", read_image(root / "images" / name)[..., ::-1])[1].tobytes()
+              for pair in names for name in pair]
+    (root / "bins").mkdir()
+    data = pickle.dumps((images, pairs.same.tolist()), 2)
+    (root / "bins/agedb_30.bin").write_bytes(data)
+    (root / "bins/cfp_fp.bin.xz").write_bytes(lzma.compress(data))
+    return root
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Return the checkpoints of two untrained networks."""
+    folder = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate("ab"):
+        torch.manual_seed(seed)
+        net = cosFace.net.faceNet().train()
+        with torch.no_grad():
+            net(torch.randn(4, 3, 112, 96))
+        torch.save({"format": CHECKPOINT, "method": "CosFace", "net": "faceNet", "weights": net.state_dict()},
+                   folder / f"{name}.pt")
+    return folder / "a.pt", folder / "b.pt"
+
+
+def test_the_same_faces_give_the_same_figures_in_every_layout(sets, models, tmp_path, capsys):
+    status, out, err = run_lfw_eval(
+        capsys, "--model", models[0], "--model", models[1], "--flip", "none", "--aligned", "--resamples", 200,
+        "--lfw", sets / "images", sets / "images", sets / "bins", "--pairs", sets / "pairs.txt", sets / "list.txt",
+        "--output", tmp_path)
+    assert status == 0 and "LFWACC" not in out, err
+    stored = json.loads((tmp_path / "results.json").read_text())
+    results = {(result["title"], result["set"]): result for result in stored["results"]}
+    names = ["images", "images-2", "cfp_fp", "agedb_30"]    # a folder's sets come in the order of papers
+    assert list(results) == [(title, name) for name in names for title in "ab"]
+    for (title, name), result in results.items():
+        same = results[title, "images"]
+        assert (result["accuracy"], result["counts"]) == (same["accuracy"], same["counts"])
+        assert result["auc"] == pytest.approx(same["auc"], abs=1e-6)
+        assert f"{name}{' ' * (10 - len(name))}{title}  " in out
+        assert result == json.loads((tmp_path / name / title / "results.json").read_text())
+    for title, row in zip("ab", stored["means"]):
+        assert row["accuracy"] == pytest.approx(np.mean([results[title, name]["accuracy"] for name in names]))
+        assert f"mean      {title}  " in out and row["interval_95"][0] <= row["accuracy"] <= row["interval_95"][1]
+    for row, name in zip(stored["comparison"], [*names, "mean"], strict=True):
+        expected = [mean["accuracy"] if name == "mean" else results[mean["title"], name]["accuracy"]
+                    for mean in stored["means"]]
+        assert row["set"] == name and row["difference"] == pytest.approx(expected[1] - expected[0])
+        assert f"{models[1]} minus {models[0]}, {name}: accuracy {row['difference']:+.4f}, 95 % interval " in out
+    with open(tmp_path / "table.csv", newline="") as file:
+        heading, *rows = csv.reader(file)
+    assert heading == ["model", "network", *names, "mean"]
+    assert rows[1] == ["b", "faceNet", *(f"{100 * results['b', name]['accuracy']:.2f}" for name in names),
+                       f"{100 * stored['means'][1]['accuracy']:.2f}"]
+    assert re.search(r"\s+".join(rows[1]), out)
+
+
+def test_groups_of_rfw(sets, models, tmp_path, capsys):
+    """RFW's layout: data/GROUP/NAME/NAME_0001.jpg and txts/GROUP/GROUP_pairs.txt without a header."""
+    for shift, group in enumerate(("African", "Asian", "Indian")):
+        lines = (sets / "pairs.txt").read_text().splitlines()
+        for name in (sets / "images").rglob("*.png"):
+            image = np.roll(read_image(name), 9 * shift, 1) // (1 + shift)
+            write_image(tmp_path / "data" / group / name.relative_to(sets / "images"), image)
+        (tmp_path / "txts" / group).mkdir(parents=True)
+        (tmp_path / f"txts/{group}/{group}_pairs.txt").write_text("\n".join(lines))
+    status, out, _ = run_lfw_eval(capsys, "--model", models[0], "--flip", "none", "--aligned", "--group", "--lfw",
+                                  *sorted((tmp_path / "data").iterdir()), "--output", tmp_path / "out")
+    stored = json.loads((tmp_path / "out/results.json").read_text())
+    assert status == 0 and [result["counts"]["pairs"] for result in stored["results"]] == [len(lines)] * 3
+    accuracies = [result["accuracy"] for result in stored["results"]]
+    row, = stored["means"]
+    assert row["std_ddof_1"] == pytest.approx(np.sqrt(sum((a - np.mean(accuracies)) ** 2 for a in accuracies) / 2))
+    assert row["error_ratio"] == pytest.approx((1 - min(accuracies)) / (1 - max(accuracies)))
+    overlapping = [[b["set"], a["set"]] for a, b in itertools.combinations(stored["results"], 2)
+                   if max(a["interval_95"][0], b["interval_95"][0]) <= min(a["interval_95"][1], b["interval_95"][1])]
+    assert sorted(row["overlapping"]) == sorted(overlapping) != []
+    assert f"deviation {row['std_ddof_1']:.4f} (ddof=1), largest / smallest error {row['error_ratio']:.2f}" in out
+    assert "overlap, so their order may be chance" in out
+
+
+def test_a_folder_of_images_is_one_set_whatever_else_it_holds(sets, tmp_path):
+    names = [file.name for file in find_sets([sets / "bins", sets / "images"])]
+    assert names == ["cfp_fp.bin.xz", "agedb_30.bin", "images"]
+    (tmp_path / "pairs.txt").touch()
+    (tmp_path / "weights.bin").touch()
+    assert find_sets([tmp_path]) == [tmp_path]
+
+
+def test_a_compressed_set_that_ends_early_is_refused(sets, tmp_path):
+    data = (sets / "bins/cfp_fp.bin.xz").read_bytes()
+    (tmp_path / "lfw.bin.xz").write_bytes(data[:len(data) // 2])
+    with pytest.raises(InputError, match=r"lfw.bin.xz is damaged or not .*ends early"):
+        list(load_sets([tmp_path / "lfw.bin.xz"]))
+
+
+@pytest.mark.parametrize("options, message", [
+    (("--lfw", "bins", "missing"), "missing does not exist"), (("--lfw", "images", "--group"), "--group two or more"),
+    (("--lfw", "bins", "--save-threshold"), "--save-threshold takes a single set"),
+    (("--lfw", "bins", "images", "--pairs", "list.txt", "list.txt"), "2 lists of pairs for 1 set of images")])
+def test_mistakes_are_one_sentence_errors(sets, models, capsys, monkeypatch, options, message):
+    monkeypatch.chdir(sets)
+    status, _, err = run_lfw_eval(capsys, "--model", models[0], "--aligned", *options)
+    assert status == 2 and re.search(rf"\S+: .*{message}", err) and "Traceback" not in err
