@@ -4,8 +4,10 @@
     make reproduce CASIA=DIR LFW=DIR ARGS="--epochs 1 --batch-size 16"      a small trial
 
 Options that are not listed here are passed to both casia_train.py. Stop it at any moment, and continue with the same
-command: each of the commands that it prints and runs resumes by itself. The table is runs/reproduce/results.md.
+command: each of the commands that it prints and runs resumes by itself. The tables are in runs/reproduce/results.md,
+with published values from tools/published.tsv.
 """
+import csv
 import os
 import shlex
 import signal
@@ -27,6 +29,7 @@ from faces.verification.pairs import open_images, read_pairs
 from tools.embedder import crop_faces
 
 METHODS = {"cosFace": cosFace.casia_train, "sphereFace": sphereFace.casia_train}
+PUBLISHED = Path(__file__).with_name("published.tsv")
 
 
 def plan(args, options: list[str]) -> list[tuple]:
@@ -45,7 +48,7 @@ def plan(args, options: list[str]) -> list[tuple]:
         pairs = read_pairs(images, identification=True)
         evaluation += ["identification"] * (pairs.named and pairs.people_with_several() > 1)
         if first.lfw_landmarks:
-            evaluation += ["--landmarks", first.lfw_landmarks]
+            evaluation += ["--landmarks", *first.lfw_landmarks]
         elif found_list(images, "lfw_landmark.txt") is None:
             if are_aligned(images, pairs.paths):
                 evaluation.append("--aligned")
@@ -87,9 +90,38 @@ def run(words: list) -> int:
     return 128 + received[-1] if received else abs(status)
 
 
+def verdict(interval: list[float], low: float, high: float) -> str:
+    """Return "overlaps" if an interval and a published range share a point, or else "is below" or "is above"."""
+    return "is below" if interval[1] < low else "is above" if interval[0] > high else "overlaps"
+
+
+def compare(state: dict, result: dict) -> list[str]:
+    """Return the lines that compare a result with what others published for the same method and test set."""
+    low, high = ours = result["interval_95"]
+    name = result.get("set", "lfw").lower().replace("-", "_")    # such as lfw, lfw_deepfunneled, cfp_fp
+    with open(PUBLISHED, encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file, delimiter="\t") if name.startswith(row["test set"])
+                and (row["method"] == state["method"] or row["network"].startswith("neighbor"))]
+    if not rows:
+        return [f"We know of no published value for {state['method']} on a set named {name}.", ""]
+    lines = [f"| {state['method']} on {name}: {result['accuracy']:.4f} ({low:.4f} to {high:.4f}) | published | "
+             "our interval | protocol | source |", "| --- " * 5 + "|"]
+    for row in rows:
+        low, high = row["low"], row["high"]
+        lines.append(f"| {row['method']}, {row['network']} | {low if low == high else f'{low} to {high}'} | "
+                     f"{verdict(ours, float(low), float(high))} | {row['protocol']} | {row['source']} |")
+    full = state["step"] * state["settings"]["batch_size"] > 0.95 * 28_000 * 512    # images of the default recipe
+    if state["classes"] <= 10_000:
+        lines += ["", f"These values are for all of CASIA-WebFace; your training set has {state['classes']:,} people."]
+    elif full and name.startswith("lfw") and result["accuracy"] < 0.985:
+        lines += ["", "This is low for the full recipe. Suspect the alignment (landmarks of the training set and LFW),",
+                  "the channel order, and the labels of the training set (wrong, or one person in two folders)."]
+    return [*lines, ""]
+
+
 def render(args, commands: list[tuple]) -> str:
     """Return the text of results.md, with the methods that have been evaluated so far."""
-    rows, facts = [], []
+    rows, facts, published = [], [], []
     for method in METHODS:
         folder = args.output / method
         result = files.read_json(folder / "lfw/results.json")
@@ -104,6 +136,7 @@ def render(args, commands: list[tuple]) -> str:
                  "{:.4f} to {:.4f}".format(*result["interval_95"]), f"{tar['tar']:.4f}{few}", rank_1,
                  f"{state['step'] * settings['batch_size']:,} of {state['classes']:,} people")
         rows.append(f"| {' | '.join(cells)} |")
+        published += compare(state, result)
         facts = [f"- training set: {args.casia}",
                  f"- test set: {args.lfw}, {counts['pairs']:,} pairs of {counts['images']:,} images",
                  f"- trained in {settings['precision']} with {', '.join(versions)}"]
@@ -112,7 +145,9 @@ def render(args, commands: list[tuple]) -> str:
                       "| method | network | accuracy | 95 % interval | TAR@FAR=1e-3 | rank 1 | training images |",
                       "| --- | --- | --- | --- | --- | --- | --- |", *rows, "",
                       "The accuracy is the mean over the folds, with its standard deviation (ddof = 0) and a bootstrap",
-                      "interval over identities.", "", *facts, "", "## Commands", "",
+                      "interval over identities.", "", *facts, "", "## Published accuracies", "",
+                      "Our 95 % interval overlaps the published value or range, is below it, or is above it.", "",
+                      *published, "## Commands", "",
                       *[f"    python {words}" for words in typed], ""])
 
 

@@ -1,4 +1,5 @@
-"""reproduce.py: a run that is stopped and continued ends with the table; what it does with photos; mistakes."""
+"""reproduce.py: a run that is stopped and continued ends with the table; published values; photos; mistakes."""
+import csv
 import json
 import os
 import pickle
@@ -66,6 +67,41 @@ def test_a_run_that_is_stopped_continues_and_ends_with_the_table(casia, tmp_path
     assert table.count("| - | 12 of 6 people |") == 2    # no names, so no rank 1
     assert "only 10 impostor pairs" in table and "20 pairs of 20 images" in table
     assert re.search(r"^    python sphereFace/casia_train.py .*--batch-size 12 .*--resume auto$", table, re.M)
+
+
+def compared(accuracy, steps=28_000, classes=10_575, method="SphereFace", **entries):
+    """Return what reproduce.py says about a run of steps of 512 images, with an interval of +- 0.0005."""
+    state = {"method": method, "step": steps, "classes": classes, "settings": {"batch_size": 512}}
+    result = {"accuracy": accuracy, "interval_95": [accuracy - 0.0005, accuracy + 0.0005], **entries}
+    return "\n".join(reproduce.compare(state, result))
+
+
+def test_a_result_is_compared_with_each_published_range():
+    for accuracy, expected in ((0.9913, "overlaps"), (0.9920, "overlaps"), (0.9934, "overlaps"), (0.9907, "is below"),
+                               (0.9936, "is above")):
+        assert f"| 0.9913 to 0.9930 | {expected} |" in compared(accuracy)
+    assert "on lfw: 0.9920 (0.9915 to 0.9925) |" in compared(0.9920) and "CosFace" not in compared(0.9920)
+    other = compared(0.9250, set="CFP-FP")
+    assert "| AdaFace, neighbor: IR-18 | 0.9259 | is below |" in other and "0.9913" not in other
+    assert "no published value" in compared(0.9, set="photos")
+
+
+@pytest.mark.parametrize("run, blamed", [
+    ({}, True), ({"method": "CosFace"}, True), ({"set": "lfw_funneled"}, True), ({"accuracy": 0.9855}, False),
+    ({"steps": 1_000}, False), ({"classes": 3_141}, False), ({"set": "calfw"}, False)])
+def test_only_a_full_run_is_told_what_to_suspect(run, blamed):
+    text = compared(**{"accuracy": 0.98, **run})
+    assert ("channel order" in text) == blamed
+    assert ("your training set has 3,141 people" in text) == ("classes" in run)
+
+
+def test_every_published_value_has_a_source():
+    with open(reproduce.PUBLISHED, encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    assert {row["test set"] for row in rows} == {"lfw", "cfp_fp", "agedb_30", "calfw", "cplfw"}
+    for row in rows:
+        assert all(row.values()) and None not in row and row["source"].startswith("https://"), row
+        assert 0.5 < float(row["low"]) <= float(row["high"]) < 1, row
 
 
 def test_a_command_gets_the_signal_and_is_waited_for(tmp_path):
