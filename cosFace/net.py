@@ -1,25 +1,27 @@
-"""CosFace (Wang et al., CVPR 2018, arXiv:1801.09414): the 20-layer CNN and the large margin cosine loss."""
+"""CosFace (Wang et al., CVPR 2018, arXiv:1801.09414): the sphere CNN and the large margin cosine loss."""
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-STAGES = ((64, 1), (128, 2), (256, 4), (512, 1))  # channels and residual units of each stage; a stage halves the image
+CHANNELS = (64, 128, 256, 512)    # of each stage; a stage halves the image
+UNITS = {20: (1, 2, 4, 1), 36: (2, 4, 8, 2), 64: (3, 8, 16, 3)}    # residual units of each stage, by depth
 
 
 class SphereNet(nn.Module):
-    """The 20-layer sphere CNN (SphereFace, table 2), with or without batch normalization.
+    """The sphere CNN (SphereFace, table 2), with or without batch normalization.
 
     Each stage is a 3x3 convolution of stride 2, followed by residual units of two 3x3 convolutions. Every convolution
-    is followed by PReLU. Layers have the names of the released checkpoints: conv1_1, relu1_1, ..., conv4_3, fc5.
+    is followed by PReLU. Layers have the names of the released checkpoints: conv1_1, relu1_1, conv1_2, ..., fc5.
 
     Args:
         batch_norm: put batch normalization after every convolution (conv1_1bn) and after fc5 (fc5_bn).
+        depth: number of convolutions, 20, 36 or 64.
     """
 
-    def __init__(self, batch_norm: bool):
+    def __init__(self, batch_norm: bool, depth: int = 20):
         super().__init__()
-        previous = 3
-        for stage, (channels, units) in enumerate(STAGES, 1):
+        self.units, previous = UNITS[depth], 3
+        for stage, (channels, units) in enumerate(zip(CHANNELS, self.units), 1):
             for layer in range(1, 2 * units + 2):
                 conv = nn.Conv2d(previous, channels, 3, stride=2 if layer == 1 else 1, padding=1, bias=layer == 1)
                 self.add_module(f"conv{stage}_{layer}", conv)
@@ -44,7 +46,7 @@ class SphereNet(nn.Module):
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
         if batch_norm:
-            for stage, (_, units) in enumerate(STAGES, 1):
+            for stage, units in enumerate(self.units, 1):
                 for unit in range(1, units + 1):
                     nn.init.zeros_(self.get_submodule(f"conv{stage}_{2 * unit + 1}bn").weight)
 
@@ -55,7 +57,7 @@ class SphereNet(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Embed aligned faces: float (N, 3, 112, 96), RGB, (x - 127.5) / 128, to float (N, 512), not normalized."""
-        for stage, (_, units) in enumerate(STAGES, 1):
+        for stage, units in enumerate(self.units, 1):
             x = self._layer(f"{stage}_1", x)                                # (N, 64, 56, 48) ... (N, 512, 7, 6)
             for unit in range(1, units + 1):
                 x = x + self._layer(f"{stage}_{2 * unit + 1}", self._layer(f"{stage}_{2 * unit}", x))
@@ -72,7 +74,17 @@ def sphere20a() -> SphereNet:
     return SphereNet(batch_norm=False)
 
 
-NETS = {"faceNet": faceNet, "sphere20a": sphere20a}
+def sphere36a() -> SphereNet:
+    """Return the 36-layer CNN of the paper, without batch normalization."""
+    return SphereNet(batch_norm=False, depth=36)
+
+
+def sphere64a() -> SphereNet:
+    """Return the 64-layer CNN of the paper, without batch normalization."""
+    return SphereNet(batch_norm=False, depth=64)
+
+
+NETS = {"faceNet": faceNet, "sphere20a": sphere20a, "sphere36a": sphere36a, "sphere64a": sphere64a}
 
 
 class CosFace(nn.Module):

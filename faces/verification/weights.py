@@ -1,12 +1,14 @@
-"""Load weights of the 20-layer CNN from checkpoints of this project and from public ones.
+"""Load weights of the sphere CNN from checkpoints of this project and from public ones.
 
 The names of its layers say which network a file holds, and in which layout. The layout of clcarwin/sphereface_pytorch
-is also ours: conv1_1, relu1_1 ... conv4_3, relu4_3, fc5; with batch normalization, there are conv1_1bn ... fc5_bn, too.
+is also ours, and that of the Caffe releases: conv1_1, relu1_1 ... conv4_3, relu4_3, fc5; with batch normalization,
+there are conv1_1bn ... fc5_bn, too. Deeper networks have more layers in a stage, conv1_4 and so on.
 In the layout of MuggleWang/CosFace_pytorch, layer1.0 is a convolution, layer1.1 its PReLU, layer1.2 a residual unit
 (conv1, prelu1, conv2, prelu2), and fc the last layer. Both flatten the last feature map in the same order. Whatever the
 file's network expects, the loaded one takes RGB, (x - 127.5) / 128.
 """
 import hashlib
+import math
 import re
 import sys
 import zipfile
@@ -18,10 +20,11 @@ import safetensors
 import torch
 from torch import nn
 
-from faces.files import CHECKPOINT, InputError, load_tensors, path, reading, shorten
+from faces.files import CHECKPOINT, InputError, count_of, load_tensors, path, reading, shorten
+from faces.verification.caffe import read_caffemodel
 
 CHANNELS = ("rgb", "bgr")
-MODEL_HELP = "checkpoint.pt of casia_train.py or its folder, a public checkpoint of the same network, or safetensors"
+MODEL_HELP = "checkpoint.pt of casia_train.py or its folder, a public checkpoint, a .caffemodel, or safetensors"
 PAGE = "docs/evaluation.md lists the layouts that can be loaded"
 
 
@@ -46,8 +49,13 @@ MAX_DEPTH = 4
 WRAPPERS = {"module", "_orig_mod"}    # added to names by DataParallel, and by torch.compile, around any module
 
 
+# Residual units in each stage of the networks without batch normalization. The authors' Sphereface-64.prototxt and
+# MuggleWang's network of 64 layers have 7 units in the second stage; OpenSphere's sfnet64 and sphere64a here have 8.
+UNITS = {(1, 2, 4, 1): "sphere20a", (2, 4, 8, 2): "sphere36a", (3, 8, 16, 3): "sphere64a", (3, 7, 16, 3): "sphere64a"}
+
+
 class Found(NamedTuple):
-    """The weights of the 20-layer CNN in a file."""
+    """The weights of the sphere CNN in a file."""
     layout: Layout
     tensors: dict      # from our name to (name in the file, tensor)
     source: str        # where in the file they are, such as "model_ema"; empty if they are not nested
@@ -72,8 +80,8 @@ def load_net(file, nets: dict[str, Callable], name: str | None = None,
 
     Args:
         file, channels: see load_weights().
-        nets: dict from a network's name, "faceNet" or "sphere20a", to its constructor.
-        name: name of the network that the file is expected to hold; None accepts either.
+        nets: dict from a network's name, "faceNet" or "sphere20a" for example, to its constructor.
+        name: name of the network that the file is expected to hold; None accepts any.
     """
     content = _read(file, name)
     with torch.device("cpu"):    # whatever the defaults of the process are
@@ -85,17 +93,18 @@ def load_weights(net: nn.Module, file, channels: str | None = None) -> dict:
     """Load the weights in a file into a network; the network then takes RGB, whatever the channel order of the file.
 
     Args:
-        net: faceNet() or sphere20a().
-        file: a checkpoint of this project, a folder that holds checkpoint.pt, a safetensors file, or a public state
-            dict in one of LAYOUTS, nested under KEYS or not. Half precision becomes float32.
+        net: one of NETS.
+        file: a checkpoint of this project, a folder that holds checkpoint.pt, a safetensors file, a .caffemodel, or a
+            public state dict in one of LAYOUTS, nested under KEYS or not. Half precision becomes float32.
         channels: channel order that the weights were trained with, "rgb" or "bgr"; None takes the one that the file
             states, and otherwise "rgb" for checkpoints of this project and MuggleWang's layout, "bgr" for all others.
 
     Returns:
         dict that describes the file, with the keys "format", "method" (None if the file does not name it), "net",
         "layout", "channels", "source" (where in the file the weights are), "ignored" (names that were left out),
-        "others" (further weights in the file), "fingerprint" (of the loaded network), and, None for files of other
-        origin, "step" and "threshold" (of the last evaluation during training).
+        "others" (further weights in the file), "added" (residual units that the file lacks; they are the identity),
+        "fingerprint" (of the loaded network), and, None for files of other origin, "step" and "threshold" (of the last
+        evaluation during training).
 
     Raises:
         InputError: the file can't be read safely, is not a checkpoint, or contains weights that do not fit `net`.
@@ -104,10 +113,13 @@ def load_weights(net: nn.Module, file, channels: str | None = None) -> dict:
 
 
 def initial_net(make: Callable[[], nn.Module], file=None) -> nn.Module:
-    """Return a network to train: make(), with the weights in a file if one is given; see load_weights()."""
+    """Return a network to train: make(), with the weights in a file if one is given; see load_weights().
+
+    They may be those of a network with fewer layers: each residual unit that it lacks starts as the identity.
+    """
     net = make()
     if file is not None:
-        announce(file, load_weights(net, file))
+        announce(file, _load(_read(file, architecture(net.state_dict()), deeper=True), net, None, train=True))
     return net
 
 
@@ -118,11 +130,13 @@ def net_in(file) -> str:
 
 def announce(file, loaded: dict):
     """Print which layout a public file has, on one line of stderr; checkpoints of this project need no announcement."""
-    if loaded["format"] != CHECKPOINT:
+    if loaded["format"] != CHECKPOINT or loaded["added"]:
         rather = f" rather than {', '.join(loaded['others'])}" if loaded["others"] else ""
         print(f"{file}: {loaded['net']} in the layout {loaded['layout']}; channel order {loaded['channels'].upper()}"
               + (f"; taken from {loaded['source']}{rather}" if loaded["source"] else rather)
-              + (f"; left out: {shorten(loaded['ignored'])}" if loaded["ignored"] else ""), file=sys.stderr)
+              + (f"; left out: {shorten(loaded['ignored'])}" if loaded["ignored"] else "")
+              + (f"; added: {count_of(loaded['added'], 'residual unit~')}, the identity" if loaded["added"] else ""),
+              file=sys.stderr)
 
 
 def add_options(parser, nets, **net_options):
@@ -135,10 +149,18 @@ def add_options(parser, nets, **net_options):
 
 
 def architecture(names) -> str | None:
-    """Return which network has weights with these names: "faceNet", "sphere20a", or None if neither does."""
+    """Return which network has weights with these names: "faceNet", the one of UNITS with the most similar number of
+    units, or None if the last layer is missing."""
     if "conv1_1.weight" not in names or "fc5.weight" not in names:
         return None
-    return "faceNet" if "conv1_1bn.weight" in names else "sphere20a"
+    found = _units(names)
+    return "faceNet" if "conv1_1bn.weight" in names else UNITS[min(UNITS, key=lambda units: math.dist(units, found))]
+
+
+def _units(names):
+    """Return the number of residual units in each stage of a network whose weights have these names."""
+    layers = [re.match(r"conv([1-4])_(\d{1,3})\b", name) for name in names]
+    return tuple(max((int(m[2]) for m in layers if m and m[1] == stage), default=0) // 2 for stage in "1234")
 
 
 def fingerprint(net: nn.Module) -> str:
@@ -215,35 +237,38 @@ class _Content(NamedTuple):
     ignored: list    # names of tensors that do not belong to the network, such as training heads
 
 
-def _read(model, expected=None):
-    """Return the _Content of a file of weights; raise InputError if its network is not `expected`."""
+def _read(model, expected=None, deeper=False):
+    """Return the _Content of a file of weights; raise InputError if its network is not `expected`, or, with `deeper`,
+    the same with fewer layers."""
     file = model_file(model)
-    with reading(file, "file of weights", "export or download it again"):
+    with reading(file, "file of weights", "export or download it again"), torch.serialization.safe_globals(IGNORED):
         with open(file, "rb") as data:
             is_safetensors = data.read(9)[8:] == b"{"
-        if is_safetensors:
+        if file.suffix.lower() == ".caffemodel":
+            content, stated = read_caffemodel(file), {"format": "caffemodel"}
+        elif is_safetensors:
             with safetensors.safe_open(file, "pt") as data:
                 content = {name: data.get_tensor(name) for name in data.keys()}
                 stated = {**(data.metadata() or {}), "format": "safetensors"}
-    if not is_safetensors:
-        with torch.serialization.safe_globals(IGNORED):
+        else:
             content, stated = load_tensors(file), {"format": "state dict"}
-        if isinstance(content, dict) and content.get("format") == CHECKPOINT:
-            content, stated = {"weights": content.get("weights")}, {**content, "colour_order": "RGB"}
+            if isinstance(content, dict) and content.get("format") == CHECKPOINT:
+                content, stated = {"weights": content.get("weights")}, {**content, "colour_order": "RGB"}
     found, ignored = find_weights(content)
     if not found:
-        what = f"no weights of the 20-layer CNN (its first tensor is {ignored[0]})" if ignored else "no weights"
+        what = f"no weights of the sphere CNN (its first tensor is {ignored[0]})" if ignored else "no weights"
         raise InputError(f"{file} contains {what}; {PAGE}.")
     name = architecture(found[0].tensors)
     if name is None:
-        raise InputError(f"the weights in {file} do not fit faceNet or sphere20a (the last layer is missing); {PAGE}.")
-    if name != (expected or name):
+        raise InputError(f"the last layer of the network in {file} is missing; {PAGE}.")
+    shallower = deeper and name.startswith("sphere") and name < expected    # sphere20a, sphere36a, sphere64a
+    if name != (expected or name) and not shallower:
         raise InputError(f"{file} contains the weights of {name}, not of {expected}; pass --net {name} or leave out "
                          "--net.")
     return _Content(file, stated, name, found, ignored)
 
 
-def _load(content, net, channels):
+def _load(content, net, channels, train=False):
     """Load the first of the weights in a file into a network; return the description of load_weights()."""
     stated, (layout, tensors, source), method = content.stated, content.found[0], content.stated.get("method")
     stated_channels = str(stated.get("colour_order")).lower()
@@ -253,6 +278,8 @@ def _load(content, net, channels):
     biases = {name: nn.Parameter(layer.weight.new_zeros(layer.out_channels)) for name in tensors
               if name not in expected and isinstance(layer := modules.get(name.removesuffix(".bias")), nn.Conv2d)}
     expected |= biases
+    added = _added(_units(tensors), expected, train)
+    tensors |= added
     with reading(content.file, "checkpoint of ordinary tensors", "pass another checkpoint"):
         for name in [*expected, *tensors]:
             file_name, value = tensors.get(name, (name, None))
@@ -269,8 +296,22 @@ def _load(content, net, channels):
         net.load_state_dict({**expected, **weights})
     return {"format": stated["format"], "method": None if method == "unknown" else method, "net": content.net,
             "layout": layout.title, "channels": channels, "source": source, "ignored": content.ignored,
-            "others": [other.source for other in content.found[1:]], "fingerprint": fingerprint(net),
-            "step": stated.get("step"), "threshold": stated.get("threshold")}
+            "others": [other.source for other in content.found[1:]], "added": len(added) // 4,
+            "fingerprint": fingerprint(net), "step": stated.get("step"), "threshold": stated.get("threshold")}
+
+
+def _added(units, expected, train):
+    """Return weights, as in Found.tensors, for the residual units that a file with these `units` lacks.
+
+    They make each unit the identity. To be trained further, its first convolution keeps its initial weights.
+    """
+    added = {}
+    for name, value in expected.items() if units in UNITS else ():
+        kind, stage, layer = re.match(r"(conv|relu|fc)(\d)_?(\d*)", name).groups()
+        if layer and int(layer) > 2 * units[int(stage) - 1] + 1:
+            zero = kind == "conv" and (int(layer) % 2 or not train)
+            added[name] = name, torch.zeros_like(value) if zero else value
+    return added
 
 
 def _kind(tensor):

@@ -121,7 +121,9 @@ def weights(rng):
     return {"net.pt": file.getvalue()}
 
 
+CAFFE = {"net.caffemodel": b"\xa2\6\x16\n\7conv1_1:\x0b:\3\n\1\1*\4\0\0\0\0" * 50}    # each a layer of one number
 TARGETS = {
+    "caffe": (lambda _: CAFFE, lambda folder: load_weights(net(), folder / "net.caffemodel")),
     "images": (images, lambda folder: read_image(folder / "image")), "lists": (lists, read_lists),
     "zips": (zips, lambda folder: read_set(folder / "faces.zip")), "records": (records, read_set),
     "bins": (bins, lambda folder: read_bin(folder / "set.bin")),

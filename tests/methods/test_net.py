@@ -1,4 +1,4 @@
-"""Tests of the 20-layer CNN: its layers, shapes and initialization, and that both methods have the same code."""
+"""Tests of the sphere CNN: its layers, shapes and initialization, and that both methods have the same code."""
 import inspect
 
 import pytest
@@ -24,6 +24,22 @@ def test_the_layers_have_the_shapes_of_the_paper(name):
     assert sum(isinstance(m, nn.PReLU) and m.num_parameters > 1 for m in net.modules()) == 20
     norms = [m for m in net.modules() if isinstance(m, (nn.BatchNorm2d, nn.BatchNorm1d))]
     assert len(norms) == (21 if name == "faceNet" else 0)
+
+
+@pytest.mark.parametrize("name, parameters", [
+    # Strided convolutions: 9 (3 * 64 + 64 * 128 + 128 * 256 + 256 * 512) + 960 biases = 1,550,976; fc5: 512 * 21,505 =
+    # 11,010,560. A residual unit: 18 * 64^2 = 73,728; 294,912; 1,179,648; 4,718,592. Slopes: one per output channel.
+    ("sphere20a", 22_666_944),    # 1, 2, 4 and 1 units: 10,100,736; 3, 5, 9 and 3 layers: 4,672 slopes
+    ("sphere36a", 32_771_392),    # 2, 4, 8 and 2 units: 20,201,472; 5, 9, 17 and 5 layers: 8,384 slopes
+    ("sphere64a", 48_186_816),    # 3, 8, 16 and 3 units: 35,610,624; 7, 17, 33 and 7 layers: 14,656 slopes
+    ("faceNet", 22_677_312),      # sphere20a, and 2 (4,672 + 512) for batch normalization
+])
+def test_the_number_of_parameters_is_that_of_the_papers_table(name, parameters):
+    net = cosFace.net.NETS[name]()
+    assert sum(parameter.numel() for parameter in net.parameters()) == parameters
+    embedding = net(torch.randn(2, 3, 112, 96))
+    embedding.sum().backward()
+    assert embedding.isfinite().all() and all(parameter.grad.isfinite().all() for parameter in net.parameters())
 
 
 @pytest.mark.parametrize("name", ["faceNet", "sphere20a"])
@@ -53,9 +69,10 @@ def test_residual_units_start_near_the_identity():
     assert all((net.get_submodule(f"conv{name}bn").weight == 1).all() for name in ("1_1", "1_2", "3_8", "4_1"))
 
 
-def test_forward_equals_a_naive_implementation():
+@pytest.mark.parametrize("name, units", [("sphere20a", (1, 2, 4, 1)), ("sphere36a", (2, 4, 8, 2))])
+def test_forward_equals_a_naive_implementation(name, units):
     """The reference applies functional layers to the network's state dict, in the order of SphereFace's table 2."""
-    net = sphereFace.net.sphere20a().eval()
+    net = sphereFace.net.NETS[name]().eval()
     for parameter in net.parameters():
         nn.init.normal_(parameter, std=0.02)
     weights = net.state_dict()
@@ -65,18 +82,18 @@ def test_forward_equals_a_naive_implementation():
         return nn.functional.prelu(y, weights[f"relu{name}.weight"])
 
     x = images = torch.randn(1, 3, 112, 96)
-    for stage, units in ((1, 1), (2, 2), (3, 4), (4, 1)):
+    for stage, count in enumerate(units, 1):
         x = layer(x, f"{stage}_1", 2)
-        for i in range(2, 2 * units + 2, 2):
+        for i in range(2, 2 * count + 2, 2):
             x = x + layer(layer(x, f"{stage}_{i}"), f"{stage}_{i + 1}")
     expected = x.reshape(1, -1) @ weights["fc5.weight"].T + weights["fc5.bias"]
     torch.testing.assert_close(net(images), expected, atol=1e-6, rtol=1e-4)
 
 
 def test_both_methods_have_the_same_cnn():
-    for name in ("SphereNet", "faceNet", "sphere20a"):
+    for name in ("SphereNet", *cosFace.net.NETS):
         assert inspect.getsource(getattr(cosFace.net, name)) == inspect.getsource(getattr(sphereFace.net, name))
-    assert cosFace.net.STAGES == sphereFace.net.STAGES
+    assert (cosFace.net.CHANNELS, cosFace.net.UNITS) == (sphereFace.net.CHANNELS, sphereFace.net.UNITS)
 
 
 def test_each_script_is_one_readable_file():

@@ -2,6 +2,7 @@
 import argparse
 import os
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,10 @@ import torch
 from conftest import perturb
 from torch import nn
 
-from cosFace.net import NETS, STAGES, faceNet, sphere20a
+from cosFace.net import NETS, faceNet, sphere20a, sphere36a, sphere64a
 from faces.files import CHECKPOINT, InputError
 from faces.verification.embed import embed as embed_faces
-from faces.verification.weights import KEYS, announce, find_weights, fingerprint, load_net, load_weights
+from faces.verification.weights import KEYS, announce, find_weights, fingerprint, initial_net, load_net, load_weights
 
 
 @pytest.fixture(scope="module")
@@ -81,10 +82,10 @@ def test_weights_are_found_under_every_key_and_below_any_prefix():
     assert find_weights({"weight": state}) == ([], [])
 
 
-def in_mugglewangs_layout(state):
-    """Return the state dict of a sphere20a with the names that MuggleWang/CosFace_pytorch gives its layers."""
+def in_mugglewangs_layout(state, stages=(1, 2, 4, 1)):
+    """Return the state dict of a network with the names that MuggleWang/CosFace_pytorch gives its layers."""
     names = {"fc5": "fc"}
-    for stage, (_, units) in enumerate(STAGES, 1):
+    for stage, units in enumerate(stages, 1):
         names |= {f"conv{stage}_1": f"layer{stage}.0", f"relu{stage}_1": f"layer{stage}.1"}
         for unit in range(units):
             for i in (1, 2):
@@ -106,6 +107,43 @@ def test_mugglewangs_weights_take_rgb_and_another_normalization(images, tmp_path
     announce("net.pth", loaded)
     assert capsys.readouterr().err == ("net.pth: sphere20a in the layout layer1.0 ... fc, as in MuggleWang/"
                                        "CosFace_pytorch; channel order RGB; left out: head.weight\n")
+
+
+@pytest.mark.parametrize("name", ["sphere36a", "sphere64a"])
+def test_the_layers_say_how_deep_the_network_is(tmp_path, name):
+    torch.save(small_state_dict(NETS[name]), tmp_path / "net.pth")
+    assert load_net(tmp_path / "net.pth", NETS)[1]["net"] == name
+    with pytest.raises(InputError, match=f"contains the weights of {name}, not of sphere20a"):
+        load_net(tmp_path / "net.pth", NETS, "sphere20a")
+
+
+def test_the_authors_64_layers_have_one_unit_less_than_the_papers(images, tmp_path, capsys):
+    theirs = sphere64a()
+    nn.init.zeros_(theirs.conv2_17.weight)    # so the eighth unit is the identity
+    state = {name: value for name, value in theirs.state_dict().items() if "2_16" not in name and "2_17" not in name}
+    torch.save(in_mugglewangs_layout(state, (3, 7, 16, 3)), tmp_path / "net.pth")
+    (net, loaded), (_, again) = (load_net(tmp_path / "net.pth", NETS, channels="rgb") for _ in range(2))
+    net.conv1_1.weight.data = theirs.conv1_1.weight    # theirs takes another normalization
+    assert torch.equal(embed(net, images), embed(theirs, images)) and loaded["fingerprint"] == again["fingerprint"]
+    announce("net.pth", loaded)
+    assert capsys.readouterr().err.endswith("added: 1 residual unit, the identity\n")
+    torch.save({name: value for name, value in state.items() if not re.search("4_[67]", name)}, tmp_path / "net.pth")
+    with pytest.raises(InputError, match="conv2_16.weight is missing"):
+        load_net(tmp_path / "net.pth", NETS)
+
+
+def test_a_deep_network_can_start_as_a_shallower_one(released, images, tmp_path, capsys):
+    torch.save(released.state_dict(), tmp_path / "net.pth")
+    net = initial_net(sphere36a, tmp_path / "net.pth")
+    assert "sphere20a in the layout conv1_1" in (line := capsys.readouterr().err) and "added: 8 residual units" in line
+    torch.testing.assert_close(embed(net, images), embed(released, images.flip(1)), rtol=1e-5, atol=1e-5)
+    net(images).square().sum().backward()
+    for layer in (net.conv1_5, net.conv2_9, net.conv3_17, net.conv4_5):
+        assert layer.weight.grad.any()    # so the new units learn
+    torch.save(small_state_dict(sphere36a), tmp_path / "deep.pth")
+    for make, file in ((sphere20a, "deep.pth"), (faceNet, "net.pth")):
+        with pytest.raises(InputError, match="contains the weights of sphere"):
+            initial_net(make, tmp_path / file)
 
 
 def test_safetensors_state_their_channel_order(released, images, tmp_path):
@@ -177,14 +215,14 @@ def net():
     (lambda: small_state_dict(sphere20a, **{"fc5.weight": torch.zeros(256, 4)}), "fc5.weight is 256x4, not 512x21504"),
     (lambda: small_state_dict(sphere20a, **{"conv3_4.weight": None}), "conv3_4.weight is missing"),
     (lambda: small_state_dict(sphere20a, **{"conv1_2.bias": torch.zeros(3)}), "conv1_2.bias is 3, not 64"),
-    (lambda: {"layer1.0.conv1.weight": torch.zeros(64, 64, 3, 3)}, "20-layer CNN .its first tensor is layer1.0.conv1"),
+    (lambda: {"layer1.0.conv1.weight": torch.zeros(64, 64, 3, 3)}, "sphere CNN .its first tensor is layer1.0.conv1"),
     (lambda: in_mugglewangs_layout(small_state_dict(sphere20a)) | {"layer1.3.conv1.weight": torch.zeros(1)},
      "layer1.3.conv1.weight is 1, not missing"),
     (lambda: small_state_dict(sphere20a, **{"conv1_2.weight": torch.zeros(64, 64, 3, 3).to_sparse()}), "ordinary"),
     (lambda: small_state_dict(sphere20a, **{"conv1_2.weight": torch.zeros(64, 64, 3, 3, dtype=torch.int8)}), "int8"),
     (lambda: small_state_dict(sphere20a, **{"conv1_2.weight": torch.nested.nested_tensor(
         [torch.zeros(64, 3, 3)] * 64)}), "ordinary tensors"),
-    (lambda: {f"a{i}.conv1_1.weight": torch.zeros(()) for i in range(3000)}, "last layer is missing"),
+    (lambda: {f"a{i}.conv1_1.weight": torch.zeros(()) for i in range(3000)}, "last layer of the network"),
     (lambda: torch.zeros(3), "contains no weights"),
     (lambda: nn.Linear(2, 2), "loaded safely"),
 ])
