@@ -69,15 +69,15 @@ def load_sets(roots: list, pairs: list = (), landmarks: list = (), **options) ->
         options: further arguments of load_lfw().
     """
     sets = find_sets(roots)
-    given = []
-    for option, files in (("list~ of pairs", pairs), ("landmark list~", landmarks)):
-        takers = sets if len(sets) == 1 else [file for file in sets if not is_bin(file)]
-        if sets and len(files) not in (0, len(takers)):
-            raise InputError(f"{count_of(len(files), option)} for {count_of(len(takers), 'set~')} of images; "
-                             "pass one for each set, in their order (.bin sets need none).")
-        given.append(dict(zip(takers, files)))
-    for file in sets:
-        yield load_lfw(file, given[0].get(file), given[1].get(file), **options)
+    takers = [len(sets) == 1 or not is_bin(file) for file in sets]
+    for files, kind in ((pairs, "list~ of pairs"), (landmarks, "landmark list~")):
+        if sets and len(files) not in (0, sum(takers)):
+            raise InputError(f"{count_of(len(files), kind)} for {count_of(sum(takers), 'set~')} of images; pass one for "
+                             "each set, in their order (.bin sets need none).")
+    pairs, landmarks = iter(pairs), iter(landmarks)
+    for file, takes in zip(sets, takers):
+        own = (next(pairs, None), next(landmarks, None)) if takes else (None, None)
+        yield load_lfw(file, *own, **options)
 
 
 def load_lfw(root, file=None, landmarks=None, aligned: bool = False, view: int | None = None, find_landmarks=None,

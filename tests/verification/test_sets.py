@@ -91,6 +91,13 @@ def test_the_same_faces_give_the_same_figures_in_every_layout(sets, models, tmp_
     assert re.search(r"\s+".join(rows[1]), out)
 
 
+def test_each_set_has_its_own_list_even_if_two_have_the_same_images(sets, tmp_path):
+    (tmp_path / "short.txt").write_text("\n".join((sets / "list.txt").read_text().splitlines()[:20]))
+    folder = sets / "images"
+    loaded = load_sets([folder, sets / "bins", folder], [sets / "pairs.txt", tmp_path / "short.txt"], aligned=True)
+    assert [len(lfw.pairs.same) for lfw in loaded] == [42, 42, 42, 20]
+
+
 def test_groups_of_rfw(sets, models, tmp_path, capsys):
     """RFW's layout: data/GROUP/NAME/NAME_0001.jpg and txts/GROUP/GROUP_pairs.txt without a header."""
     for shift, group in enumerate(("African", "Asian", "Indian")):
