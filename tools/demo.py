@@ -33,7 +33,7 @@ BORDER = 32   # pixels; photos end at the ears, so their edges are replicated to
 @command
 def main(argv=None):
     parser = script_parser(__doc__)
-    parser.add_argument("--epochs", type=int, default=10, help="passes over the 300 training faces, 5 to 20")
+    parser.add_argument("--epochs", type=int, default=4, help="passes over the 300 training faces, 4 to 20")
     args = parser.parse_args(argv)
     started = time.monotonic()
     photos = find_photos()
@@ -48,20 +48,23 @@ def main(argv=None):
             ("mtcnn/casia_landmark.py", *casia, "--output", DEMO / "casia_landmark.txt"),
             ("mtcnn/lfw_landmark.py", *lfw, "--output", DEMO / "lfw_landmark.txt"),
             ("cosFace/casia_train.py", *casia, "--landmarks", DEMO / "casia_landmark.txt", "--cache", DEMO / "cache",
-             "--output", DEMO / "run", "--batch-size", 30, "--epochs", args.epochs, "--lr", 0.1, "--warmup", 20,
-             "--schedule", "cosine", "--scale", 30, "--margin-warmup", 50),
-            ("cosFace/lfw_eval.py", *model, "--net", "faceNet", *lfw, *found, "--output", DEMO / "result"),
+             "--output", DEMO / "run", "--batch-size", 30, "--epochs", args.epochs, "--lr", 0.1, "--warmup", 8,
+             "--schedule", "cosine", "--scale", 30, "--margin-warmup", 20),
+            ("cosFace/lfw_eval.py", *model, "--net", "faceNet", *lfw, *found, "--output", DEMO / "result",
+             "--save-threshold"),
+            ("tools/export.py", *model, "--format", "hub", "--output", DEMO / "model", "--results", DEMO / "result"),
             ("tools/tsne.py", *model, *lfw, *found, "--identities", TEST_PEOPLE, "--per-identity", PHOTOS_PER_PERSON,
              "--output", DEMO / "result/tsne.png")):
         status = run([ROOT / script, *words])
         if status:
             return status
+    pair = sorted((DEMO / "lfw").glob("*/*.png"))[:2]    # of one person
     result = json.loads((DEMO / "result/results.json").read_text())
     print(f"\ndemo: {TEST_PEOPLE} unseen people: LFWACC={result['accuracy']:.4f} std={result['std']:.4f} "
           f"AUC={result['auc']:.4f} EER={result['eer']:.4f} (raw pixels: {pixel_accuracy():.4f}); "
           f"{time.monotonic() - started:.0f} s; see demo/result/roc.png and demo/result/tsne.png\n"
-          "To compare two photos of your own with this toy model, whose training saw 30 people:\n"
-          f"python tools/compare.py A.jpg B.jpg --model {shlex.quote(str(DEMO / 'run/checkpoint.pt'))}")
+          "To compare two photos, of your own too, with this toy model, whose training saw 30 people:\n"
+          f"python tools/compare.py {shlex.join(map(str, [*pair, '--model', DEMO / 'model']))}")
 
 
 def find_photos() -> list[list[Path]]:

@@ -1,10 +1,11 @@
 """Export a trained network for deployment, and check the result against the original before writing it.
 
     python tools/export.py --model FILE --net faceNet --format onnx --output face.onnx
+    python tools/export.py --model FILE --format hub --output FOLDER --results DIR    a folder for a model hub
 
 The exported network takes float32 (N, 3, 112, 96), any N, RGB, (x - 127.5) / 128, and returns the embeddings, float32
 (N, 512), not normalized. Metadata in the file describe how to prepare the input; they are stored in metadata_props for
-ONNX, in the header for safetensors, and in the extra file metadata.json for TorchScript.
+ONNX, in the header for safetensors, and in the extra file metadata.json for TorchScript. A hub's folder is a --model.
 """
 import copy
 import io
@@ -23,6 +24,7 @@ from faces.align import HEIGHT, TEMPLATE, WIDTH
 from faces.device import to_input
 from faces.files import InputError, atomic_write, check_writable, command, path, script_parser
 from faces.verification.weights import model_file
+from tools import hub
 from tools.embedder import add_model_options, load_embedder
 
 TOLERANCE = 1e-4      # accepted difference between embedding values, relative to the largest value if that exceeds 1
@@ -98,18 +100,19 @@ def to_safetensors(net, example, metadata):
     return data, lambda batch: reloaded(batch).numpy()
 
 
-FORMATS = {"onnx": to_onnx, "torchscript": to_torchscript, "safetensors": to_safetensors}
+FORMATS = {"onnx": to_onnx, "torchscript": to_torchscript, "safetensors": to_safetensors, "hub": to_safetensors}
 
 
-def make_metadata(loaded: dict) -> dict:
-    """Return strings that describe how to use a network, given what load_net() says of it; "template" is JSON."""
+def make_config(loaded: dict) -> dict:
+    """Return what describes how to use a network, given what load_net() says of it."""
     return {
-        "net": loaded["net"], "method": loaded["method"] or "unknown", "height": str(HEIGHT), "width": str(WIDTH),
+        "net": loaded["net"], "method": loaded["method"] or "unknown", "height": HEIGHT, "width": WIDTH,
         "input": "float32 (N, 3, height, width), any N; (x - mean) / divisor of pixels x from 0 to 255",
-        "colour_order": "RGB", "mean": "127.5", "divisor": "128", "template": json.dumps(TEMPLATE.tolist()),
+        "colour_order": "RGB", "mean": 127.5, "divisor": 128, "template": TEMPLATE.tolist(),
         "alignment": "least-squares similarity transform, never a reflection, that maps the five landmarks (image-left "
                      "eye, image-right eye, nose, image-left and image-right corner of the mouth; x, y; pixel centers "
                      "have integer coordinates) onto template; bilinear interpolation, black outside the image",
+        "embedding_size": 512,
         "embedding": "float32 (N, 512), not normalized; compare with cosine similarity, preferably after "
                      "concatenating the embeddings of the face and its flipped image"}
 
@@ -128,16 +131,29 @@ def main(argv=None):
     parser = script_parser(__doc__)
     add_model_options(parser)
     parser.add_argument("--format", choices=tuple(FORMATS), required=True,
-                        help="onnx for other runtimes (`pip install onnx onnxruntime`), torchscript, or safetensors")
-    parser.add_argument("--output", type=path, required=True, metavar="FILE", help="file to write")
+                        help="onnx for other runtimes (`pip install onnx onnxruntime`), torchscript, safetensors, hub")
+    parser.add_argument("--output", type=path, required=True, metavar="FILE|DIR", help="file to write; hub: new folder")
+    add = parser.add_argument_group("model card of --format hub").add_argument
+    add("--results", type=path, metavar="DIR|FILE", help="what `lfw_eval.py --output` wrote for the model: its figures")
+    add("--license", metavar="ID", help="license of the weights, as the hub names it; cc-by-nc-4.0 for example")
+    add("--dataset", nargs="+", metavar="ID", help="training sets, as the hub names them")
     args = parser.parse_args(argv)
+    if args.format != "hub" and (args.results or args.license or args.dataset):
+        parser.error("--results, --license and --dataset are for --format hub")
+    if args.format == "hub" and args.output.exists():
+        parser.error(f"--output {args.output} already exists; delete it, or pass the name of a new folder")
     if args.output.exists() and args.output.samefile(model_file(args.model)):
         parser.error(f"--output {args.output} is the model itself; pass the name of another file")
     check_writable(args.output.parent)
     embedder = load_embedder(args.model, args)
-    data, difference, largest = export(embedder.net, args.format, make_metadata(embedder.loaded))
-    with atomic_write(args.output) as file:
-        file.write(data)
+    config = make_config(embedder.loaded)
+    metadata = {name: value if isinstance(value, str) else json.dumps(value) for name, value in config.items()}
+    data, difference, largest = export(embedder.net, args.format, metadata)
+    if args.format == "hub":
+        hub.write_folder(args, embedder.loaded, data, config)
+    else:
+        with atomic_write(args.output) as file:
+            file.write(data)
     print(f"{args.output}: {args.format}, {len(data) / 1e6:.1f} MB, including metadata\n"
           f"largest difference from the original on synthetic faces: {difference:.1e} (largest value: {largest:.1f})")
 

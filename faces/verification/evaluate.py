@@ -123,7 +123,7 @@ def _titles(paths, models):
     if len(models) == 1:
         return [f"{models[0][1]['method']} {models[0][1]['net']}"]
     files = [model_file(file).absolute() for file in paths]
-    return [file.parent.name if file.name.startswith("checkpoint") else file.stem for file in files]
+    return [file.parent.name if file.name.startswith(("checkpoint", "model.")) else file.stem for file in files]
 
 
 def _measure(args, device, lfw, name, title, file, net, loaded, seed):

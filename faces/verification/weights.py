@@ -20,11 +20,11 @@ import safetensors
 import torch
 from torch import nn
 
-from faces.files import CHECKPOINT, InputError, count_of, load_tensors, path, reading, shorten
+from faces.files import CHECKPOINT, InputError, count_of, load_tensors, path, read_json, reading, shorten
 from faces.verification.caffe import read_caffemodel
 
 CHANNELS = ("rgb", "bgr")
-MODEL_HELP = "checkpoint.pt of casia_train.py or its folder, a public checkpoint, a .caffemodel, or safetensors"
+MODEL_HELP = "checkpoint.pt of casia_train.py, safetensors, the folder of either, a public checkpoint, or a .caffemodel"
 PAGE = "docs/evaluation.md lists the layouts that can be loaded"
 
 
@@ -94,8 +94,8 @@ def load_weights(net: nn.Module, file, channels: str | None = None) -> dict:
 
     Args:
         net: one of NETS.
-        file: a checkpoint of this project, a folder that holds checkpoint.pt, a safetensors file, a .caffemodel, or a
-            public state dict in one of LAYOUTS, nested under KEYS or not. Half precision becomes float32.
+        file: a checkpoint of this project, a safetensors file, the folder of either, a .caffemodel, or a public state
+            dict in one of LAYOUTS, nested under KEYS or not. Half precision becomes float32.
         channels: channel order that the weights were trained with, "rgb" or "bgr"; None takes the one that the file
             states, and otherwise "rgb" for checkpoints of this project and MuggleWang's layout, "bgr" for all others.
 
@@ -174,13 +174,14 @@ def fingerprint(net: nn.Module) -> str:
 
 
 def model_file(model) -> Path:
-    """Return the file for a --model: the path itself, or checkpoint.pt in a folder; raise InputError if the folder has
-    none, or the file is an export that can't be loaded back."""
+    """Return the file for a --model: the path itself, or checkpoint.pt or else model.safetensors in a folder; raise
+    InputError if the folder has neither, or the file is an export that can't be loaded back."""
     file = path(model)
     if file.is_dir():
-        if not (file / "checkpoint.pt").is_file():
-            raise InputError(f"the folder {file} holds no checkpoint.pt; pass the folder of a run, or a file.")
-        return file / "checkpoint.pt"
+        for name in ("checkpoint.pt", "model.safetensors"):
+            if (file / name).is_file():
+                return file / name
+        raise InputError(f"the folder {file} holds no checkpoint.pt and no model.safetensors; pass another, or a file.")
     with reading(file, "file of weights"):
         names = zipfile.ZipFile(file).namelist() if zipfile.is_zipfile(file) else []
     if file.suffix.lower() == ".onnx" or any(name.endswith("/constants.pkl") for name in names):    # of TorchScript
@@ -249,7 +250,8 @@ def _read(model, expected=None, deeper=False):
         elif is_safetensors:
             with safetensors.safe_open(file, "pt") as data:
                 content = {name: data.get_tensor(name) for name in data.keys()}
-                stated = {**(data.metadata() or {}), "format": "safetensors"}
+                config = read_json(file.with_name("config.json")) if file.name == "model.safetensors" else {}
+                stated = {**(config or {}), **(data.metadata() or {}), "format": "safetensors"}
         else:
             content, stated = load_tensors(file), {"format": "state dict"}
             if isinstance(content, dict) and content.get("format") == CHECKPOINT:

@@ -32,7 +32,7 @@ def open_exported(format, path):
 
 
 @pytest.mark.filterwarnings("ignore:.*deprecated")
-@pytest.mark.parametrize("format", export.FORMATS)
+@pytest.mark.parametrize("format", ("onnx", "torchscript", "safetensors"))
 def test_an_exported_network_computes_the_same_embeddings(format, model, tmp_path, call):
     if format == "onnx":
         pytest.importorskip("onnx", reason="onnx is not installed")
