@@ -1,21 +1,25 @@
-"""Read a .caffemodel, such as SphereFace's release (wy1iu/sphereface), without Caffe.
-
-The file is a NetParameter, as Caffe's caffe.proto defines it, in the wire format of Protocol Buffers: a message is a
-sequence of fields, and a field is a key (8 times its number, plus the kind of its value) and a value. This parser takes
-about twice as much memory as the file, whatever is in it; the objects of a general one can take far more.
-"""
+"""Read a .caffemodel, such as SphereFace's release (wy1iu/sphereface), without Caffe, with the protobuf package."""
 import numpy as np
 import torch
 
-from faces.files import read_bytes
+from faces.files import InputError, read_bytes
 
-MAX_BYTES = 2 << 30    # of a message of Protocol Buffers
-MAX_TENSORS = 10_000
-# The numbers of the fields that matter. Before Caffe had PReLU, the layers of a net were field 2.
-LAYER = 100            # of NetParameter
-NAME, BLOBS = 1, 7     # of LayerParameter
-DATA, SHAPE = 5, 7     # of BlobProto
-DIM = 1                # of BlobShape
+MAX_BYTES = 500 * 10**6    # sphere64a with its training head has 220 million
+MAX_LAYERS = 10_000
+# The fields that matter, from src/caffe/proto/caffe.proto in BVLC/caffe. Inner messages are bytes here, parsed one by
+# one: a tree of them can take far more memory than the file, and without protoc, it crashes protobuf 4.22 to 4.24.
+PROTO = """
+    name: "caffe.proto"
+    message_type { name: "NetParameter"
+                   field { name: "layer" number: 100 type: TYPE_BYTES label: LABEL_REPEATED } }
+    message_type { name: "LayerParameter"
+                   field { name: "name" number: 1 type: TYPE_BYTES label: LABEL_OPTIONAL }
+                   field { name: "blobs" number: 7 type: TYPE_BYTES label: LABEL_REPEATED } }
+    message_type { name: "BlobProto"
+                   field { name: "data" number: 5 type: TYPE_BYTES label: LABEL_OPTIONAL }
+                   field { name: "shape" number: 7 type: TYPE_BYTES label: LABEL_OPTIONAL } }
+    message_type { name: "BlobShape"
+                   field { name: "dim" number: 1 type: TYPE_INT64 label: LABEL_REPEATED } }"""
 
 
 def read_caffemodel(file) -> dict[str, torch.Tensor]:
@@ -25,61 +29,26 @@ def read_caffemodel(file) -> dict[str, torch.Tensor]:
     slopes of PReLU), ..., fc5.weight (512, 21504), fc5.bias, fc6.weight. Axes have the same order as in PyTorch.
 
     Raises:
+        InputError: the protobuf package is missing or too old.
         OSError: the file can't be read, or is too large.
-        ValueError, TypeError: it is damaged.
+        ValueError, google.protobuf.message.DecodeError: it is damaged.
     """
-    tensors = {}
-    for number, layer in _fields(memoryview(read_bytes(file, MAX_BYTES))):
-        if number == LAYER:
-            name, blobs = "", []
-            for field, value in _fields(layer):
-                if field == NAME:
-                    name = str(value, "utf-8")
-                elif field == BLOBS and len(blobs) < 2:
-                    blobs.append(_tensor(value))
-            tensors.update(zip((f"{name}.weight", f"{name}.bias"), blobs))
-            if len(tensors) > MAX_TENSORS:
-                raise ValueError(f"more than {MAX_TENSORS:,} tensors")
+    try:
+        from google.protobuf import descriptor_pb2, descriptor_pool, text_format
+        from google.protobuf.message_factory import GetMessageClass
+    except ImportError:
+        raise InputError(f"{file} needs protobuf 4.22 or newer; run `pip install protobuf --upgrade`.") from None
+    description = text_format.Parse(PROTO, descriptor_pb2.FileDescriptorProto())
+    pool = descriptor_pool.DescriptorPool()
+    pool.AddSerializedFile(description.SerializeToString())
+    net, layer, blob, shape = (GetMessageClass(pool.FindMessageTypeByName(message.name)).FromString
+                               for message in description.message_type)
+    layers, tensors = net(read_bytes(file, MAX_BYTES)).layer, {}
+    if len(layers) > MAX_LAYERS:
+        raise ValueError(f"more than {MAX_LAYERS:,} layers")
+    for parsed in map(layer, layers):
+        for kind, values in zip(("weight", "bias"), map(blob, parsed.blobs)):
+            array = np.frombuffer(values.data, "<f4").astype(np.float32)
+            array = array.reshape(shape(values.shape).dim[:65])    # NumPy refuses more than 64
+            tensors[f"{parsed.name.decode()}.{kind}"] = torch.from_numpy(array)
     return tensors
-
-
-def _tensor(blob):
-    values, shape = b"", []
-    for number, value in _fields(blob):
-        if number == DATA:
-            values = value
-        elif number == SHAPE:
-            shape = [size for field, sizes in _fields(value) if field == DIM for size in _integers(sizes[:80])]
-    return torch.from_numpy(np.frombuffer(values, "<f4").astype(np.float32).reshape(shape))
-
-
-def _fields(message):
-    """Yield (number, value) of each field; text, arrays and messages are memoryviews, all other values are integers."""
-    start = 0
-    while start < len(message):
-        key, start = _integer(message, start)
-        kind = key & 7
-        if kind not in (0, 1, 2, 5):
-            raise ValueError("it has a field of an unknown kind")
-        value, end = _integer(message, start) if kind in (0, 2) else (None, start + (8 if kind == 1 else 4))
-        start = end + value if kind == 2 else end
-        if start > len(message):
-            raise ValueError("it ends too early")
-        yield key >> 3, message[end:start] if kind == 2 else value
-
-
-def _integers(data):
-    start = 0
-    while start < len(data):
-        value, start = _integer(data, start)
-        yield value
-
-
-def _integer(data, start):
-    """Return the integer at a position, 7 bits a byte, lowest first, the last with high bit 0; and where it ends."""
-    value = 0
-    for i, byte in enumerate(data[start:start + 10]):
-        value |= (byte & 127) << 7 * i
-        if byte < 128:
-            return value, start + i + 1
-    raise ValueError("it ends too early")

@@ -1,4 +1,6 @@
 """A .caffemodel that Google's library for Protocol Buffers writes embeds as the same weights in a .pth file do."""
+import sys
+
 import pytest
 import torch
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
@@ -6,7 +8,7 @@ from torch import nn
 
 from cosFace.net import NETS, sphere20a
 from faces.files import InputError
-from faces.verification.caffe import MAX_BYTES, MAX_TENSORS, read_caffemodel
+from faces.verification.caffe import MAX_BYTES, MAX_LAYERS, read_caffemodel
 from faces.verification.weights import announce, load_net
 
 # From src/caffe/proto/caffe.proto in BVLC/caffe: (name, number, type; of a message, its name)
@@ -81,17 +83,26 @@ def test_damaged_files_are_one_sentence(net_parameter, tmp_path):
     assert read_caffemodel(file) == {"conv1_1.weight": torch.ones(1)}
     complete = caffemodel(net_parameter, {"conv1_1.weight": torch.zeros(64, 3, 3, 3)})
     for content, message in (
-            (complete[:-1], "ends too early"), (complete[:1000], "ends too early"), (complete[:30], "ends too early"),
-            (b"", "contains no weights"), (b"\xff" * 11, "ends too early"), (b"not a model\n", "unknown kind"),
+            *((damaged, "damaged or not a file of weights") for damaged in (
+                complete[:-1], complete[:1000], complete[:30], b"\xff" * 11, b"not a model\n",
+                field(100, LAYER[:-1]), field(100, LAYER[:9] + b"\x3a\x0a" + LAYER[11:-1]))),
+            (b"", "contains no weights"),
             (complete, "last layer of the network in .* is missing"),
             (field(100, LAYER.replace(b"\x0a\x01\x01", b"\x0a\x01\x02")), "damaged .*reshape"),
-            (field(100, LAYER.replace(b"\x0a\x07conv1_1", b"\x08\x83\xff\xff\xff\x7f\x10\1")), "damaged"),    # a number
+            (field(100, LAYER.replace(b"\x0a\x07conv1_1", b"\x08\x83\xff\xff\xff\x7f\x10\1")), "no weights"),
             (field(100, LAYER.replace(b"conv", b"\xff\xff\xff\xff")), "damaged .*utf-8"),
-            (b"".join(field(100, LAYER.replace(b"conv1_1", b"%07d" % i)) for i in range(MAX_TENSORS + 1)), "10,000")):
+            (field(100, LAYER) * (MAX_LAYERS + 1), "more than 10,000 layers")):
         file.write_bytes(content)
         with pytest.raises(InputError, match=message):
             load_net(file, NETS)
     with open(file, "wb") as sparse:
         sparse.truncate(MAX_BYTES + 1)
-    with pytest.raises(InputError, match="over 2147 MB"):
+    with pytest.raises(InputError, match="over 500 MB"):
         load_net(file, NETS)
+
+
+def test_without_protobuf_the_sentence_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "google.protobuf", None)
+    (tmp_path / "net.caffemodel").write_bytes(field(100, LAYER))
+    with pytest.raises(InputError, match="net.caffemodel needs protobuf .*pip install protobuf"):
+        load_net(tmp_path / "net.caffemodel", NETS)
