@@ -1,5 +1,5 @@
 """List the photos of CASIA-WebFace in any of its common formats: person folders or a zip of them with a landmark list,
-or aligned faces in folders, in a zip, or in InsightFace's RecordIO."""
+or aligned faces in folders, in a zip, in RecordIO (InsightFace, DCFace), or in an LMDB (HSFace, VFace)."""
 import re
 from collections import Counter
 from pathlib import PurePosixPath
@@ -40,11 +40,11 @@ def list_casia(root, landmarks=None, label_list=None) -> TrainingList:
     """Return the TrainingList of a data set. Labels are renumbered from 0 if they have gaps.
 
     Args:
-        root: folder of person folders (0000045/001.jpg), a zip of it, or a RecordIO folder (train.rec).
+        root: folder of person folders (0000045/001.jpg), a zip of it, a RecordIO folder (train.rec), or an LMDB.
         landmarks: landmark list with labels. Without it and a label list, it is casia_landmark.txt in the set, or else
             the list that mtcnn/casia_landmark.py wrote for it; without any list, faces must be aligned already.
         label_list: list `path label` of aligned faces. Without any list, the person folders are numbered in sorted
-            order. A RecordIO folder has its own labels and takes neither list.
+            order. RecordIO and LMDB have their own labels and take neither list.
 
     Raises:
         InputError: the set or a list is missing or malformed, is LFW, or has fewer than two people.
@@ -55,7 +55,7 @@ def list_casia(root, landmarks=None, label_list=None) -> TrainingList:
     if isinstance(source, Records):
         if file is not None:
             raise InputError(f"{source.path} already contains labels and aligned faces; leave out {file}.")
-        return _renumbered(TrainingList(source, source.names(), source.labels, None), source.path)
+        return _renumbered(TrainingList(source, source.names(), source.labels, None, source.notes), source.path)
     file = file or found_list(source, LANDMARK_LIST)
     if file is None:
         paths, notes = list_photos(source)

@@ -13,7 +13,11 @@ no image, it is a table of contents: keys 1 to first - 1 are images, and keys `f
 identities, which repeat the labels of the images and are not read. Otherwise every key is an image.
 
 property is an optional file of one line, `classes,height,width`.
+
+DCFace's files are file.rec, file.idx and list.txt. The labels in file.rec are all 0; list.txt has a line
+`key identity/name.jpg`, with a tab, per record (src/visualizations/record.py in mk-minchul/dcface).
 """
+import contextlib
 import os
 import struct
 import sys
@@ -23,7 +27,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from faces.files import InputError, reading
+from faces.files import InputError, count_of, reading
 from faces.images import MAX_BYTES, UnreadableImage
 from faces.landmarks import read_lines
 
@@ -33,7 +37,9 @@ PART = struct.Struct("<II")                                              # magic
 PREFIX = struct.Struct("<IfQQ")                                          # flag, label, id, id2
 HEADER = struct.Struct("<IIIfQQf")                                       # both, and the first label if flag > 0
 MAX_LENGTH = (1 << 29) - 1
-ADVICE = "copy the set again; train.rec, train.idx and property must be of one set"
+RECORDS = "train.rec", "file.rec"                                        # InsightFace's name, and DCFace's
+LISTS = ".txt", ".lst", ".tsv", ".list"                                  # what may be a list beside the records
+ADVICE = "copy the set again; its .rec, .idx and property must be of one set"
 
 
 class Records:
@@ -41,24 +47,24 @@ class Records:
 
     Attributes:
         root: the folder.
-        path: path of train.rec.
+        path: path of train.rec or file.rec.
         keys, offsets: int64 (N,), keys of the images and byte offsets of their records, from train.idx.
-        labels: int64 (N,), not negative.
+        labels: int64 (N,), not negative; from the records, or from a list beside them, which `notes` then says.
 
     Raises:
         InputError: a file is missing or damaged.
     """
 
     def __init__(self, root):
-        self.root, self.path = Path(root), Path(root) / "train.rec"
-        with reading(self.root / "train.idx", "RecordIO index", ADVICE):
-            keys, offsets = _read_index(self.root / "train.idx")
+        self.root, self.notes = Path(root), ()
+        self.path = next(filter(Path.is_file, map(self.root.joinpath, RECORDS)), self.root / RECORDS[0])
+        with reading(self.path.with_suffix(".idx"), "RecordIO index", ADVICE):
+            keys, offsets = _read_index(self.path.with_suffix(".idx"))
         with reading(self.path, "RecordIO file", ADVICE):
-            self.file, self.lock = open(self.path, "rb", buffering=0), threading.Lock()
-            status = os.fstat(self.file.fileno())
-            self.size, self.modified = status.st_size, status.st_mtime_ns
+            self._open_file()
             self.keys, self.offsets = self._select_images(keys, offsets)
             self.labels = self._read_labels()
+        self._prefer_list()
         if (self.root / "property").exists():
             with reading(self.root / "property", "RecordIO property", ADVICE):
                 classes = int(next(read_lines(self.root / "property"))[1].split(",")[0])
@@ -74,7 +80,7 @@ class Records:
         return [f"{key}@{offset}" for key, offset in zip(self.keys.tolist(), self.offsets.tolist())]
 
     def versions(self, names: list[str]) -> np.ndarray:
-        """Return int64 (N, 2), which changes when train.rec changes: its size and modification time."""
+        """Return int64 (N, 2), which changes when the file changes: its size and modification time."""
         return np.tile(np.array([(self.size, self.modified)], np.int64), (len(names), 1))
 
     def open(self, name: str) -> bytes:
@@ -83,6 +89,11 @@ class Records:
             return _unpack(self._record(int(name.partition("@")[2])))[1]
         except (OSError, ValueError, struct.error) as error:
             raise UnreadableImage(f"record {error}") from None
+
+    def _open_file(self):
+        self.file, self.lock = open(self.path, "rb", buffering=0), threading.Lock()
+        status = os.fstat(self.file.fileno())
+        self.size, self.modified = status.st_size, status.st_mtime_ns
 
     def _record(self, offset):
         """Return the data of the record at a byte offset, with its parts joined; raise ValueError if it is damaged."""
@@ -138,6 +149,21 @@ class Records:
             raise ValueError(f"record {self.keys[bad.argmax()]} has a label that is not a whole number below 2**24")
         return labels.astype(np.int64)
 
+    def _prefer_list(self):
+        """Take the labels from a list beside the records, if one has all images and divides them differently."""
+        people, keys = len(np.unique(self.labels)), self.keys.tolist()
+        for file in sorted(file for file in self.root.iterdir() if file.suffix.lower() in LISTS):
+            listed = _read_list(file)
+            if listed and listed.keys() >= set(keys):
+                labels = np.array([listed[key] for key in keys])
+                groups, both = len(np.unique(labels)), len(np.unique(labels << 24 | self.labels))
+                if groups > 1 and not people == groups == both:
+                    self.notes = (f"labels are from {file}; the records name {count_of(people, 'person')}",)
+                    self.labels = labels
+                    return
+            elif listed and people == 1:
+                raise InputError(f"{file} does not list all images of {self.path}; copy the set again.")
+
 
 def _unpack(data):
     """Split a record's data into (label, bytes of the image)."""
@@ -157,3 +183,14 @@ def _read_index(file):
     if numbers.min() < 0 or len(np.unique(keys)) != len(keys) or (np.diff(offsets) == 0).any():
         raise ValueError("it lists a record twice or has negative numbers")
     return keys, offsets
+
+
+def _read_list(file):
+    """Return {key: identity from 0} of a text file with lines `key<TAB>identity/name.jpg`; empty if it is none."""
+    labels, identities = {}, {}
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for _, line in read_lines(file):
+            key, path = line.split("\t")
+            labels[int(key)] = identities.setdefault(path.rsplit("/", 1)[-2], len(identities))
+        return labels
+    return {}

@@ -1,4 +1,4 @@
-"""Where the photos of a set are: a folder, a zip, or a RecordIO folder. All list their photos and open them by name."""
+"""Where the photos of a set are: a folder, zip, RecordIO or LMDB. All list their photos and open them by name."""
 import contextlib
 import io
 import os
@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from faces.data.recordio import Records
+from faces.data.lmdb import DATA, Lmdb
+from faces.data.recordio import RECORDS, Records
 from faces.files import InputError, existing_folder, path, reading
 from faces.images import EXTENSIONS, MAX_BYTES, Scan, UnreadableImage, is_system_name, scan_images, sort_in
 from faces.landmarks import normal_form
@@ -22,16 +23,18 @@ MAX_ZIP_LIST = 64 << 20    # bytes of a zip's list of files; that of a zip of CA
 
 
 def open_source(root, content: str = "one folder of photos per person"):
-    """Return the Folder, Zip or Records at a path; `content` is what a folder should hold, for the error message.
+    """Return the Folder, Zip, Records or Lmdb at a path; `content` is what a folder should hold, for the error message.
 
     Raises:
-        InputError: there is no such folder, or the zip or RecordIO can't be read.
+        InputError: there is no such folder, or the zip, RecordIO or LMDB can't be read.
     """
     root = path(root)
     if root.is_file() and root.suffix.lower() in (".zip", *PARTS):
         return Zip(root)
+    if (root / DATA).is_file() or root.is_file() and root.suffix.lower() in (".lmdb", ".mdb"):
+        return Lmdb(root)
     root = existing_folder(root, content)
-    return Records(root) if (root / "train.rec").is_file() else Folder(root)
+    return Records(root) if any((root / name).is_file() for name in RECORDS) else Folder(root)
 
 
 def person_root(folder) -> Path:

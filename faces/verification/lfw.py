@@ -72,8 +72,8 @@ def load_sets(roots: list, pairs: list = (), landmarks: list = (), **options) ->
     takers = [len(sets) == 1 or not is_bin(file) for file in sets]
     for files, kind in ((pairs, "list~ of pairs"), (landmarks, "landmark list~")):
         if sets and len(files) not in (0, sum(takers)):
-            raise InputError(f"{count_of(len(files), kind)} for {count_of(sum(takers), 'set~')} of images; pass one for "
-                             "each set, in their order (.bin sets need none).")
+            raise InputError(f"{count_of(len(files), kind)} for {count_of(sum(takers), 'set~')} of images; pass one "
+                             "for each set, in their order (.bin sets need none).")
     pairs, landmarks = iter(pairs), iter(landmarks)
     for file, takes in zip(sets, takers):
         own = (next(pairs, None), next(landmarks, None)) if takes else (None, None)

@@ -91,6 +91,37 @@ def test_data_may_contain_the_magic_number(tmp_path, image, label):
     assert records.keys.tolist() == [4, 1, 0] and records.labels.tolist() == [0, 1, 2]
 
 
+def write_dcface(root, images, paths, header=lambda row: 0.0):
+    """Write a set as DCFace's, with labels in list.txt; return the folder."""
+    write_set(root, [(key, pack(header(key), image)) for key, image in enumerate(images)])
+    for name in ("train.rec", "train.idx"):
+        (root / name).rename(root / name.replace("train", "file"))
+    (root / "done_list.txt").write_text("".join(f"image\t{path}\n" for path in paths))
+    (root / "agedb_30.bin").write_text("".join(f"{key}\t{key}/0.jpg\n" for key in range(len(paths))))    # is not read
+    (root / "list.txt").write_text("".join(f"{key}\t{path}\n" for key, path in enumerate(paths)))
+    return root
+
+
+@pytest.mark.parametrize("header", [lambda row: 0.0, float])
+def test_labels_in_a_list_replace_those_in_the_records(images, tmp_path, header):
+    images = [images[i] for i in np.random.default_rng(0).permutation(len(images))]
+    paths = [f"{person + 9}/{i}.jpg" for i, (person, _) in enumerate(images)]
+    root = write_dcface(tmp_path / "record", [image for _, image in images], paths, header)
+    faces, people = load_casia(root, cache=tmp_path / "cache"), np.array([person for person, _ in images])
+    assert np.array_equal(faces.labels[:, None] == faces.labels, people[:, None] == people)
+    assert f"labels are from {root / 'list.txt'}; the records name" in str(faces)
+
+
+def test_lists_that_do_not_name_people_are_ignored(images, tmp_path):
+    people = [float(person) for person, _ in images]
+    for name, paths in (("same", [f"x{person}/0.jpg" for person in people]), ("one", ["x/0.jpg"] * len(people)),
+                        ("part", [f"{i}/0.jpg" for i in range(9)]), ("none", ["0.jpg"] * len(people))):
+        source = Records(write_dcface(tmp_path / name, [b""] * len(people), paths, people.__getitem__))
+        assert source.labels.tolist() == people and source.notes == ()
+    with pytest.raises(InputError, match="list.txt does not list all images of .*file.rec; copy the set again"):
+        Records(write_dcface(tmp_path / "cut", [b""] * 3, ["0/0.jpg", "1/0.jpg"]))
+
+
 def patch(position, content):
     """Overwrite train.rec with `content` from byte `position` of record 3 on."""
     def change(root, offsets):
