@@ -159,11 +159,12 @@ def plain(name: str) -> str:
     return name.encode(errors="backslashreplace").decode().replace("$", r"\$")
 
 
-def new_figure(size: tuple, columns: int = 1, rows: int = 1) -> tuple:
-    """Return a matplotlib figure of `size` (width, height) inches, and its axes in a grid of `rows` and `columns`."""
+def new_figure(size: tuple, columns: int = 1, rows: int = 1, **grid) -> tuple:
+    """Return a matplotlib figure of `size` (width, height) inches, and its axes in a grid of `rows` and `columns`, for
+    which `grid` has further arguments of matplotlib's subplots()."""
     figure = Figure(size, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns)
+    axes = figure.subplots(rows, columns, **grid)
     for panel in np.ravel(axes):
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(color="#dddddd", linewidth=0.6)

@@ -60,27 +60,34 @@ def margins(folder=HERE):
     plots.save(figure, folder / "margins.png")
 
 
-def detection(folder=HERE):
-    """Draw a photo with the faces that MTCNN detected, and the aligned face with the landmarks of the template."""
+def overview(folder=HERE):
+    """Draw what happens to a photo: MTCNN's landmarks, the aligned face, embeddings of ten people, similarities."""
     photo = data.astronaut()[:300, 60:400]
     faces = Detector(device="cpu").detect(photo)
-    crop = align(photo, faces.landmarks[0])
-    figure = plots.Figure((7, 3.4), layout="constrained")
-    whole, aligned = figure.subplots(1, 2, width_ratios=(1.9, 1))
+    figure, (whole, aligned, embedded, compared) = plots.new_figure((12, 3.1), 4, width_ratios=(1.32, 1, 1.3, 1.5))
     outline = {"path_effects": [plots.withStroke(linewidth=3.5, foreground="black")]}    # orange is hard to see on skin
     whole.imshow(photo)
     for (x1, y1, x2, y2), score in zip(faces.boxes, faces.scores):
         whole.plot((x1, x2, x2, x1, x1), (y1, y1, y2, y2, y1), color=COLORS[4], linewidth=2, **outline)
-        whole.annotate(f"{score:.3f}", (x1 + 2, y1 - 6), color="white", fontsize=9,
+        whole.annotate(f"{score:.3f}", (x1 + 2, y1 - 6), color="white", fontsize=8,
                        bbox={"facecolor": "black", "alpha": 0.7, "pad": 1.5, "linewidth": 0})
-    whole.scatter(*faces.landmarks[0].T, s=22, color=COLORS[5], edgecolor="black", linewidth=0.6)
-    whole.set_title("MTCNN: box, score and landmarks", fontsize=10)
-    aligned.imshow(crop)
+    whole.scatter(*faces.landmarks[0].T, s=16, color=COLORS[5], edgecolor="black", linewidth=0.6)
+    aligned.imshow(align(photo, faces.landmarks[0]))
     aligned.scatter(*TEMPLATE.T, s=60, marker="+", color=COLORS[4], linewidth=1.8, **outline)
-    aligned.set_title("aligned face and template", fontsize=10)
+    drawn = read_json(HERE / "tsne.json")
+    (_, points), labels = drawn["panels"][-1], np.array(drawn["labels"])    # of CosFace
+    for i in range(len(drawn["names"])):
+        own = np.array(points)[labels == i]
+        embedded.scatter(*own.T, s=14, color=COLORS[i % 7], marker=plots.MARKERS[i], linewidths=0)
+    embedded.set(xticks=[], yticks=[])
+    similarity, same, _ = read_scores(HERE / "scores/cosFace.tsv")
+    plots.draw_histogram(compared, similarity, same, best_threshold(similarity, same))
+    for axes, title in ((whole, "1. detect: box and landmarks"), (aligned, "2. align to the template"),
+                        (embedded, "3. embed: ten people of LFW (t-SNE)"), (compared, "4. compare: pairs of LFW")):
+        axes.set_title(title, fontsize=10)
     for axes in (whole, aligned):
         axes.set_axis_off()
-    plots.save(figure, folder / "detection.png")
+    plots.save(figure, folder / "overview.png")
 
 
 def verification(folder=HERE):
@@ -126,7 +133,7 @@ def main(argv=None):
     parser = script_parser(__doc__)
     parser.add_argument("--output", type=path, default=HERE, metavar="DIR", help="folder for the pictures")
     args = parser.parse_args(argv)
-    for draw in (margins, detection, verification, tsne):
+    for draw in (margins, overview, verification, tsne):
         draw(args.output)
 
 

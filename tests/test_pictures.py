@@ -11,7 +11,7 @@ from images import draw
 COMMITTED = Path(draw.__file__).parent
 
 
-@pytest.mark.parametrize("name", ["margins", "detection", "verification", "tsne"])
+@pytest.mark.parametrize("name", ["margins", "overview", "verification", "tsne"])
 def test_pictures_equal_the_committed_ones(name, tmp_path):
     getattr(draw, name)(tmp_path)
     drawn, committed = Image.open(tmp_path / f"{name}.png"), Image.open(COMMITTED / f"{name}.png")

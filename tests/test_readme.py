@@ -61,7 +61,7 @@ def test_the_readme_shows_the_main_commands():
 
 
 def test_the_readmes_python_example_runs(tmp_path, monkeypatch, capsys):
-    example = re.search(r"^ {4}import numpy as np\n(?: {4}.*\n|\n)*", (ROOT / "README.md").read_text("utf-8"), re.M)[0]
+    example = re.search(r"^ {4}from tools.embedder .*\n(?: {4}.*\n)*", (ROOT / "README.md").read_text("utf-8"), re.M)[0]
     torch.manual_seed(0)
     (tmp_path / "runs/cosFace").mkdir(parents=True)
     torch.save({"format": CHECKPOINT, "method": "CosFace", "net": "faceNet", "weights": faceNet().state_dict()},
@@ -76,7 +76,8 @@ def test_the_readmes_python_example_runs(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_resolve(page):
-    for target, anchor in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8")):
+    local = r"\]\((?!http|\.\./\.\./actions)([^)#]*)#?([^)]*)\)"    # GitHub's own pages are in ../../actions
+    for target, anchor in re.findall(local, page.read_text(encoding="utf-8")):
         file = page.parent / target if target else page
         assert file.is_file(), target
         titles = re.findall(r"^#+ (.*)", file.read_text(encoding="utf-8"), re.M) if anchor else []
@@ -84,7 +85,7 @@ def test_links_resolve(page):
 
 
 def test_pages_are_short_and_plain():
-    assert (ROOT / "README.md").read_text(encoding="utf-8").count("\n") <= 150
+    assert (ROOT / "README.md").read_text(encoding="utf-8").count("\n") <= 130
     british = r"\b(centre|colour|grey|licence|normalis|initialis|behaviour|neighbour)"
     for page in PAGES:
         text = re.sub(r"`[^`]*`", "", page.read_text(encoding="utf-8"))
