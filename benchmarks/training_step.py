@@ -26,6 +26,7 @@ from faces.align import HEIGHT, WIDTH
 from faces.cpu.training import for_training
 from faces.device import PRECISION, autocast, memory_format, pick_device, pick_dtype, to_input, tune_cpu
 from faces.files import at_least, command, script_parser
+from faces.training.distributed import compile_options
 
 SCALE, MARGIN, LAMBDA = 64.0, 0.35, 5.0
 # For each method: its head, and the margin's argument for the full margin
@@ -67,7 +68,7 @@ def our_loop(net, head, margin, device, dtype, compile=False):
     """Return functions of casia_train.py's step: network input and labels to a loss, and from there the update."""
     net = for_training(net.to(device, memory_format=memory_format(device)), device, dtype)
     if compile:
-        net.compile(dynamic=False)
+        net.compile(dynamic=False, options=compile_options())
     optimizer = sgd(net, head, fused=device.type == "cuda" and dtype != torch.float16)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
@@ -149,7 +150,8 @@ def main(argv=None):
     losses = [loss_of(as_input(images, flip), labels) for (loss_of, _), as_input in zip(loops, programs.values())]
     for loss in losses:
         (1024 * loss).backward()    # scaled, as fp16 needs it
-    gradients = [torch.cat([p.grad.flatten() for part in model for p in part.parameters()]) for model in models]
+    gradients = [torch.cat([p.grad.flatten() for part in model for p in part.parameters() if p.requires_grad])
+                 for model in models]
     for what, values, tolerance in zip(("the loss", "all gradients"), (losses, gradients), TOLERANCE[dtype]):
         check_same(what, *values, tolerance)
 

@@ -24,6 +24,8 @@ class SphereNet(nn.Module):
         for stage, (channels, units) in enumerate(zip(CHANNELS, self.units), 1):
             for layer in range(1, 2 * units + 2):
                 conv = nn.Conv2d(previous, channels, 3, stride=2 if layer == 1 else 1, padding=1, bias=layer == 1)
+                if batch_norm and layer == 1:
+                    conv.bias.requires_grad_(False)    # it cancels out, but public files have it
                 self.add_module(f"conv{stage}_{layer}", conv)
                 self.add_module(f"conv{stage}_{layer}bn", nn.BatchNorm2d(channels) if batch_norm else nn.Identity())
                 self.add_module(f"relu{stage}_{layer}", nn.PReLU(channels))

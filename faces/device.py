@@ -47,11 +47,14 @@ def prefers_bf16(device: torch.device) -> bool:
 def fast_dtype(device: torch.device) -> torch.dtype:
     """Return the type that suits a network on this device: bfloat16, or else float16, or else float32.
 
-    float16 is for NVIDIA GPUs with tensor cores but without bfloat16: V100, T4, RTX 20. It needs loss scaling.
+    float16 is for NVIDIA GPUs with tensor cores but without bfloat16: T4, RTX 20, and V100, for which PyTorch has to be
+    built for CUDA 12.6. It needs loss scaling. GTX 16 GPUs have the capability of RTX 20, but no tensor cores, and
+    their float16 convolutions can give NaN (pytorch issue 77955).
     """
     if prefers_bf16(device):
         return torch.bfloat16
-    has_tensor_cores = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
+    has_tensor_cores = (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
+                        and "GTX 16" not in torch.cuda.get_device_name(device))
     return torch.float16 if has_tensor_cores else torch.float32
 
 
@@ -109,9 +112,12 @@ def memory_format(device: torch.device | str) -> torch.memory_format:
     """Return the memory format in which convolutions are fast and correct on a device.
 
     On Apple's MPS, channels_last convolutions are slower, and the gradient of batch normalization is wrong or an error,
-    depending on the release (pytorch issues 175189, 188371, 193349).
+    depending on the release (pytorch issues 175189, 188371, 193349). On NVIDIA GPUs, channels_last is for tensor cores,
+    which exist from Volta on.
     """
-    return torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
+    device = torch.device(device)
+    old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 0)
+    return torch.contiguous_format if old or device.type == "mps" else torch.channels_last
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -22,7 +22,7 @@ from faces.data.cache import load_casia
 from faces.device import PRECISION, autocast, memory_format, pick_dtype
 from faces.files import CACHE, RUNS, InputError, at_least, command, path, script_parser
 from faces.training.checkpoint import Checkpoints, load_optimizer, parse_resumed, settings_of
-from faces.training.distributed import Processes, accumulating, compile_net, data_parallel
+from faces.training.distributed import Processes, accumulating, compile_net, data_parallel, should_compile
 from faces.training.log import TrainingLog
 from faces.training.partial_fc import PartialFC
 from faces.verification.evaluate import evaluate_epoch
@@ -64,7 +64,7 @@ option("--resume", nargs="?", choices=("always", "auto", "never"), const="always
 option("--checkpoint-minutes", type=at_least(0, float), default=10, metavar="M", help="time between checkpoints")
 option("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
 option("--precision", choices=("auto", *PRECISION), default="auto", help="of the network; auto: the fastest")
-option("--compile", action=BooleanOptionalAction, default=False, help="use torch.compile")
+option("--compile", action=BooleanOptionalAction, help="use torch.compile (default: in long runs on CUDA)")
 
 
 @command
@@ -118,7 +118,7 @@ def train(args: Namespace, run: Processes, part: int, checkpoints: Checkpoints) 
         loss_of.load_state_dict(state["head"])
         load_optimizer(optimizer, scaler, state)
 
-    if args.compile:
+    if args.compile or args.compile is None and should_compile(run.device, (steps - step) * part * args.accumulate):
         compile_net(net, part, run.device, dtype, run.print)
     else:
         for_training(net, run.device, dtype)                          # faster convolutions on a CPU

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from faces import device
-from faces.device import count_cpus, exact_float32, fast_dtype, pick_device, pick_dtype
+from faces.device import count_cpus, exact_float32, fast_dtype, memory_format, pick_device, pick_dtype
 from faces.files import InputError
 
 
@@ -21,10 +21,13 @@ def test_missing_devices_and_precisions_are_one_sentence():
 
 def test_the_precision_is_that_of_the_chosen_gpu(monkeypatch):
     """PyTorch's own is_bf16_supported() looks at the current GPU, by default the first one."""
-    capability = {torch.device("cuda:0"): (8, 0), torch.device("cuda:1"): (7, 0), torch.device("cuda:2"): (6, 1)}
+    gpus = [torch.device(f"cuda:{index}") for index in range(4)]
+    names = ["NVIDIA A100-SXM4-40GB", "Tesla V100-SXM2-16GB", "NVIDIA GeForce GTX 1660 Ti", "NVIDIA GeForce GTX 1080"]
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", capability.get)
-    assert [fast_dtype(device) for device in capability] == [torch.bfloat16, torch.float16, torch.float32]
+    monkeypatch.setattr(torch.cuda, "get_device_name", dict(zip(gpus, names)).get)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", dict(zip(gpus, [(8, 0), (7, 0), (7, 5), (6, 1)])).get)
+    assert [fast_dtype(gpu) for gpu in gpus] == [torch.bfloat16, torch.float16, torch.float32, torch.float32]
+    assert [memory_format(gpu) for gpu in gpus] == [torch.channels_last] * 3 + [torch.contiguous_format]
 
 
 @pytest.mark.parametrize("files, expected", [

@@ -1,13 +1,18 @@
 """Tests on an NVIDIA GPU: it computes what the CPU computes, and training, resuming and detection run on it."""
+import json
+
 import numpy as np
 import pytest
 import torch
-from conftest import options, perturb, write_image
+from conftest import free_port, options, perturb, write_image
 from skimage import data as skimage_data
+from torch import distributed, nn
 
-from cosFace.net import CosFace, faceNet
+from cosFace import casia_train
+from cosFace.net import NETS, CosFace, faceNet
 from faces.device import pick_device
 from faces.files import InputError
+from faces.training.distributed import Processes
 from faces.verification.embed import embed
 from faces.verification.weights import load_weights
 from mtcnn.detector import Detector
@@ -44,6 +49,43 @@ def test_training_runs_and_resumes(main, casia, tmp_path, method, precision):
     net = faceNet()
     load_weights(net, tmp_path / "run" / "checkpoint.pt")
     assert all(weights.isfinite().all() for weights in net.state_dict().values())
+
+
+class One(int):
+    """The number 1, but more than 1: a group of one process is joined, and communicates."""
+
+    def __gt__(self, other):
+        return other <= 1
+
+
+class OneOfOne(Processes):
+    world_size = property(lambda self: One(1), lambda self, value: None)
+
+
+@pytest.mark.parametrize("device, precision", [("cpu", "float32"), *(pytest.param("cuda", p, marks=gpu)
+                                                                     for p in ("float32", "bf16", "fp16"))])
+def test_a_group_of_one_process_trains_as_a_process_without_a_group(main, casia, tmp_path, monkeypatch, device,
+                                                                    precision):
+    """On a GPU, the group is NCCL's: DistributedDataParallel, the loss scale and the sharded head communicate."""
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "RANK": 0, "WORLD_SIZE": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setitem(NETS, "faceNet", lambda: nn.Sequential(nn.Conv2d(3, 8, 3, 4), nn.BatchNorm2d(8), nn.Flatten(),
+                                                               nn.Linear(8 * 28 * 24, 512), nn.BatchNorm1d(512)))
+    args, calls, reduce = ["--device", device, "--precision", precision, "--shard-head"], [], distributed.all_reduce
+    monkeypatch.setattr(distributed, "all_reduce", lambda tensor, *rest, **kwargs: (
+        calls.append(tensor.device.type), reduce(tensor, *rest, **kwargs))[1])
+    assert main("cosFace", *options(casia, tmp_path, "alone"), *args)[0] == 0 and not calls
+    monkeypatch.setattr(casia_train, "Processes", OneOfOne)
+    try:
+        status, output = main("cosFace", *options(casia, tmp_path, "group"), *args)
+        assert status == 0, output.err
+        assert "on 1 x " in output.out and {device, "cpu"} == set(calls)
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+    alone, group = ([json.loads(line)["loss"] for line in (tmp_path / name / "epochs.jsonl").read_text().splitlines()]
+                    for name in ("alone", "group"))
+    assert alone == pytest.approx(group, rel=1e-5 if device == "cpu" else 0.02)
 
 
 @gpu

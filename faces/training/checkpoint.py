@@ -20,7 +20,7 @@ from faces.training.partial_fc import convert
 
 # Options in which a run and its continuation may differ, because they do not change what is computed.
 MAY_DIFFER = {"casia", "landmarks", "list", "cache", "output", "resume", "checkpoint_minutes", "device", "lfw",
-              "lfw_landmarks", "shard_head"}
+              "lfw_landmarks", "shard_head", "compile"}
 EXCHANGED = {"checkpoint_minutes", "shard_head"}     # of these, what processes exchange depends on
 SCHEDULE = ("epochs", "lr", "schedule", "warmup")    # may change when a run is resumed, which is printed
 

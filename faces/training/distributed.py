@@ -20,6 +20,7 @@ from faces.files import InputError, TemporaryError, count_of, on_signals
 BUFFERS = {"forward_sync_buffers" if "forward_sync_buffers" in signature(DistributedDataParallel).parameters
            else "broadcast_buffers": False}
 DAY = datetime.timedelta(days=1)    # the longest that rank 0 may keep the others waiting outside of a step
+STEP = datetime.timedelta(minutes=10)    # the longest that a process waits for the others within a step, on GPUs
 
 
 class Processes:
@@ -36,43 +37,54 @@ class Processes:
 
     def __init__(self, device: str = "auto"):
         self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.device = pick_device(device if self.world_size == 1 else self._own_device(device))
         self.group, self._exchange, self._received = None, None, 0
         self.signal, self.clock, self.started = 0, 0.0, time.monotonic()
-        if self.world_size > 1:
-            self._join()
+        self.device = self._join(device) if self.world_size > 1 else pick_device(device)
         tune_cpu(self.device)
         torch.backends.cudnn.benchmark = True    # batches have one size
 
-    def _own_device(self, name):
-        local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        if re.fullmatch(r"cuda:\d+", name):
-            raise InputError(f"--device {name} would put all processes of torchrun on one GPU; leave it out, and "
-                             "choose GPUs with the environment variable CUDA_VISIBLE_DEVICES.")
-        if name == "mps" or (name == "auto" and not gpus and torch.backends.mps.is_available()):
-            raise InputError("torchrun can't be used with Apple's MPS, which has a single GPU; run the script with "
-                             "python, or pass --device cpu.")
-        if name == "cpu" or not gpus:
-            return "cpu" if name == "auto" else name
-        if local >= gpus:
-            raise InputError(f"torchrun started process {local + 1} on this machine, which has "
-                             f"{count_of(gpus, 'GPU~')}; lower --nproc-per-node.")
-        return f"cuda:{local}"
-
-    def _join(self):
+    def _join(self, name):
+        """Join the other processes; return the device of this one."""
         # A restart of torchrun would find the addresses of processes that have died (pytorch issue 135712), unless it
         # has a namespace of its own. Machines count restarts differently, so this is for one machine.
         store, _, _ = next(distributed.rendezvous("env://"))
         if os.environ.get("LOCAL_WORLD_SIZE") == str(self.world_size):
             store = distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        device = self._agree_on_device(name, store)
         group = {"store": store, "rank": self.rank, "world_size": self.world_size}
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)    # otherwise, each process would open a context on GPU 0 as well
-            distributed.init_process_group("cpu:gloo,cuda:nccl", device_id=self.device, **group)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)    # otherwise, each process would open a context on GPU 0 as well
+            backend = "nccl" if distributed.is_nccl_available() else "gloo"    # Windows has no NCCL
+            distributed.init_process_group(f"cpu:gloo,cuda:{backend}", timeout=STEP, device_id=device, **group)
         else:
             distributed.init_process_group("gloo", **group)
         # Where rank 0 works alone for minutes, the others wait on this group, because NCCL gives up after ten.
         self.group = distributed.new_group(backend="gloo", timeout=DAY)
+        return device
+
+    def _agree_on_device(self, name, store):
+        """Return this process's device. Raise InputError in all if one process has none, or one of another type.
+
+        A process that ended on its own would leave those of other machines waiting for it.
+        """
+        try:
+            device = pick_device(torchrun_device(name))
+            outcome = f"{device.type}\n"
+        except InputError as error:
+            outcome = f"\n{error}"
+        store.set(f"device {self.rank}", outcome)
+        outcomes = [store.get(f"device {rank}").decode().split("\n", 1) for rank in range(self.world_size)]
+        problems = [f"process {rank} can't start: {problem}" for rank, (_, problem) in enumerate(outcomes) if problem]
+        if not problems and len(types := {kind for kind, _ in outcomes}) > 1:
+            problems = [f"some processes would train on {' and others on '.join(sorted(types))}; see why PyTorch finds "
+                        "no GPU on one of the machines, or pass --device cpu."]
+        if problems:
+            with contextlib.suppress(RuntimeError):    # the store ends with its machine, once all have read it
+                store.add("read", 1)
+                while store.add("read", 0) < self.world_size:
+                    time.sleep(0.1)
+            raise InputError(problems[0])
+        return device
 
     def __str__(self):
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type.upper()
@@ -166,21 +178,56 @@ class Processes:
             raise
 
 
+def torchrun_device(name: str) -> str:
+    """Return the device of this process of torchrun, for pick_device(); raise InputError if `name` can't be used."""
+    local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if re.fullmatch(r"cuda:\d+", name):
+        raise InputError(f"--device {name} would put all processes of torchrun on one GPU; leave it out, and choose "
+                         "GPUs with the environment variable CUDA_VISIBLE_DEVICES.")
+    if name == "mps" or (name == "auto" and not gpus and torch.backends.mps.is_available()):
+        raise InputError("torchrun can't be used with Apple's MPS, which has a single GPU; run the script with python, "
+                         "or pass --device cpu.")
+    if name not in ("auto", "cuda") or not gpus:
+        return "cpu" if name == "auto" else name
+    if local >= gpus:
+        raise InputError(f"torchrun started process {local + 1} on this machine, which has {count_of(gpus, 'GPU~')}; "
+                         "lower --nproc-per-node.")
+    return f"cuda:{local}"
+
+
 # cuDNN reports too little memory as "unable to find an engine" (pytorch issue 108645).
 OUT_OF_MEMORY = "out of memory|allocate memory|not enough memory|ALLOC_FAILED|unable to find an engine"
-LOST_CONNECTION = r"gloo.*(closed|reset|timed? ?out)|closed by peer|Connection reset|NCCL"
+# NCCL's other errors, such as two processes on one GPU or a missing network interface, would only come again.
+LOST_CONNECTION = (r"gloo.*(closed|reset|timed? ?out)|closed by (remote )?peer|connection reset|broken pipe|"
+                   r"remote process exited|communicator was aborted|collective operation timeout")
+# The backward pass recomputes batch normalization from five tensors. What is computed from more than inductor's default
+# of four, it writes to memory, and reads it again in every kernel that needs it.
+FUSE_MORE = {"realize_reads_threshold": 12, "realize_opcount_threshold": 100, "realize_acc_reads_threshold": 16}
+WORTH_COMPILING = 2_000_000    # images on a GPU, about two minutes of training; compiling takes half a minute
+
+
+def should_compile(device: torch.device, images: int) -> bool:
+    """Return whether torch.compile is worth it for a process that trains on so many images."""
+    return device.type == "cuda" and images >= WORTH_COMPILING
+
+
+def compile_options() -> dict[str, int]:
+    """Return the options with which torch.compile makes a sphere CNN fastest, as far as this PyTorch knows them."""
+    known = torch._inductor.list_options()
+    return {name: value for name, value in FUSE_MORE.items() if name in known}
 
 
 def compile_net(net: nn.Module, faces: int, device: torch.device, dtype: torch.dtype, say=print):
     """Compile a network in place for batches of so many faces; if that does not work here, say so and go on."""
     before = copy.deepcopy(net.state_dict())
+    say("compiling the network; --no-compile trains without")
     try:
-        net.compile(dynamic=False)
+        net.compile(dynamic=False, options=compile_options())
         _one_pass(net, faces, device, dtype)
     except Exception as error:    # no compiler, no Triton, an unsupported system: each has an exception of its own
         net._compiled_call_impl = None
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        say(f"--compile does not work here ({reason}); training continues without it.")
+        say(f"torch.compile does not work here ({reason}); training continues without it.")
     net.load_state_dict(before)
 
 

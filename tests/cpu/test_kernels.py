@@ -52,7 +52,7 @@ def test_layers_and_their_gradients_are_accurate(plain, fast_class, size, order)
 @needs_compiler
 def test_for_training_keeps_parameters_outputs_and_gradients():
     torch.manual_seed(0)
-    plain = faceNet().eval()      # in training mode, batch normalization cancels the biases before it
+    plain = faceNet().eval().requires_grad_()      # in training mode, batch normalization cancels the biases before it
     for module in plain.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1)     # some are zero in a new network, which disables residual units

@@ -39,7 +39,9 @@ def test_the_number_of_parameters_is_that_of_the_papers_table(name, parameters):
     assert sum(parameter.numel() for parameter in net.parameters()) == parameters
     embedding = net(torch.randn(2, 3, 112, 96))
     embedding.sum().backward()
-    assert embedding.isfinite().all() and all(parameter.grad.isfinite().all() for parameter in net.parameters())
+    assert embedding.isfinite().all() and all(p.grad.isfinite().all() for p in net.parameters() if p.requires_grad)
+    constant = [key for key, parameter in net.named_parameters() if not parameter.requires_grad]
+    assert constant == (["conv1_1.bias", "conv2_1.bias", "conv3_1.bias", "conv4_1.bias"] if name == "faceNet" else [])
 
 
 @pytest.mark.parametrize("name", ["faceNet", "sphere20a"])

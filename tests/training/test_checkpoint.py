@@ -15,7 +15,10 @@ from conftest import ROOT, file_size_limit, options, saved_step, tensors
 from torch import nn
 
 import cosFace.net
+from cosFace import casia_train
+from faces.training import distributed
 from faces.training.checkpoint import Checkpoints
+from faces.training.distributed import should_compile
 
 
 @pytest.fixture
@@ -103,12 +106,26 @@ def test_a_file_that_is_not_a_checkpoint_is_one_sentence(tiny, main, casia, tmp_
 
 
 def test_compile_without_a_compiler_prints_one_sentence_and_continues(tiny, main, casia, tmp_path, monkeypatch):
-    def fail(net, dynamic):
+    def fail(net, **_):
         raise RuntimeError("no C++ compiler\nand a long story")
     monkeypatch.setattr(nn.Module, "compile", fail)
     status, output = main("cosFace", *options(casia, tmp_path), "--compile")
     assert status == 0
-    assert "--compile does not work here (no C++ compiler); training continues without it.\n" in output.out
+    assert "torch.compile does not work here (no C++ compiler); training continues without it.\n" in output.out
+
+
+@pytest.mark.parametrize("first, second, expected", [([], ["--compile"], [True, True]),
+                                                     (["--no-compile"], [], [False, False])])
+def test_long_runs_on_cuda_are_compiled(tiny, main, casia, tmp_path, monkeypatch, first, second, expected):
+    """The first run has 96 images, which count as many here, and the second adds 48."""
+    compiled = []
+    monkeypatch.setattr(distributed, "WORTH_COMPILING", 96)
+    monkeypatch.setattr(casia_train, "should_compile", lambda _, images: should_compile(torch.device("cuda"), images))
+    monkeypatch.setattr(casia_train, "compile_net", lambda *_: compiled.append(True))
+    monkeypatch.setattr(casia_train, "for_training", lambda *_: compiled.append(False))
+    assert main("cosFace", *options(casia, tmp_path), *first)[0] == 0
+    assert main("cosFace", *options(casia, tmp_path), "--epochs", "3", "--resume", *second)[0] == 0
+    assert compiled == expected and not should_compile(torch.device("cpu"), 10**9)
 
 
 def test_fp16_scales_the_loss_and_skips_steps_that_overflow(tiny, main, casia, tmp_path, monkeypatch):

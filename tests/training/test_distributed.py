@@ -11,8 +11,8 @@ import torch
 from conftest import LOCAL, ROOT, free_port, options, saved_step, tensors
 
 import cosFace.net
-from faces.files import InputError
-from faces.training.distributed import Processes
+from faces.files import InputError, TemporaryError
+from faces.training.distributed import Processes, torchrun_device
 
 SETTINGS = ["--batch-size", "4", "--epochs", "20", "--resume", "auto"]    # 240 steps
 FOREVER = ["--batch-size", "8", "--epochs", "2000"]
@@ -108,11 +108,49 @@ def test_two_machines_without_a_shared_disk(casia, tmp_path):
     ("cuda:1", 2, "would put all processes of torchrun on one GPU"), ("mps", 0, "can't be used with Apple's MPS"),
     ("auto", 1, "process 2 on this machine, which has 1 GPU")])
 def test_devices_that_torchrun_can_not_use_are_refused(monkeypatch, device, gpus, problem):
-    for name, value in {"RANK": 1, "LOCAL_RANK": 1, "WORLD_SIZE": 2}.items():
-        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     with pytest.raises(InputError, match=problem):
-        Processes(device)
+        torchrun_device(device)
+
+
+@pytest.mark.parametrize("device, problem", [
+    ("gpu99", "process 1 can't start: --device gpu99 is not a device; choose"),
+    ("meta", "some processes would train on cpu and others on meta; see why")])
+def test_a_device_that_one_machine_lacks_ends_all_machines(casia, tmp_path, device, problem):
+    """Otherwise, the others would wait for half an hour, in silence."""
+    machines = start_machines(casia, tmp_path, [], ["--device", device])
+    for machine in machines:
+        output, _ = machine.communicate(timeout=300)
+        assert f"tiny_train.py: {problem}" in output and "exitcode  : 2" in output, output
+    assert not (tmp_path / "machine0/run").exists()
+
+
+NCCL = "NCCL error in: .../c10d/NCCLUtils.cpp:93, "
+WATCHDOG = "[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=1, OpType=BROADCAST) ran for 600081"
+LOST = [
+    f"{NCCL}remote process exited or there was a network error, NCCL version 2.21.5\nncclRemoteError: A call failed",
+    f"{NCCL}internal error, NCCL version 2.20.5\nLast error:\nNet : Connection closed by remote peer node7<50260>",
+    f"{NCCL}unhandled system error\nLast error:\nsocketProgressOpt: Call to recv from 10.1.1.2 failed : Broken pipe",
+    "NCCL communicator was aborted on rank 2.  Original reason for failure was: NCCL timeout", WATCHDOG,
+    "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:2041",
+    "[.../gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv operation to complete"]
+WRONG = [
+    f"{NCCL}invalid usage, NCCL version 2.28.9\nLast error:\nDuplicate GPU detected : rank 1 and rank 0 both on 2000",
+    f"{NCCL}unhandled cuda error\nLast error:\nCuda failure 'CUDA driver version is insufficient for CUDA runtime'",
+    f"{NCCL}internal error, NCCL version 2.21.5\nLast error:\nBootstrap : no socket interface found",
+    "ProcessGroupNCCL is only supported with GPUs, no GPUs found!",
+    "[enforce fail at .../gloo/transport/tcp/device.cc:84] ifa != nullptr. Unable to find address for: ^lo"]
+
+
+@pytest.mark.parametrize("message", LOST + WRONG)
+def test_only_a_lost_connection_asks_to_try_again(message):
+    """The messages are those that people have reported."""
+    run = Processes("cpu")
+    run.world_size = 2
+    with pytest.raises(TemporaryError if message in LOST else RuntimeError):
+        with run.explained("no advice"):
+            raise RuntimeError(message)
 
 
 def test_out_of_memory_is_one_sentence_with_advice(main, casia, tmp_path, monkeypatch):
