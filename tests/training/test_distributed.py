@@ -14,7 +14,7 @@ import cosFace.net
 from faces.files import InputError, TemporaryError
 from faces.training.distributed import Processes, torchrun_device
 
-SETTINGS = ["--batch-size", "4", "--epochs", "20", "--resume", "auto"]    # 240 steps
+SETTINGS = ["--batch-size", "4", "--epochs", "8", "--resume", "auto"]    # 96 steps
 FOREVER = ["--batch-size", "8", "--epochs", "2000"]
 
 
@@ -80,12 +80,11 @@ def start_machines(casia, tmp_path, *options_of_each):
     return machines
 
 
-@pytest.mark.parametrize("option, value", [("--shift", "1"), ("--sample-centers", "0.5")])
-def test_machines_with_different_options_are_refused(casia, tmp_path, option, value):
+def test_machines_with_different_options_are_refused(casia, tmp_path):
     """Otherwise, some would wait for each other forever, because options decide which tensors are exchanged."""
-    machines = start_machines(casia, tmp_path, [], [option, value])
+    machines = start_machines(casia, tmp_path, [], ["--sample-centers", "0.5"])
     outputs = [machine.communicate(timeout=300)[0] for machine in machines]
-    assert f"process 1 has {option[2:]} {value}, unlike rank 0" in outputs[1], outputs
+    assert "process 1 has sample-centers 0.5, unlike rank 0" in outputs[1], outputs
 
 
 def test_two_machines_without_a_shared_disk(casia, tmp_path):
@@ -114,15 +113,12 @@ def test_devices_that_torchrun_can_not_use_are_refused(monkeypatch, device, gpus
         torchrun_device(device)
 
 
-@pytest.mark.parametrize("device, problem", [
-    ("gpu99", "process 1 can't start: --device gpu99 is not a device; choose"),
-    ("meta", "some processes would train on cpu and others on meta; see why")])
-def test_a_device_that_one_machine_lacks_ends_all_machines(casia, tmp_path, device, problem):
+def test_a_device_that_one_machine_lacks_ends_all_machines(casia, tmp_path):
     """Otherwise, the others would wait for half an hour, in silence."""
-    machines = start_machines(casia, tmp_path, [], ["--device", device])
-    for machine in machines:
+    for machine in start_machines(casia, tmp_path, [], ["--device", "gpu99"]):
         output, _ = machine.communicate(timeout=300)
-        assert f"tiny_train.py: {problem}" in output and "exitcode  : 2" in output, output
+        assert "tiny_train.py: process 1 can't start: --device gpu99 is not a device; choose" in output, output
+        assert "exitcode  : 2" in output, output
     assert not (tmp_path / "machine0/run").exists()
 
 
