@@ -33,17 +33,8 @@ PRECISION = {"float32": (torch.float32, 1e-5), "bf16": (torch.bfloat16, 1e-2)}
 
 
 def embed_pairs(net, images, pairs, device):
-    """Embed pairs one by one, as the peer.
-
-    Args:
-        net: module, in eval mode on the device.
-        images: (file, landmarks) of each image.
-        pairs: int (P, 2), rows of `images`.
-        device: torch.device.
-
-    Returns:
-        float32 (P, 2, 1024), the embeddings of each image and its flipped image.
-    """
+    """Embed pairs, int (P, 2), rows of `images`, (file, landmarks), one by one, as the peer; `net` is in eval mode on
+    the device. Return the embeddings of each image and its flipped image, float32 (P, 2, 1024)."""
     embeddings = []
     with torch.no_grad():
         for pair in pairs:

@@ -30,7 +30,7 @@ from torchvision.ops import box_iou
 from benchmarks.turns import in_turns, report
 from faces.device import count_cpus
 from faces.files import InputError, at_least, command, existing_folder, path, script_parser
-from faces.images import list_images
+from faces.images import scan_images
 
 MIN_FACE, THRESHOLDS, FACTOR = 20, (0.6, 0.7, 0.7), 0.709
 POINTS = ("left_eye", "right_eye", "nose", "mouth_left", "mouth_right")
@@ -121,15 +121,9 @@ def _detect(paths):
 
 
 def agreement(ours, theirs, centers):
-    """Compare what two detectors found nearest the center of the same images.
-
-    Args:
-        ours, theirs: (boxes, landmarks) of each image.
-        centers: (x, y) of the center of each image.
-
-    Returns:
-        (fraction of the images with the same face, median distance of its landmarks in eye distances).
-    """
+    """Compare what two detectors, (boxes, landmarks) of each image, found nearest the center, (x, y), of the same
+    images. Return the fraction of the images with the same face, and the median distance of its landmarks in eye
+    distances."""
     distances = []
     for (a, p), (b, q), center in zip(ours, theirs, centers):
         if len(a) and len(b):
@@ -181,7 +175,7 @@ def main(argv=None):
     parser.add_argument("--turns", type=at_least(1), default=3, help="turns of each detector (default: 3)")
     args = parser.parse_args(argv)
     root = existing_folder(args.lfw, "LFW's images as Name/Name_0001.jpg")
-    photos = list_images(root)
+    photos = scan_images(root).paths
     if not photos:
         raise InputError(f"{root} contains no images; pass the folder that holds Name/Name_0001.jpg.")
     names = [name for name, (package, _, _) in DETECTORS.items() if importlib.util.find_spec(package)

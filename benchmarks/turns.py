@@ -13,16 +13,11 @@ from faces.files import InputError
 
 
 def in_turns(programs: dict[str, Callable], turns: int, device="cpu", warm_up: int = 0) -> dict[str, list]:
-    """Run every program once per turn, so that a slowdown of the machine affects all of them.
+    """Run every program once per turn, so that a slowdown of the machine affects all; return the seconds of each turn.
 
-    Args:
-        programs: by name, functions of the turn's number, which begins with 0; ours comes first.
-        turns: how many turns count.
-        device: torch.device on which the programs run; the clock stops when it has finished.
-        warm_up: turns before that, in which kernels are prepared and files come into memory; they don't count.
-
-    Returns:
-        By name, the seconds of each turn.
+    Programs are functions of the turn's number, from 0, by name; ours comes first. The clock stops when the device has
+    finished. Before the turns that count are `warm_up` others, in which kernels are prepared and files come into
+    memory.
     """
     device, seconds = torch.device(device), {name: [] for name in programs}
     for turn in range(warm_up + turns):
@@ -45,14 +40,8 @@ def wait_for(device):
 
 
 def report(seconds: dict[str, list], count: float | dict[str, float], unit: str, device="cpu"):
-    """Print the machine, and for each program its median rate and how many times as fast ours, the first, is.
-
-    Args:
-        seconds: what in_turns() returned.
-        count: how many units a turn processes, or by name.
-        unit: what is processed, such as "faces".
-        device: torch.device on which the programs ran.
-    """
+    """Print the machine, and for each program of in_turns() its median rate and how many times as fast ours, the first,
+    is. `count` is how many units, such as "faces", a turn processes, or that by name."""
     print(f"{machine(device)}; medians of {len(next(iter(seconds.values())))} turns")
     cost = {name: np.array(values) / (count[name] if isinstance(count, dict) else count)
             for name, values in seconds.items()}    # seconds per unit

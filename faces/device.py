@@ -14,13 +14,9 @@ PRECISION = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.flo
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """Return the torch.device called `name`; "auto" picks CUDA if available, then Apple MPS, then the CPU.
-
-    "cuda" becomes the current GPU with its index, as torch.cuda.set_device() needs it.
-
-    Raises:
-        InputError: this machine has no such device.
-    """
+    """Return the torch.device called `name`; "auto" picks CUDA if available, then Apple MPS, then the CPU. "cuda"
+    becomes the current GPU with its index, as torch.cuda.set_device() needs it. Raises InputError if there is no such
+    device."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -59,11 +55,8 @@ def fast_dtype(device: torch.device) -> torch.dtype:
 
 
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Return the type called "bf16", "fp16" or "float32"; for "auto", the fastest one of the device.
-
-    Raises:
-        InputError: the device can't compute in it.
-    """
+    """Return the type called "bf16", "fp16" or "float32"; for "auto", the fastest one of the device. Raises InputError
+    if the device can't compute in it."""
     dtype = fast_dtype(device) if precision == "auto" else PRECISION[precision]
     if dtype == torch.float16 and device.type not in ("cuda", "cpu"):
         raise InputError(f"--precision fp16 needs loss scaling, which {device.type} can't do; use float32.")
@@ -181,15 +174,8 @@ def tune_cpu(device: torch.device):
 
 
 def to_input(faces: torch.Tensor, flip: torch.Tensor | None = None) -> torch.Tensor:
-    """Turn aligned faces into network input.
-
-    Args:
-        faces: uint8 (N, 112, 96, 3), RGB, on any device.
-        flip: bool (N,), which faces to flip left to right; None flips none.
-
-    Returns:
-        float32 (N, 3, 112, 96) in the memory format of the device, (x - 127.5) / 128.
-    """
+    """Turn aligned faces, uint8 (N, 112, 96, 3), RGB, into network input, float32 (N, 3, 112, 96) in the memory format
+    of the device, (x - 127.5) / 128; `flip`, bool (N,), says which faces to flip left to right, None flips none."""
     x = faces.permute(0, 3, 1, 2).float().sub_(127.5).div_(128)        # in channels_last memory format
     x = x.contiguous(memory_format=memory_format(faces.device))
     return x if flip is None else torch.where(flip[:, None, None, None], x.flip(3), x)

@@ -162,12 +162,8 @@ def at_least(minimum: float, kind: type = int, maximum: float = float("inf")):
 
 @contextlib.contextmanager
 def reading(file, what: str, advice: str = "download or create it again"):
-    """Context in which any exception of a parser becomes InputError, one sentence that names the file.
-
-    Args:
-        what: what the file should be, such as "landmark list".
-        advice: what to do about a damaged file.
-    """
+    """Context in which any exception of a parser becomes InputError, one sentence that names the file, says what it
+    should be, such as "landmark list", and what to do if it is damaged."""
     try:
         yield
     except InputError:
@@ -243,10 +239,8 @@ def read_bytes(file, limit: int) -> bytes:
 def load_tensors(file):
     """Read a file of torch.save() onto the CPU with torch's restricted unpickler, which builds only data.
 
-    A file as torch.save() writes it is mapped into memory, so that only the tensors that are used are read.
-
-    Raises:
-        InputError: no such file, not a torch file, one that would run code, or too large to be read.
+    A file as torch.save() writes it is mapped into memory, so that only the tensors that are used are read. Raises
+    InputError if it is no torch file, would run code, or is too large to be read.
     """
     import torch  # slow to import, and most users of this module do not need it
     advice = "pass a checkpoint or a state dict"

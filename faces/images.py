@@ -63,18 +63,12 @@ def is_image(source) -> bool:
 
 
 def read_image(source) -> np.ndarray:
-    """Read one image.
+    """Return an image as uint8 (H, W, 3), RGB.
 
-    Args:
-        source: path of a file, its bytes, an open binary file, a PIL image, or a uint8 array or tensor, RGB (H, W, 3)
-            or gray (H, W).
-
-    Returns:
-        uint8 (H, W, 3), RGB. Gray is repeated in all channels and transparency is dropped. Of more than 8 bits, those
-        from the highest one used are kept.
-
-    Raises:
-        UnreadableImage: it is missing, damaged, no image, or would need more than MAX_MEMORY.
+    `source` is the path of a file, its bytes, an open binary file, a PIL image, or a uint8 array or tensor, RGB
+    (H, W, 3) or gray (H, W). Gray is repeated in all channels and transparency is dropped. Of more than 8 bits, those
+    from the highest one used are kept. Raises UnreadableImage if it is missing, damaged, no image, or would need more
+    than MAX_MEMORY.
     """
     try:
         if isinstance(source, Image.Image):
@@ -105,11 +99,6 @@ def one_opencv_thread():
         yield
     finally:
         cv2.setNumThreads(threads)
-
-
-def list_images(root) -> list[str]:
-    """Return the relative paths of all images below `root`, see scan_images()."""
-    return scan_images(root).paths
 
 
 def scan_images(root) -> Scan:

@@ -36,15 +36,10 @@ class LandmarkList(NamedTuple):
 
 
 def read_landmarks(path, labeled: bool, root=None) -> LandmarkList:
-    """Read a landmark list.
+    """Read a landmark list of integers or decimals, with labels (CASIA) or without (LFW).
 
-    Args:
-        path: the file. Numbers may be integers or decimals.
-        labeled: whether a label follows the path (CASIA) or not (LFW).
-        root: folder of the images; absolute paths below it become relative.
-
-    Raises:
-        InputError: the file can't be read, a line is not as above, or the landmarks can't be those of faces.
+    Absolute paths below `root`, the folder of the images, become relative. Raises InputError if the file can't be read,
+    a line is not as above, or the landmarks can't be those of faces.
     """
     with reading(path, "landmark list", ADVICE):
         paths, labels, values = _read(path, root, labeled, 10)
@@ -66,10 +61,8 @@ def read_labels(path, root=None) -> tuple[list[str], np.ndarray]:
 def write_landmarks(path, rows: Iterable[tuple], made_from: str | None = None):
     """Write a landmark list, atomically, and beside it a record, for found_list(), of what it was made from.
 
-    Args:
-        path: the file.
-        rows: (path, points) or (path, label, points); points float (5, 2), of which two decimals are written.
-        made_from: photos_digest() of the set.
+    `rows` are (path, points) or (path, label, points), points float (5, 2), of which two decimals are written;
+    `made_from` is the photos_digest() of the set.
     """
     record = Path(path).with_suffix(".json")
     record.unlink(missing_ok=True)    # the old one does not describe the new list

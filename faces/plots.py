@@ -31,10 +31,10 @@ MARKERS = "osD^vP*X<>"
 DPI = 150
 
 
-def roc_picture(path, curves: dict):
-    """Draw ROC curves and save the picture; see draw_roc()."""
-    figure, axes = new_figure((6, 4.5))
-    draw_roc(axes, curves)
+def picture(path, size: tuple, draw, *args):
+    """Save a picture of `size` (width, height) inches, which draw(axes, *args) draws, one of the functions below."""
+    figure, axes = new_figure(size)
+    draw(axes, *args)
     save(figure, path)
 
 
@@ -54,9 +54,8 @@ def draw_roc(axes, curves: dict):
     axes.legend(loc="lower right", frameon=False)
 
 
-def cmc_picture(path, ranks: int, curves: dict):
+def draw_cmc(axes, ranks: int, curves: dict):
     """Draw CMC curves up to the rank `ranks`: for each name, the cmc of faces.verification.metrics.Identification."""
-    figure, axes = new_figure((6, 4))
     ranks = min(ranks, *(len(cmc) for cmc in curves.values()))
     for i, (name, cmc) in enumerate(curves.items()):  # ranks are whole numbers, so the rate does not change in between
         axes.step(range(1, ranks + 2), [*cmc[:ranks], cmc[ranks - 1]], where="post", label=plain(name), **_line(i))
@@ -66,7 +65,6 @@ def cmc_picture(path, ranks: int, curves: dict):
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("")
     axes.legend(loc="lower right", frameon=False)
-    save(figure, path)
 
 
 def _line(i):
@@ -76,13 +74,6 @@ def _line(i):
 def _rate_limits(lowest):
     """Return the limits of an axis of rates, from a multiple of 0.1 below the lowest rate to slightly above 1."""
     return max(0, np.floor(lowest * 10 - 0.2) / 10), 1.01
-
-
-def histogram_picture(path, similarities: np.ndarray, same: np.ndarray, threshold: float):
-    """Draw histograms of similarities and save the picture; see draw_histogram()."""
-    figure, axes = new_figure((6, 4))
-    draw_histogram(axes, similarities, same, threshold)
-    save(figure, path)
 
 
 def draw_histogram(axes, similarities: np.ndarray, same: np.ndarray, threshold: float):
@@ -97,10 +88,9 @@ def draw_histogram(axes, similarities: np.ndarray, same: np.ndarray, threshold: 
     axes.legend(loc="upper left", framealpha=1, edgecolor="none")  # opaque, because it may cover the threshold line
 
 
-def training_picture(path, images: np.ndarray, loss: np.ndarray, lfw: np.ndarray):
+def draw_training(axes, images: np.ndarray, loss: np.ndarray, lfw: np.ndarray):
     """Draw the mean loss and the accuracy on LFW, or the mean over several sets, 0 to 1 or NaN, of E epochs, over the
     number of images seen, (E,) each."""
-    figure, axes = new_figure((6, 4))
     axes.plot(images, loss, color=COLORS[0], marker="o", markersize=4)
     axes.set(xlim=(0, None), ylim=(0, None), xlabel="images seen")
     axes.set_ylabel("loss (solid line)", color=COLORS[0])
@@ -111,18 +101,14 @@ def training_picture(path, images: np.ndarray, loss: np.ndarray, lfw: np.ndarray
         accuracy.spines["top"].set_visible(False)
         accuracy.plot(images[measured], 100 * lfw[measured], color=COLORS[1], marker="s", markersize=4, linestyle="--")
         accuracy.set_ylabel("accuracy in % (dashed line)", color=COLORS[1])
-    save(figure, path)
 
 
 def tsne_panels(path, panels: list, labels: np.ndarray, names: list[str]):
-    """Draw t-SNE layouts of the embeddings of up to 70 identities, one per panel.
+    """Draw t-SNE layouts of the embeddings of up to 70 identities: for each panel (title, float (N, 2) points).
+    `labels`, int (N,), are indices into `names`.
 
     The legend numbers the identities. Each number is also drawn at the medoid of the identity's points: the point
     nearest to all others, which is always in a cluster, unlike the mean.
-
-    Args:
-        panels: list of (title, float (N, 2) points).
-        labels: int (N,), index into `names` for each point.
     """
     side = 5.4 if len(panels) == 1 else 3.3   # inches; several panels must fit side by side on a page
     figure, axes = new_figure((side * len(panels) + 1.6, side + 0.2), len(panels))

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from faces.device import count_cpus, exact_float32, pick_device, to_input
 from faces.files import InputError, at_least, atomic_write, command, count_of, path, script_parser, write_json
-from faces.images import UnreadableImage, is_image, list_images, read_image
+from faces.images import UnreadableImage, is_image, read_image, scan_images
 from mtcnn.boxes import nms, nms_of_smaller, regress, squares
 from mtcnn.nets import load_nets
 from mtcnn.processes import in_processes
@@ -45,13 +45,11 @@ class Faces(NamedTuple):
 
 
 class Detector:
-    """MTCNN face detector.
+    """MTCNN face detector, for faces of at least min_face_size pixels; the time is roughly proportional to its inverse
+    square.
 
-    Args:
-        min_face_size: smallest face to look for, in pixels. The time is roughly proportional to 1 / min_face_size ** 2.
-        thresholds: minimum probabilities of a face for P-Net, R-Net and O-Net.
-        factor: scale between neighboring images of the pyramid; the default halves the area.
-        device: where the networks run, see faces.device.pick_device().
+    The thresholds are minimum probabilities of a face for P-Net, R-Net and O-Net; `factor` is the scale between
+    neighboring images of the pyramid, of which the default halves the area.
     """
 
     def __init__(self, min_face_size: float = 20, thresholds=(0.6, 0.7, 0.7), factor: float = 0.709,
@@ -222,7 +220,7 @@ def list_photos(paths: list) -> list[str]:
     for name in map(path, paths):
         if not name.exists():
             raise InputError(f"{name} does not exist; pass photos, or folders of photos.")
-        photos += [str(name / image) for image in list_images(name)] if name.is_dir() else [str(name)]
+        photos += [str(name / image) for image in scan_images(name).paths] if name.is_dir() else [str(name)]
     if not photos:
         raise InputError(f"there are no images in {', '.join(map(str, paths))}; pass photos, or folders of photos.")
     return list(dict.fromkeys(photos))

@@ -14,7 +14,7 @@ from faces.device import pick_device
 from faces.files import InputError
 from faces.training.distributed import Processes
 from faces.verification.embed import embed
-from faces.verification.weights import load_weights
+from faces.verification.weights import load_net
 from mtcnn.detector import Detector
 
 
@@ -46,8 +46,7 @@ def test_training_runs_and_resumes(main, casia, tmp_path, method, precision):
     assert status == 0 and f"{precision}) on {torch.cuda.get_device_name()}" in output.out
     status, output = main(method, *args, "--resume", "--epochs", "3")
     assert status == 0 and "training is complete after 18 steps" in output.out
-    net = faceNet()
-    load_weights(net, tmp_path / "run" / "checkpoint.pt")
+    net, _ = load_net(tmp_path / "run/checkpoint.pt", NETS)
     assert all(weights.isfinite().all() for weights in net.state_dict().values())
 
 

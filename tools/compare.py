@@ -32,11 +32,8 @@ class Comparison(NamedTuple):
 
 
 def compare(embedder: Embedder, a, b) -> Comparison:
-    """Compare the faces in two photos; for these, see Embedder, whose `flip` must be "concatenate".
-
-    Raises:
-        InputError: a photo can't be read, no face is detected in it, or an embedding is not finite or is zero.
-    """
+    """Compare the faces in two photos; for these, see Embedder, whose `flip` must be "concatenate". Raises InputError
+    if a photo can't be read, no face is detected in it, or an embedding is not finite or is zero."""
     # One at a time, so that a face is the same to the last bit whatever it is compared with.
     faces = [face for photo in (a, b) for face in embedder.find([photo])[0]]
     crops = np.stack([face.crop for face in faces])
@@ -49,13 +46,10 @@ def compare(embedder: Embedder, a, b) -> Comparison:
 
 
 def read_scores(file) -> tuple[np.ndarray, np.ndarray, dict]:
-    """Read a scores.tsv that lfw_eval.py wrote, or the one in a folder.
+    """Read a scores.tsv that lfw_eval.py wrote, or the one in a folder: the cosines of pairs, float (P,); whether they
+    are genuine, bool (P,); and the settings in results.json beside the file.
 
-    Returns:
-        float (P,) cosines of pairs; bool (P,), whether a pair is genuine; the settings in results.json beside the file.
-
-    Raises:
-        InputError: the file can't be read, or has cosines of other embeddings than compare()'s.
+    Raises InputError if the file can't be read, or has cosines of other embeddings than compare()'s.
     """
     file = path(file) / "scores.tsv" if path(file).is_dir() else path(file)
     settings = (read_json(file.with_name("results.json")) or {}).get("settings", {})

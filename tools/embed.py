@@ -18,7 +18,6 @@ import hashlib
 import json
 import os
 import sys
-from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -26,19 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from tqdm import tqdm
 
+from faces import files
 from faces.device import count_cpus
-from faces.files import (
-    InputError,
-    at_least,
-    atomic_write,
-    check_writable,
-    command,
-    count_of,
-    locked,
-    path,
-    script_parser,
-    shorten,
-)
+from faces.files import InputError, at_least, atomic_write, check_writable, command, count_of, path, script_parser
+from faces.images import summarize
 from faces.verification.embed import FLIP, optimized_copy
 from mtcnn.detector import list_photos
 from mtcnn.processes import in_processes
@@ -125,7 +115,7 @@ def main(argv=None):
     depends = [embedder.loaded["fingerprint"], args.select, args.flip, args.aligned, args.all_faces, args.min_face_size,
                *map(_version, photos)]
     check_writable(args.output.parent)
-    with locked(args.output.with_name(f".{args.output.name}.lock"), f"writing {args.output}", wait=False):
+    with files.locked(args.output.with_name(f".{args.output.name}.lock"), f"writing {args.output}", wait=False):
         rows = Rows(args.output, depends, width, args.aligned)
         skipped = embed_photos(embedder, photos, rows, args)
         count = len(rows.read())
@@ -133,15 +123,14 @@ def main(argv=None):
         listed.unlink(missing_ok=True)
         if not count:
             raise InputError(f"no face that can be used in {count_of(len(photos), 'photo~')} "
-                             f"({shorten([f'{p}: {reason}' for p, reason in skipped.items()])}).")
+                             f"({summarize(list(skipped.items()))}).")
         rows.finish(photos, embedder.loaded["fingerprint"])
         print(f"{args.output}: {count_of(count, 'embedding~')} of {width} values; {len(skipped):,} of "
               f"{count_of(len(photos), 'photo~')} skipped")
         if skipped:
             with atomic_write(listed, "w") as file:
                 file.writelines(f"{photo}\t{reason}\n" for photo, reason in skipped.items())
-            reasons = Counter(skipped.values()).most_common(5)
-            print(f"{listed}: " + ", ".join(f"{reason}: {n:,}" for reason, n in reasons))
+            print(f"{listed}: {summarize(list(skipped.items()))}")
 
 
 def _version(photo):

@@ -39,40 +39,32 @@ class Embedder:
     """A model, a face detector, and all that happens between a photo and its embedding.
 
     Args:
-        model: path of a checkpoint, see faces.verification.weights.load_weights; or a module, float (N, 3, 112, 96) to
-            (N, D).
+        model: path, see faces.verification.weights.load_net; or a module, float (N, 3, 112, 96) to (N, D).
         device: where to detect and embed: "auto", "cuda", "cuda:1", "mps" or "cpu".
         select: which face to use if a photo shows several: "largest", "center" or "score".
         flip: how to use the embedding of the flipped face: "concatenate", "sum" or "none".
-        batch_size: faces per batch; changes the result by rounding only.
-        net, channels: see faces.verification.weights.load_net, whose description of the file is the attribute `loaded`.
+        net, channels: see load_net(), whose description of the file is the attribute `loaded`.
         detector: mtcnn.detector.Detector; None makes one with its defaults.
     """
 
     def __init__(self, model, device="auto", select: str = "largest", flip: str = "concatenate",
-                 batch_size: int | None = None, net: str | None = None, channels: str | None = None,
-                 detector: Detector | None = None):
+                 net: str | None = None, channels: str | None = None, detector: Detector | None = None):
         self.device = pick_device(str(device))
         is_module = isinstance(model, torch.nn.Module)
         self.net, self.loaded = (model, None) if is_module else load_net(model, NETS, net, channels)
         self.net.to(self.device)
-        self.select, self.flip, self.batch_size = select, flip, batch_size
+        self.select, self.flip = select, flip
         self.detector = detector or Detector(device=self.device)
 
     def __call__(self, photos, aligned: bool = False, all_faces: bool = False):
-        """Embed one photo, or a list of photos.
+        """Embed one photo, or a list of photos, which are as for faces.images.read_image().
 
-        Args:
-            photos: a path, bytes, an open file, a PIL image, or an array, see faces.images.read_image(); or a list.
-            aligned: the photos are faces that are already aligned, 112x96 or 112x112; nothing is detected.
-            all_faces: embed all faces of each photo; find_faces() returns their boxes, in the same order.
+        With `aligned`, they are faces that are already aligned, 112x96 or 112x112, and nothing is detected. With
+        `all_faces`, all faces of each photo are embedded; find_faces() returns their boxes, in the same order.
 
-        Returns:
-            float32 (D,), or (N, D) for a list of N; not normalized. D is 512, or 1024 with the flipped face. With
-            all_faces, float32 (faces, D), or a list of N of these.
-
-        Raises:
-            InputError: a photo can't be read, has no face (without all_faces) or, if aligned, another size.
+        Returns float32 (D,), or (N, D) for a list of N; not normalized. D is 512, or 1024 with the flipped face. With
+        all_faces, float32 (faces, D), or a list of N of these. Raises InputError if a photo can't be read or has no
+        face.
         """
         single = is_image(photos) and getattr(photos, "ndim", 3) < 4    # an array of four dimensions is a list
         try:
@@ -102,7 +94,7 @@ class Embedder:
 
     def embed(self, crops: np.ndarray) -> np.ndarray:
         """Return the embeddings of aligned faces, uint8 (N, 112, 96, 3), N >= 1; float32 (N, D)."""
-        return embed(self.net, crops, self.device, self.batch_size, self.flip, progress=False)
+        return embed(self.net, crops, self.device, flip=self.flip, progress=False)
 
 
 def find_faces(photos, detector: Detector, select: str = "largest", all_faces: bool = False) -> list[list[Face] | str]:

@@ -31,17 +31,10 @@ TOLERANCE = 1e-4      # accepted difference between embedding values, relative t
 
 
 def export(net: torch.nn.Module, format: str, metadata: dict) -> tuple[bytes, float, float]:
-    """Export a network, and check the result with eight synthetic faces: as a batch, and two singly.
+    """Export a network on the CPU, float (N, 3, 112, 96) to (N, 512), in one of FORMATS, with strings as metadata.
 
-    Args:
-        net: module on the CPU, float (N, 3, 112, 96) to (N, 512); it is switched to eval mode.
-        format, metadata: one of FORMATS, and strings to store in the file.
-
-    Returns:
-        The file, the largest difference between embedding values, and the largest embedding value.
-
-    Raises:
-        InputError: a package is missing, or the exported network differs by more than TOLERANCE.
+    The result is checked with eight synthetic faces: as a batch, and two singly. Returns the file, the largest
+    difference between embedding values, and the largest value. Raises InputError if the difference exceeds TOLERANCE.
     """
     net.eval()
     faces = synthetic_faces(8)

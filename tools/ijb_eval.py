@@ -9,7 +9,6 @@ import hashlib
 import sys
 import time
 from argparse import BooleanOptionalAction
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -18,11 +17,11 @@ import torch
 from tqdm import tqdm
 
 from cosFace.net import NETS
-from faces.align import similarity_transforms, warp
+from faces.align import align_all, similarity_transforms
 from faces.data.sources import Folder
-from faces.device import count_cpus, pick_device, pick_dtype, tune_cpu
+from faces.device import pick_device, pick_dtype, tune_cpu
 from faces.files import RUNS, InputError, at_least, check_writable, command, locked, path, script_parser, write_json
-from faces.images import one_opencv_thread, read_image, summarize
+from faces.images import summarize
 from faces.verification import ijb
 from faces.verification.embed import embed, optimized_copy
 from faces.verification.weights import announce, load_net
@@ -32,19 +31,14 @@ from tools.embedder import add_model_options
 PART = 1024    # images at a time; a killed run repeats the last part
 
 
-def aligned_parts(folder: Folder, images: list[str], transforms: np.ndarray, first: int):
+def aligned_parts(folder: Folder, found: ijb.Ijb, first: int):
     """Yield the aligned faces of PART images at a time, uint8 (n, 112, 96, 3), from image number `first` on."""
-    def load(i):
-        try:
-            return warp(read_image(folder.open(images[i])), transforms[i])
-        except ValueError as error:    # UnreadableImage is one
-            return images[i], str(error)
-
-    with one_opencv_thread(), ThreadPoolExecutor(min(16, count_cpus())) as pool:
-        for start in range(first, len(images), PART):
-            faces = list(pool.map(load, range(start, min(start + PART, len(images)))))
-            _refuse([face for face in faces if isinstance(face, tuple)], folder)
-            yield np.stack(faces)
+    for start in range(first, len(found.images), PART):
+        names = found.images[start:start + PART]
+        # Like InsightFace, align faces of any pose; otherwise, some profiles would be refused.
+        faces, _, bad = align_all(folder, names, found.points[start:start + PART], any_pose=True)
+        _refuse([(names[row], reason) for row, reason in bad], folder)
+        yield faces
 
 
 def _refuse(bad, folder):
@@ -57,7 +51,6 @@ def embed_images(args, net, fingerprint: str, found: ijb.Ijb, device) -> np.ndar
     """Return the embeddings of all images, float32 (N, D), mapped from a file in --output that grows part by part and
     whose name holds a digest of all that they depend on."""
     folder, dtype, width = Folder(found.folder), pick_dtype(args.precision, device), net.fc5.out_features
-    # Like InsightFace, align faces of any pose; align() would refuse some profiles.
     versions, (transforms, _) = folder.versions(found.images), similarity_transforms(found.points)
     _refuse([(name, "no such file" if size < 0 else "its landmarks coincide") for name, (size, _), good
              in zip(found.images, versions, np.isfinite(transforms).all((1, 2))) if size < 0 or not good], folder)
@@ -69,7 +62,7 @@ def embed_images(args, net, fingerprint: str, found: ijb.Ijb, device) -> np.ndar
         rows.truncate(4 * width * first)
         net = optimized_copy(net, device, dtype, count)    # not anew for each part
         with tqdm(desc="embedding", total=count - first, unit=" images", disable=first == count) as bar:
-            for faces in prefetch(aligned_parts(folder, found.images, transforms, first)):
+            for faces in prefetch(aligned_parts(folder, found, first)):
                 part = embed(net, faces, device, args.batch_size, args.flip, dtype, progress=False)
                 if not np.isfinite(part).all():
                     raise InputError(f"the embeddings of {args.model} are not finite; its training must have failed.")

@@ -22,10 +22,11 @@ import cosFace.casia_train
 import sphereFace.casia_train
 from faces import files
 from faces.data.casia import list_casia
+from faces.data.sources import open_source
 from faces.files import ROOT, RUNS, at_least, command, path, script_parser
 from faces.landmarks import found_list
 from faces.verification.binset import read_bin
-from faces.verification.pairs import open_images, read_pairs
+from faces.verification.pairs import CONTENT, read_pairs
 from tools.embedder import crop_faces
 
 METHODS = {"cosFace": cosFace.casia_train, "sphereFace": sphereFace.casia_train}
@@ -44,7 +45,7 @@ def plan(args, options: list[str]) -> list[tuple]:
     if args.lfw.is_file() and args.lfw.suffix.lower() != ".zip":
         read_bin(args.lfw)    # so that a mistake is noticed now
     else:
-        images = open_images(args.lfw)
+        images = open_source(args.lfw, CONTENT)
         pairs = read_pairs(images, identification=True)
         evaluation += ["identification"] * (pairs.named and pairs.people_with_several() > 1)
         if first.lfw_landmarks:
@@ -90,14 +91,9 @@ def run(words: list) -> int:
     return 128 + received[-1] if received else abs(status)
 
 
-def verdict(interval: list[float], low: float, high: float) -> str:
-    """Return "overlaps" if an interval and a published range share a point, or else "is below" or "is above"."""
-    return "is below" if interval[1] < low else "is above" if interval[0] > high else "overlaps"
-
-
 def compare(state: dict, result: dict) -> list[str]:
     """Return the lines that compare a result with what others published for the same method and test set."""
-    low, high = ours = result["interval_95"]
+    low, high = result["interval_95"]
     name = result.get("set", "lfw").lower().replace("-", "_")    # such as lfw, lfw_deepfunneled, cfp_fp
     with open(PUBLISHED, encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file, delimiter="\t") if name.startswith(row["test set"])
@@ -107,9 +103,10 @@ def compare(state: dict, result: dict) -> list[str]:
     lines = [f"| {state['method']} on {name}: {result['accuracy']:.4f} ({low:.4f} to {high:.4f}) | published | "
              "our interval | protocol | source |", "| --- " * 5 + "|"]
     for row in rows:
-        low, high = row["low"], row["high"]
-        lines.append(f"| {row['method']}, {row['network']} | {low if low == high else f'{low} to {high}'} | "
-                     f"{verdict(ours, float(low), float(high))} | {row['protocol']} | {row['source']} |")
+        said = "is below" if high < float(row["low"]) else "is above" if low > float(row["high"]) else "overlaps"
+        published = row["low"] if row["low"] == row["high"] else f"{row['low']} to {row['high']}"
+        lines.append(f"| {row['method']}, {row['network']} | {published} | {said} | {row['protocol']} | "
+                     f"{row['source']} |")
     full = state["step"] * state["settings"]["batch_size"] > 0.95 * 28_000 * 512    # images of the default recipe
     if state["classes"] <= 10_000:
         lines += ["", f"These values are for all of CASIA-WebFace; your training set has {state['classes']:,} people."]

@@ -12,12 +12,12 @@ from pathlib import Path, PurePosixPath
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
-from faces.align import load_face
 from faces.data.casia import TrainingList, list_casia
 from faces.data.sources import open_source
 from faces.files import RUNS, InputError, at_least, check_writable, command, path, script_parser, write_json
 from faces.landmarks import found_list, read_landmarks
 from faces.plots import tsne_panels
+from faces.verification.lfw import load_faces
 from tools.embedder import add_model_options, load_embedder
 
 
@@ -43,18 +43,6 @@ def choose_images(labels: np.ndarray, identities: int, per_identity: int, seed: 
                      for person in chosen])
 
 
-def read_faces(listing: TrainingList, rows) -> np.ndarray:
-    """Read and align some images of a list, uint8 (len(rows), 112, 96, 3)."""
-    faces = []
-    for row in rows:
-        try:
-            faces.append(load_face(*listing.face(row)))
-        except ValueError as error:
-            raise InputError(f"can't use {listing.paths[row]} in {listing.source}: {error}; pass its --landmarks, "
-                             "replace the image, or try another --seed.") from None
-    return np.stack(faces)
-
-
 def layout_and_silhouette(embeddings: np.ndarray, labels: np.ndarray, seed: int) -> tuple[np.ndarray, float]:
     """Return a t-SNE layout of embeddings, float (N, 2), and their silhouette score with cosine distance, -1 to 1."""
     from sklearn.manifold import TSNE  # imported here because it is slow to import
@@ -73,7 +61,8 @@ def main(argv=None):
     args = _parse(argv)
     listing = list_lfw(args.lfw, args.landmarks) if args.lfw else list_casia(args.faces, args.landmarks)
     rows = choose_images(listing.labels, args.identities, args.per_identity, args.seed)
-    faces = read_faces(listing, rows.ravel())
+    points = None if listing.points is None else listing.points[rows.ravel()]
+    faces = load_faces(listing.source, [listing.paths[row] for row in rows.ravel()], points)
     labels = np.repeat(np.arange(args.identities), args.per_identity)
     panels = []
     for i, model in enumerate(args.model):

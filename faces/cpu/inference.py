@@ -12,15 +12,9 @@ MIN_IMAGES = 64   # with fewer images, transforming the weights takes longer tha
 
 
 def for_inference(net, images=MIN_IMAGES):
-    """Replace, in place, the convolutions of a float32 network that Winograd's algorithm makes faster on a CPU.
-
-    Args:
-        net: module in eval mode, with layers named as in net.py; a PReLU relu1_2 is fused into its convolution conv1_2.
-        images: about how many images the network will embed; with fewer than MIN_IMAGES, nothing is replaced.
-
-    Returns:
-        The network.
-    """
+    """Replace, in place, the convolutions of a float32 network in eval mode that Winograd's algorithm makes faster on a
+    CPU, and return the network. Its layers are named as in net.py; a PReLU relu1_2 is fused into its convolution
+    conv1_2. To embed fewer than MIN_IMAGES `images`, nothing is replaced."""
     if images < MIN_IMAGES or not kernels.enabled():
         return net
     for name, layer in list(net.named_children()):

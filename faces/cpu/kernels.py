@@ -50,11 +50,8 @@ def supports_channels(channels):
 def transform_input(x):
     """Return B'd B for each tile d of a convolution's input: 4x4 pixels and the ring around them, 0 beyond the border.
 
-    Args:
-        x: float32 (N, C, H, W), in any memory format; C must pass supports_channels().
-
-    Returns:
-        float32 (36, T, C) for T = N ceil(H/4) ceil(W/4) tiles.
+    x is float32 (N, C, H, W), in any memory format, with C as supports_channels() has it; the result float32 (36, T, C)
+    for T = N ceil(H/4) ceil(W/4) tiles.
     """
     return _transform(_library().transform_input, x)
 
@@ -76,27 +73,18 @@ def _transform(function, x):
 
 
 def transform_output(transformed, bias, slope, output):
-    """Compute PReLU(A'v A + bias) for each tile's 6x6 transformed values v and write it to `output`.
-
-    Args:
-        transformed: float32 (36, T, K).
-        bias, slope: float32 (K,); a slope of 1 disables PReLU.
-        output: float32 (N, H, W, K), which consists of the T tiles; overwritten.
-    """
+    """Write PReLU(A'v A + bias) for each tile's 6x6 values v, in `transformed`, float32 (36, T, K), to `output`,
+    float32 (N, H, W, K), which consists of the T tiles. `bias` and `slope` are float32 (K,); a slope of 1 disables
+    PReLU."""
     _library().transform_output(*map(_pointer, (transformed, bias, slope, output)), *output.shape,
                                 torch.get_num_threads())
 
 
 def prelu_gradients(grad, x, slope):
-    """Return the gradients of PReLU with respect to its input and its slopes.
+    """Return the gradients of PReLU with respect to its input, float32 (N, C, H, W), and its slopes, float32 (C,).
 
-    Args:
-        grad: float32 (N, C, H, W), the gradient with respect to the output, in any memory format.
-        x: float32 (N, C, H, W), the input, in any memory format; C must pass supports_channels().
-        slope: float32 (C,).
-
-    Returns:
-        (float32 (N, C, H, W), float32 (C,)).
+    `grad`, of the output, and `x`, the input, are like the former, in any memory format, with C as supports_channels()
+    has it.
     """
     grad, x = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (grad, x))
     grad_x, grad_slope = torch.empty_like(x), x.new_empty(SUMS, len(slope))
@@ -134,11 +122,8 @@ def _library():
 
 
 def _compile(compiler, path):
-    """Compile kernels.c to `path`, unless that is a whole file that this user has made; return `path`.
-
-    Raises:
-        PermissionError: others can write to the folder, so they could exchange the file before it is loaded.
-    """
+    """Compile kernels.c to `path`, unless that is a whole file that this user has made; return `path`. Raises
+    PermissionError if others can write to the folder, so that they could exchange the file before it is loaded."""
     path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)    # whatever the umask
     if not _is_private(path.parent):
         raise PermissionError(f"others can write to {path.parent}")

@@ -59,13 +59,8 @@ class _StridedConvolution(torch.autograd.Function):
 
 
 def _weight_gradient(grad, x, weight_shape, stride, padding):
-    """Return the gradient of a convolution's weight: output gradients times input patches, summed over all positions.
-
-    Args:
-        grad: float (N, K, H', W'), the gradient with respect to the output.
-        x: float (N, C, H, W), the input.
-        weight_shape: (K, C, kernel height, kernel width).
-    """
+    """Return the gradient of a convolution's weight, (K, C, kernel height, kernel width): the gradient of the output,
+    float (N, K, H', W'), times patches of the input x, float (N, C, H, W), summed over all positions."""
     out_channels, in_channels, height, width = weight_shape
     total = grad.new_zeros(out_channels, height * width * in_channels)
     for chunk, grad_chunk in zip(x.split(CHUNK), grad.split(CHUNK)):
@@ -76,18 +71,8 @@ def _weight_gradient(grad, x, weight_shape, stride, padding):
 
 
 def for_training(net, device="cpu", dtype=torch.float32):
-    """Make a network train faster, in place; its parameters, their names and its results up to rounding stay the same.
-
-    Nothing changes on other devices, in other dtypes, or where faces.cpu.kernels is not available.
-
-    Args:
-        net: module.
-        device: torch.device on which the network trains.
-        dtype: type in which the network computes.
-
-    Returns:
-        The network.
-    """
+    """Make a network train faster, in place, and return it; its parameters, their names and its results up to rounding
+    stay the same. Nothing changes on other devices, in other dtypes, or where faces.cpu.kernels is not available."""
     if torch.device(device).type != "cpu" or dtype != torch.float32 or not kernels.available():
         return net
     for layer in net.modules():

@@ -34,13 +34,10 @@ def can_use_winograd(layer):
 
 
 class FusedWinogradConv2d(nn.Module):
-    """A 3x3 convolution of stride 1 and padding 1 with bias and PReLU, for inference.
+    """A 3x3 convolution of stride 1 and padding 1 with bias, and the PReLU that follows it, if any, for inference.
 
-    In float32, its rounding errors are about those of a direct convolution.
-
-    Args:
-        conv: nn.Conv2d; later changes to its weights have no effect.
-        prelu: nn.PReLU that follows the convolution, or None.
+    In float32, its rounding errors are about those of a direct convolution. Later changes to the weights of `conv` have
+    no effect.
     """
 
     def __init__(self, conv, prelu=None):
@@ -99,16 +96,8 @@ def _convolution(x, weight):
 
 
 def _fused_convolution(x, weight, bias, slope):
-    """Return PReLU(convolution + bias).
-
-    Args:
-        x: float (N, C, H, W).
-        weight: float (36, C, K), transformed.
-        bias, slope: float (K,).
-
-    Returns:
-        float (N, K, H, W).
-    """
+    """Return PReLU(convolution + bias), float (N, K, H, W), of x, float (N, C, H, W), with a transformed weight, float
+    (36, C, K); bias and slope are float (K,)."""
     if not (kernels.available() and kernels.supports_channels(x.shape[1]) and kernels.supports_channels(len(bias))):
         return _fused_convolution_without_kernels(x, weight, bias, slope)
     y = x.new_empty(len(x), *x.shape[2:], len(bias))
@@ -118,14 +107,11 @@ def _fused_convolution(x, weight, bias, slope):
 
 
 def _split(tensor, shape):
-    """Split a batch into parts whose transforms fit into the processor's cache.
+    """Split a batch along its first dimension into parts whose transforms fit into the processor's cache; `shape`,
+    (N, C, H, W), is that of the convolution's input.
 
     A part has at most as many tiles as channels, unless it is a single image. Its transform is then no larger than that
     of the kernels it is multiplied by.
-
-    Args:
-        tensor: (N, ...), to be split along its first dimension.
-        shape: (N, C, H, W), the shape of the convolution's input.
     """
     _, channels, height, width = shape
     return tensor.split(max(1, channels // (-(-height // TILE_OUT) * -(-width // TILE_OUT))))
@@ -153,16 +139,11 @@ def _matrices(dtype):
 
 
 def winograd_matrices(points):
-    """Return the matrices B', G and A' for which A'((G g) * (B'd)) is the correlation of d with g.
+    """Return the matrices B', G and A', float64 (n, n), (n, 3) and (n - 2, n), for which A'((G g) * (B'd)) is the
+    correlation of n values d with 3 values g.
 
-    This is the construction of Toom and Cook: to multiply two polynomials, multiply their values at n points, the last
-    of which is infinity.
-
-    Args:
-        points: the n - 1 points besides infinity, all different.
-
-    Returns:
-        float64 (n, n), (n, 3) and (n - 2, n), for n values of d and 3 of g.
+    This is the construction of Toom and Cook: to multiply two polynomials, multiply their values at n different points,
+    the last of which is infinity; `points` are the others.
     """
     points = np.asarray(points, np.float64)
     others = [np.delete(points, i) for i in range(len(points))]

@@ -14,25 +14,13 @@ THREADS = 2             # one delivers 100,000 faces/s from memory; several over
 
 
 class Batches:
-    """Batches on the device, one per step, from step `start` to step `steps`.
+    """Batches on the device, one per step, from step `start` to step `steps`: float32 (B, 3, 112, 96) and int64 (B,).
 
     Which faces a step sees, which of them are flipped and how far they are shifted depends on the seed and the step
-    alone, so a resumed run sees what the uninterrupted one would have seen, on any number of processes.
+    alone, so a resumed run sees what the uninterrupted one would have seen, on any number of processes, of which each
+    gets its share of `batch_size` faces. `shift` is the largest shift in pixels, along both axes.
 
     Threads gather the faces of the next batches, on CUDA into pinned memory. Copying releases the interpreter lock.
-
-    Args:
-        faces: faces.data.cache.AlignedFaces.
-        batch_size: images per step over all processes.
-        steps, start: number of steps of the whole run, and the step to begin with.
-        device: where the batches go.
-        seed: of order, flips and shifts.
-        flip: whether to flip half of the faces.
-        shift: shift each face by up to this many pixels along both axes.
-        rank, world_size: index of this process, and number of processes.
-
-    Yields:
-        (float32 (B, 3, 112, 96), int64 (B,)): network input and labels of this process's share of the batch.
     """
 
     def __init__(self, faces, batch_size: int, steps: int, device: torch.device, start: int = 0, seed: int = 0,

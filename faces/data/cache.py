@@ -9,8 +9,6 @@ import hashlib
 import shutil
 import sys
 import time
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,23 +18,19 @@ from faces import align
 from faces.align import HEIGHT, WIDTH
 from faces.data.casia import TrainingList, list_casia, without_lfw_overlap
 from faces.data.sources import Folder
-from faces.device import count_cpus
 from faces.files import CACHE, InputError, atomic_write, check_writable, count_of, locked, path, reading
-from faces.images import one_opencv_thread, read_image, summarize
+from faces.images import summarize
 
-BLOCK, AHEAD = 32, 64       # faces per task of a thread, and tasks that wait, so that no thread runs out of work
+CHUNK = 2048                # faces that are aligned before they are written, 66 MB
 MAX_FAILED = 0.01           # fraction of the list; more failures suggest a wrong folder or list
 
 
 class AlignedFaces:
-    """Aligned faces with labels.
+    """Aligned faces with labels: rows `rows`, int64 (N,), of `images`, uint8 (M, 112, 96, 3), RGB, usually a memory
+    map.
 
-    Attributes:
-        images: uint8 (M, 112, 96, 3), RGB, usually a memory map, which may contain more faces than this set.
-        rows: int64 (N,), the rows of `images` that belong to this set.
-        labels: int64 (N,), 0..classes-1.
-        classes: number of identities.
-        fingerprint: hash of what training depends on: names, landmarks and labels.
+    The labels, int64 (N,), are 0..classes-1. `fingerprint` is a hash of what training depends on: names, landmarks and
+    labels.
     """
 
     def __init__(self, images: np.ndarray, listing: TrainingList, rows: np.ndarray, summary: str = ""):
@@ -60,18 +54,12 @@ class AlignedFaces:
 
 
 def load_casia(root, landmarks=None, cache=CACHE, drop_lfw_overlap: bool = False, label_list=None) -> AlignedFaces:
-    """Return the aligned faces of a training set, from its cache, which is built on first use.
+    """Return the aligned faces of a training set, from its cache, which is built in the folder `cache` on first use.
 
     Images that can't be used are counted, listed in the cache's failed.txt and left out; people without any image left
-    get no class. str() of the result summarizes the set.
+    get no class. str() of the result summarizes the set. For root, landmarks and label_list, see list_casia().
 
-    Args:
-        root, landmarks, label_list: see faces.data.casia.list_casia().
-        cache: the folder of all caches.
-        drop_lfw_overlap: whether to leave out the people who are also in LFW.
-
-    Raises:
-        InputError: the set is malformed, more than 1 % of it can't be used, or the cache does not fit on the disk.
+    Raises InputError if the set is malformed, more than 1 % of it can't be used, or the cache does not fit on the disk.
     """
     listing = list_casia(root, landmarks, label_list)
     images, failed, folder = build(listing, cache)
@@ -91,11 +79,8 @@ def load_casia(root, landmarks=None, cache=CACHE, drop_lfw_overlap: bool = False
 
 
 def build(listing: TrainingList, cache=CACHE) -> tuple[np.ndarray, list[tuple[int, str]], Path]:
-    """Build the cache of a training set in the folder of all caches, unless it exists.
-
-    Returns:
-        (uint8 (N, 112, 96, 3), not to be changed; list of (row, reason) of unusable images; folder of the cache).
-    """
+    """Build the cache of a training set in the folder of all caches, unless it exists. Return the faces, uint8
+    (N, 112, 96, 3), not to be changed; (row, reason) of each unusable image; and the folder of the cache."""
     folder = _folder(listing, cache)
     faces, shape = folder / "faces.u8", (len(listing.paths), HEIGHT, WIDTH, 3)
     if not faces.is_file():
@@ -142,52 +127,18 @@ def _build(listing, folder):
                          "some space or choose a larger disk with --cache.")
     print(f"aligning {count_of(total, 'face~')} of {listing.source} into the cache {folder}")
     centers = np.full((total, 2), np.nan)    # of the landmarks, as fractions of the image
-    # The pool has a thread per CPU, with which OpenCV's own would compete.
-    with one_opencv_thread(), ThreadPoolExecutor(count_cpus()) as pool, atomic_write(folder / "faces.u8") as file, \
+    with atomic_write(folder / "faces.u8") as file, \
             tqdm(total=total, unit=" images", unit_scale=True, dynamic_ncols=True, disable=sys.stderr is None) as bar:
-        try:
-            for number, (faces, block_failed) in enumerate(_align(listing, pool, centers), 1):
-                failed += block_failed
-                file.write(faces)
-                bar.update(len(faces))
-                if number % BLOCK == 0 or bar.n == total:
-                    _check(listing, failed, centers)
-        finally:
-            pool.shutdown(cancel_futures=True)    # an interrupted build does not wait for what is queued
+        for start in range(0, total, CHUNK):
+            part = slice(start, start + CHUNK)
+            points = None if listing.points is None else listing.points[part]
+            faces, centers[part], bad = align.align_all(listing.source, listing.paths[part], points)
+            failed += [(start + row, reason) for row, reason in bad]
+            file.write(faces)
+            bar.update(len(faces))
+            _check(listing, failed, centers)
         with atomic_write(folder / "failed.txt", "w") as report:
             report.writelines(f"{listing.paths[row]}\t{' '.join(reason.split())}\n" for row, reason in failed)
-
-
-def _align(listing, pool, centers):
-    """Align all faces in order; yield blocks of (uint8 (B, 112, 96, 3), list of (row, reason) of unusable images)."""
-    pending, every = deque(), range(len(listing.paths))
-    for rows in (every[start:start + BLOCK] for start in every[::BLOCK]):
-        pending.append(pool.submit(_align_block, listing, rows, centers))
-        if len(pending) > AHEAD:
-            yield pending.popleft().result()
-    yield from (task.result() for task in pending)
-
-
-def _align_block(listing, rows, centers):
-    faces, transforms, reasons = np.zeros((len(rows), HEIGHT, WIDTH, 3), np.uint8), [None] * BLOCK, [None] * BLOCK
-    if listing.points is not None:    # for all rows at once, because this holds the interpreter lock
-        transforms, reasons = align.similarity_transforms(listing.points[rows.start:rows.stop])
-    reasons = [reason or _fill(*row, listing, centers) for reason, *row in zip(reasons, faces, rows, transforms)]
-    return faces, [(row, reason) for row, reason in zip(rows, reasons) if reason]
-
-
-def _fill(face, row, transform, listing, centers):
-    """Align the image of a row into `face`; return None, or the reason why the image can't be used."""
-    try:
-        image = read_image(listing.source.open(listing.paths[row]))
-        if transform is None:
-            face[:] = align.crop_aligned(image)
-        else:
-            align.check_inside(listing.points[row], image.shape)
-            align.warp(image, transform, out=face)
-            centers[row] = listing.points[row].mean(0) / image.shape[1::-1]
-    except ValueError as error:    # UnreadableImage is one as well
-        return str(error)
 
 
 def _check(listing, failed, centers):

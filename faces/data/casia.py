@@ -30,24 +30,16 @@ class TrainingList(NamedTuple):
     notes: tuple = ()            # sentences about what was left out, and where it was found
     gaps: str = ""               # how the labels were renumbered, as the end of a phrase about the people
 
-    def face(self, row: int) -> tuple:
-        """Return the arguments of faces.align.load_face() for a row: the image, and its landmarks or None."""
-        points = None if self.points is None else self.points[row]
-        return self.source.open(self.paths[row]), points
-
 
 def list_casia(root, landmarks=None, label_list=None) -> TrainingList:
-    """Return the TrainingList of a data set. Labels are renumbered from 0 if they have gaps.
+    """Return the TrainingList of a folder of person folders (0000045/001.jpg), a zip of it, RecordIO, or an LMDB.
 
-    Args:
-        root: folder of person folders (0000045/001.jpg), a zip of it, a RecordIO folder (train.rec), or an LMDB.
-        landmarks: landmark list with labels. Without it and a label list, it is casia_landmark.txt in the set, or else
-            the list that mtcnn/casia_landmark.py wrote for it; without any list, faces must be aligned already.
-        label_list: list `path label` of aligned faces. Without any list, the person folders are numbered in sorted
-            order. RecordIO and LMDB have their own labels and take neither list.
+    Without a list of landmarks with labels, and without a `label_list` of aligned faces, `path label`, the list is
+    casia_landmark.txt in the set, or else what mtcnn/casia_landmark.py wrote for it. Without any list, faces must be
+    aligned, and the person folders are numbered in sorted order. RecordIO and LMDB have labels and take no list. Labels
+    are renumbered from 0 if they have gaps.
 
-    Raises:
-        InputError: the set or a list is missing or malformed, is LFW, or has fewer than two people.
+    Raises InputError if the set or a list is missing or malformed, is LFW, or has fewer than two people.
     """
     if landmarks is not None and label_list is not None:
         raise InputError(f"{landmarks} and {label_list} can't be combined; pass only one of --landmarks and --list.")
@@ -77,15 +69,11 @@ def person(path: str) -> str:
 
 
 def list_photos(source) -> tuple[list[str], tuple[str, ...]]:
-    """List the photos in the person folders of a Folder or Zip, for all programs that have no list of them.
+    """Return the sorted paths of the photos in the person folders of a Folder or Zip, and sentences on what is left
+    out.
 
     Person folders are all at one level, below `source` or deeper. Photos elsewhere belong to nobody and are left out.
-
-    Returns:
-        (sorted relative paths, sentences about what was left out).
-
-    Raises:
-        InputError: there are fewer than two person folders, the set is LFW, or too much would be left out.
+    Raises InputError if there are fewer than two of them, the set is LFW, or too much would be left out.
     """
     levels = Counter(path.count("/") for path in source.names())
     level = max(levels, key=levels.get, default=0)

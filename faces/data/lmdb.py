@@ -1,11 +1,10 @@
-"""Read HSFace and VFace, the LMDB sets of Vec2Face, without lmdb and msgpack: lmdb's C code crashes on damaged files.
+"""Read HSFace and VFace, the LMDB sets of Vec2Face, without lmdb, whose C code crashes on damaged files, and msgpack.
 
 The format is that of LMDB 0.9 on 64-bit machines (MDB_meta, MDB_page and MDB_node in OpenLDAP's mdb.c), little-endian.
-Pages 0 and 1 are meta pages; the one with the higher transaction number has the root of a tree. A page starts with its
-number, its flags, and the positions of its nodes. A node of a branch has the number of a page; a node of a leaf has a
-key and a value, or the number of the page at which a long value starts, after 16 bytes. Keys are 0 to N - 1 in decimal,
-values are (image file, label) in msgpack; keys that begin with __ are not read. The writer is utils/imagelist2lmdb.py
-in HaiyuWu/SOTA-Face-Recognition-Train-and-Test.
+Pages 0 and 1 are meta pages; the one with the higher transaction number has the root of a tree. A page is its number,
+flags, and positions of nodes. A node of a branch has the number of a page; a node of a leaf a key and a value, or the
+page at which a long value starts, after 16 bytes. Keys are 0 to N - 1 in decimal, values (image file, label) in
+msgpack; keys that begin with __ are not read (utils/imagelist2lmdb.py in HaiyuWu/SOTA-Face-Recognition-Train-and-Test).
 """
 import contextlib
 import struct

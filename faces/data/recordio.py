@@ -1,21 +1,16 @@
-"""Read InsightFace's training sets without mxnet: a folder of train.rec, train.idx and property, with 112x112 faces.
+"""Read InsightFace's training sets without mxnet: a folder of train.rec and train.idx, with 112x112 faces.
 
-train.rec is in dmlc's RecordIO format, with little-endian numbers. A record consists of the magic number (uint32),
-kind << 29 | length (uint32), `length` bytes of data, and zeros up to a multiple of 4. If the data contain the magic
-number at a multiple of 4, those four bytes are omitted and the data continue in another part: kinds 1, 2 and 3 are the
-first, a middle and the last part; kind 0 is a record in one part.
-
-The data consist of flag (uint32), label (float32), id and id2 (uint64), `flag` float32 labels that replace `label`, and
+train.rec is dmlc's RecordIO, little-endian: a record is the magic number (uint32), kind << 29 | length (uint32),
+`length` bytes of data, and zeros up to a multiple of 4. Where the data contain the magic number at a multiple of 4, it
+is omitted and they continue in another part: kinds 1, 2 and 3 are the first, a middle and the last part, kind 0 is
+whole. The data are flag (uint32), label (float32), id and id2 (uint64), `flag` float32 labels that replace `label`, and
 the image file.
 
-train.idx has one tab-separated line `key offset` per record. If the record with key 0 has two labels, (first, end), and
-no image, it is a table of contents: keys 1 to first - 1 are images, and keys `first` to end - 1 are records about
-identities, which repeat the labels of the images and are not read. Otherwise every key is an image.
+train.idx has a line `key<TAB>offset` per record. If the record with key 0 has two labels, (first, end), and no image,
+only keys 1 to first - 1 are images; the others repeat the labels by identity and are not read.
 
-property is an optional file of one line, `classes,height,width`.
-
-DCFace's files are file.rec, file.idx and list.txt. The labels in file.rec are all 0; list.txt has a line
-`key identity/name.jpg`, with a tab, per record (src/visualizations/record.py in mk-minchul/dcface).
+DCFace's files are file.rec, file.idx and list.txt. The labels in file.rec are all 0; list.txt has a line `key
+identity/name.jpg`, with a tab, per record (src/visualizations/record.py in mk-minchul/dcface).
 """
 import contextlib
 import os
@@ -39,20 +34,14 @@ HEADER = struct.Struct("<IIIfQQf")                                       # both,
 MAX_LENGTH = (1 << 29) - 1
 RECORDS = "train.rec", "file.rec"                                        # InsightFace's name, and DCFace's
 LISTS = ".txt", ".lst", ".tsv", ".list"                                  # what may be a list beside the records
-ADVICE = "copy the set again; its .rec, .idx and property must be of one set"
+ADVICE = "copy the set again; its .rec and .idx must be of one set"
 
 
 class Records:
-    """The images of a RecordIO folder, in the order of the file.
+    """The images of a RecordIO folder, `root`, in the order of its file, `path`.
 
-    Attributes:
-        root: the folder.
-        path: path of train.rec or file.rec.
-        keys, offsets: int64 (N,), keys of the images and byte offsets of their records, from train.idx.
-        labels: int64 (N,), not negative; from the records, or from a list beside them, which `notes` then says.
-
-    Raises:
-        InputError: a file is missing or damaged.
+    `keys` and `offsets`, int64 (N,), are the images' keys and the byte offsets of their records, from train.idx;
+    `labels`, int64 (N,), are from the records, or from a list beside them, which `notes` then says. Raises InputError.
     """
 
     def __init__(self, root):
@@ -65,12 +54,6 @@ class Records:
             self.keys, self.offsets = self._select_images(keys, offsets)
             self.labels = self._read_labels()
         self._prefer_list()
-        if (self.root / "property").exists():
-            with reading(self.root / "property", "RecordIO property", ADVICE):
-                classes = int(next(read_lines(self.root / "property"))[1].split(",")[0])
-            if (people := len(np.unique(self.labels))) > classes:    # a selection has fewer
-                raise InputError(f"{self.path} has {people:,} people, but property gives {classes:,} as the number of "
-                                 "classes; the files belong to different sets, so copy the set again.")
 
     def __str__(self) -> str:
         return str(self.root)

@@ -24,10 +24,7 @@ MAX_ZIP_LIST = 64 << 20    # bytes of a zip's list of files; that of a zip of CA
 
 def open_source(root, content: str = "one folder of photos per person"):
     """Return the Folder, Zip, Records or Lmdb at a path; `content` is what a folder should hold, for the error message.
-
-    Raises:
-        InputError: there is no such folder, or the zip, RecordIO or LMDB can't be read.
-    """
+    Raises InputError if there is nothing at the path, or it can't be read."""
     root = path(root)
     if root.is_file() and root.suffix.lower() in (".zip", *PARTS):
         return Zip(root)
@@ -58,13 +55,9 @@ def _content(folder):
 
 
 class Folder:
-    """The photos in a folder and its subfolders.
-
-    Attributes:
-        root: the folder that holds the person folders, see person_root().
-        wrapper: how to get there from the folder that was passed, such as "lfw-deepfunneled/", with which names in
-            lists may begin, or "".
-    """
+    """The photos in a folder and its subfolders. `root` is the folder that holds the person folders, see person_root();
+    `wrapper` is how to get there from the folder that was passed, such as "lfw-deepfunneled/", with which names in
+    lists may begin, or ""."""
 
     def __init__(self, folder):
         self.root = person_root(path(folder))
@@ -106,13 +99,10 @@ class Folder:
 
 
 class Zip:
-    """The photos in a zip, which is read without unpacking it. Names omit the folders around everything.
+    """The photos in a zip, `root`, which is read without unpacking it.
 
-    Attributes:
-        root: path of the zip.
-        wrapper: the folders around everything, such as "CASIA-WebFace/", or "".
-        scan: faces.images.Scan of the members.
-        members: {normal form of the name: zipfile.ZipInfo} of all files.
+    Names omit the folders around everything, `wrapper`, such as "CASIA-WebFace/". `members` are all files: {normal form
+    of the name: zipfile.ZipInfo}.
     """
 
     def __init__(self, file):

@@ -48,14 +48,10 @@ def settings_of(args: Namespace, dtype: torch.dtype) -> dict:
 
 
 class Checkpoints:
-    """The file checkpoint.pt in the folder of a run; a context in which no other run trains into that folder.
+    """The file checkpoint.pt in the folder of a run, `output`; a context in which no other run trains into that folder.
 
-    Only rank 0 reads and writes files, so that machines need no shared disk.
-
-    Args:
-        output: folder of the run; it is created.
-        resume: "always"; "auto", which starts a new run if there is no checkpoint; or "never".
-        minutes: time between checkpoints.
+    `resume` is "always"; "auto", which starts a new run if there is no checkpoint; or "never". `minutes` is the time
+    between checkpoints. Only rank 0 reads and writes files, so that machines need no shared disk.
     """
 
     def __init__(self, run: Processes, output: Path, resume: str, minutes: float):
@@ -88,12 +84,9 @@ class Checkpoints:
     def load(self, method: str, settings: dict, faces: str, steps: int, sharded: bool) -> dict:
         """Return the checkpoint, with tensors on the CPU, or {} for a new run; raise InputError if it does not fit.
 
-        Args:
-            method: name of the loss.
-            settings: what settings_of() returned; those that processes have to agree on must be equal in all.
-            faces: fingerprint of the training set.
-            steps: number of steps of the whole run, which the checkpoint must not exceed.
-            sharded: whether the class centers are a PartialFC, so that only rank 0 receives them.
+        `method` names the loss, and `faces` is the fingerprint of the training set. `settings` are those of
+        settings_of(); what processes have to agree on must be equal in all. With `sharded` centers, only rank 0
+        receives them.
         """
         alike = {name: value for name, value in settings.items() if name not in MAY_DIFFER - EXCHANGED}
         self.run.check_same(**alike, faces=faces)

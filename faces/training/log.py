@@ -22,14 +22,10 @@ EVERY = 20    # steps between two readings of the loss; each makes the host wait
 
 
 class TrainingLog:
-    """Collects the figures of each step; a context manager. Only rank 0 writes.
+    """Collects the figures of each step; a context manager. Only rank 0 writes, into the folder `output`.
 
-    Args:
-        output: folder of the run.
-        batch_size: images per step over all processes.
-        steps, per_epoch, start: number of steps of the whole run and of an epoch, and step from which training starts.
-        settings: options, for settings.json.
-        sums: loss and training accuracy, added up over the steps of the epoch so far, and their number; an attribute.
+    `steps` and `per_epoch` are the numbers of steps of the whole run and of an epoch, and training begins at step
+    `start`. `sums` are the loss and training accuracy, added up over the steps of the epoch so far, and their number.
     """
 
     def __init__(self, run: Processes, output: Path, batch_size: int, steps: int, per_epoch: int, start: int,
@@ -57,12 +53,8 @@ class TrainingLog:
 
     def record(self, loss: torch.Tensor, predicted: torch.Tensor, label: torch.Tensor, embedding: torch.Tensor,
                weight: torch.Tensor | None = None):
-        """Record a batch, or each micro-batch of it, without waiting for the device.
-
-        Args:
-            loss, predicted, label, embedding: scalar, int64 (B,), int64 (B,), float (B, 512).
-            weight: class centers, float (C, 512); None if they are spread over the processes.
-        """
+        """Record a batch, or each micro-batch of it, without waiting for the device. `weight` is the class centers,
+        float (C, 512); None if they are spread over the processes."""
         self.totals += torch.stack((loss.detach(), (predicted == label).float().mean()))
         self.micro_batches += 1
         if self._is_read(self.count + 1, self.step + 1):
@@ -149,11 +141,11 @@ class TrainingLog:
         return {"gpu_memory_gb": round(torch.cuda.max_memory_allocated(self.run.device) / 1e9, 2)}
 
     def _draw(self):
-        from faces.plots import training_picture  # slow to import as well
+        from faces import plots  # slow to import as well
         lines = _read_epochs(self.output / "epochs.jsonl")
         columns = [(line["step"] * self.batch_size, line["loss"],
                     line.get("mean_accuracy", line.get("lfw", math.nan))) for line in lines]
-        training_picture(self.output / "training.png", *np.array(columns).T)
+        plots.picture(self.output / "training.png", (6, 4), plots.draw_training, *np.array(columns).T)
 
     def _forget_after(self, start):
         """Drop the epochs that a killed run wrote after the checkpoint from which it is resumed."""

@@ -25,20 +25,13 @@ SAMPLING = 2    # the purpose of a random generator whose seed is (seed, step, r
 
 
 class PartialFC(nn.Module):
-    """A method's loss over class centers of which this process holds a slice, and their optimizer.
+    """A method's loss over C class centers, of which this process holds a slice, and their optimizer, SGD.
 
-    Args:
-        make_loss: function that makes the method's loss for a number of classes, such as partial(CosFace, s=64).
-        classes: number of identities C, at least the number K of processes.
-        run: rank, number of processes, and device of this process.
-        sample: fraction of its centers that a process draws in each step, above 0 to 1, but at least as many as the
-            batch has faces; None takes all of them.
-        seed: of the sampling.
-        weight_decay, momentum: of SGD.
+    `make_loss` makes the method's loss for a number of classes, such as partial(CosFace, s=64). In each step, a process
+    draws the fraction `sample` of its centers, but at least as many as the batch has faces; None takes all of them.
 
-    Attributes:
-        step: number of updates so far, which seeds the sampling.
-        drawn, sampled: rows of the slice that the last forward pass used, int64, and their centers; None for all.
+    `step` is the number of updates so far, which seeds the sampling; `drawn` and `sampled` are the rows of the slice
+    that the last forward pass used, int64, and their centers, None for all.
     """
 
     def __init__(self, make_loss: Callable[[int], nn.Module], classes: int, run: Processes,
@@ -59,12 +52,9 @@ class PartialFC(nn.Module):
     def forward(self, embedding: torch.Tensor, label: torch.Tensor, *margin) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the mean loss of a batch of N faces, scalar, and the predicted labels of this process's faces.
 
-        The gradient of the embedding is K times the loss's, because DistributedDataParallel divides the network's
-        gradients by K; the gradient of the centers is exact.
-
-        Args:
-            embedding, label: this process's share, float (N / K, 512), not normalized, and int64 (N / K,).
-            margin: further arguments of the method's loss, such as CosFace's ramp.
+        The arguments are this process's share, float (N / K, 512), not normalized, and int64 (N / K,), and what else
+        the method's loss takes, such as CosFace's ramp. The gradient of the embedding is K times the loss's, because
+        DistributedDataParallel divides the network's gradients by K; the gradient of the centers is exact.
         """
         count, x = len(label), embedding.float()
         if self.world_size > 1:

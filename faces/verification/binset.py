@@ -41,12 +41,9 @@ class Images(NamedTuple):
 def read_bin(file) -> tuple[Pairs, Images]:
     """Read a .bin set. No code in the file is run, and memory is a small multiple of its size.
 
-    Returns:
-        (Pairs, Images), of N images that differ in their bytes. A path looks like `lfw.bin#12`, with the position at
-        which the image occurs first. Images that are linked by genuine pairs count as one identity.
-
-    Raises:
-        InputError: the file can't be read, is too large, or holds anything but what it should.
+    The N images differ in their bytes. A path looks like `lfw.bin#12`, with the position at which the image occurs
+    first. Images that are linked by genuine pairs count as one identity. Raises InputError if the file can't be read,
+    is too large, or holds anything but what it should.
     """
     file = path(file)
     with reading(file, "verification set in InsightFace's format", "pass lfw.bin or the like, or a folder of images"):

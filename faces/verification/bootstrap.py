@@ -1,13 +1,11 @@
 """Confidence intervals for accuracy from a bootstrap over identities, for one or more models on the same pairs.
 
-Pairs that share a person are not independent, so people are resampled, not pairs (Bolle, Ratha and Pankanti, "Error
-analysis of pattern recognition systems: the subsets bootstrap", CVIU 2004). The weight of a genuine pair is how often
-its person was drawn; the weight of an impostor pair is the product of how often its two people were drawn (Owen, "The
-pigeonhole bootstrap", Annals of Applied Statistics 2007). The intervals are conservative: if no two pairs share a
-person, the spread of the impostor pairs' errors is overestimated by a factor of sqrt(3).
-
-Thresholds are held fixed, because each is chosen on nine tenths of all pairs and hardly changes, and the question is
-how the same decisions would perform on other people. All models share the same draws, so their differences are paired.
+Pairs that share a person are not independent, so people are resampled (Bolle, Ratha and Pankanti, "Error analysis of
+pattern recognition systems: the subsets bootstrap", CVIU 2004). A genuine pair counts as often as its person was drawn,
+an impostor pair the product of its two people's counts (Owen, "The pigeonhole bootstrap", Annals of Applied Statistics
+2007). The intervals are conservative: if no two pairs share a person, the spread of the impostor pairs' errors is
+overestimated by a factor of sqrt(3). Thresholds are held fixed: each is chosen on nine tenths of all pairs and hardly
+changes. All models share the same draws, so their differences are paired.
 """
 import numpy as np
 
@@ -15,15 +13,10 @@ CHUNK = 64   # number of draws computed at a time, which limits the memory to ab
 
 
 def bootstrap(correct: np.ndarray, identities: np.ndarray, resamples: int = 1000, seed: int = 0) -> np.ndarray:
-    """Draw identities with replacement, and return the accuracy of each of M models on each of R draws.
+    """Draw identities with replacement; return the accuracy of each of M models on each of R draws, float64 (M, R).
 
-    Args:
-        correct: bool (M, P), which pairs each model classified correctly.
-        identities: int (P, 2), the identities of both images in each pair.
-
-    Returns:
-        float64 (M, R), the weighted fraction of correct pairs; NaN for a draw in which all weights are zero, which
-        happens only with very few people.
+    `correct`, bool (M, P), says which pairs each model classified correctly; `identities`, int (P, 2), are those of
+    both images. The accuracy is NaN for a draw in which all weights are zero, which happens only with very few people.
     """
     people, index = np.unique(identities, return_inverse=True)
     left, right = index.reshape(-1, 2).T

@@ -26,12 +26,8 @@ def read_caffemodel(file) -> dict[str, torch.Tensor]:
     """Return the parameters in a .caffemodel as a state dict of float32 tensors.
 
     The first blob of a layer is its weight, the second its bias: conv1_1.weight, conv1_1.bias, relu1_1.weight (the
-    slopes of PReLU), ..., fc5.weight (512, 21504), fc5.bias, fc6.weight. Axes have the same order as in PyTorch.
-
-    Raises:
-        InputError: the protobuf package is missing or too old.
-        OSError: the file can't be read, or is too large.
-        ValueError, google.protobuf.message.DecodeError: it is damaged.
+    slopes of PReLU), ..., fc5.weight (512, 21504), fc5.bias, fc6.weight. Axes have the same order as in PyTorch. Raises
+    InputError without protobuf, and for a damaged file any error of a parser, for reading().
     """
     try:
         from google.protobuf import descriptor_pb2, descriptor_pool, text_format

@@ -21,15 +21,11 @@ def embed(net: nn.Module, faces: np.ndarray, device: torch.device | str, batch_s
     Args:
         net: module, (B, 3, 112, 96) to (B, D).
         faces: uint8 (N, 112, 96, 3), RGB, N >= 1; may be a memory map.
-        device: where to compute.
-        batch_size: faces per batch, None for default_batch_size(); it changes the result by rounding only.
-        flip: how to use the embedding of the flipped image: "concatenate" appends it to the original's, "sum" adds the
-            two, "none" does not compute it.
+        batch_size: None for default_batch_size(); it changes the result by rounding only.
+        flip: "concatenate" appends the embedding of the flipped image, "sum" adds it, "none" does not compute it.
         dtype: torch.float32, or the type for autocast.
-        progress: show a progress bar.
 
-    Returns:
-        float32 (N, D), or (N, 2 D) if concatenated; not normalized.
+    Returns float32 (N, D), or (N, 2 D) if concatenated; not normalized.
     """
     if flip not in FLIP:
         raise ValueError(f"flip must be one of {', '.join(FLIP)}, not {flip!r}")

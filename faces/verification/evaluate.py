@@ -21,28 +21,14 @@ Each face and its flipped image are embedded, pairs are compared by cosine simil
 the threshold that is best on the other nine. The options select other sets and protocols; see docs/evaluation.md."""
 
 
-def evaluate(net: nn.Module, lfw: Lfw, device, flip: str = "concatenate", subtract_mean: bool = False,
-             batch_size: int | None = None, dtype: torch.dtype = torch.float32, progress: bool = True) -> Verification:
-    """Run the k-fold protocol on a network.
-
-    The arguments are those of faces.verification.embed.embed and faces.verification.metrics.verify; `lfw` can be used
-    as often as needed. Raises InputError if the network's embeddings are not finite, or are zero.
-    """
-    return _verify(embed(net, lfw.faces, device, batch_size, flip, dtype, progress), lfw.pairs, subtract_mean)
-
-
 def evaluate_epoch(net: nn.Module, sets: list[Lfw], device, dtype: torch.dtype, step: int,
                    threshold: dict | None = None) -> tuple[dict, dict | None]:
-    """Evaluate a network that is being trained.
-
-    Returns:
-        The accuracy and its standard deviation over the folds, of each set and the mean of several, for a log; and for
-        a checkpoint, the threshold with the highest accuracy on the first set. Without a set, no figures and the
-        `threshold` of an earlier evaluation.
-    """
+    """Evaluate a network that is being trained: return figures for a log, the accuracy and its standard deviation over
+    the folds, of each set and the mean of several; and for a checkpoint, the threshold with the highest accuracy on the
+    first set. Without a set, there are no figures, and `threshold` is an earlier evaluation's."""
     if not sets:
         return {}, threshold
-    results, figures = [evaluate(net, lfw, device, dtype=dtype) for lfw in sets], {}
+    results, figures = [_verify(embed(net, lfw.faces, device, dtype=dtype), lfw.pairs) for lfw in sets], {}
     for name, result in zip(_names([lfw.source for lfw in sets]) if len(sets) > 1 else ["lfw"], results):
         figures |= {name: result.accuracy, f"{name}_std": result.std}
     if len(sets) > 1:
@@ -72,30 +58,30 @@ def main(nets: dict, method: str, find_landmarks=None, argv: list[str] | None = 
     loading = load_sets(sets, args.pairs, args.landmarks, aligned=args.aligned, view=args.view, device=device,
                         find_landmarks=find_landmarks, identification="identification" in args.protocol)
     names, results = _names(sets), []
-    rows = report.Rows(names, args.title) if len(sets) > 1 else None
-    if rows:
+    several = len(sets) > 1
+    if several:
         for title, file, (_, loaded) in zip(args.title, args.model, models):
             print(f"{title}: {file} ({loaded['method']}, {loaded['net']}), flipped image: {args.flip}")
-        print(f"\n{rows.heading}")
+        print("\n" + report.line("set", "model", "pairs", "accuracy", "95 % interval", "TAR@FAR=1e-3"))
     for i, (name, lfw) in enumerate(zip(names, loading)):
-        results.append(_evaluate_set(args, device, models, lfw, name, args.seed + i, rows))
+        results.append(_evaluate_set(args, device, models, lfw, name, args.seed + i, several))
         if args.output:
-            report.write_set(args.output / name if rows else args.output, results[-1], lfw)
+            report.write_set(args.output / name if several else args.output, results[-1], lfw)
     means = report.means(results, args.group)
-    for row in means if rows else []:
-        print(rows.mean(row))
-    if rows and len(models) > 1:
+    for row in means if several else []:
+        print(report.mean_line(row))
+    if several and len(models) > 1:
         print("", "accuracy in %", *report.matrix(results), "", sep="\n")
     for row in (comparison := report.compare(results)):
         print(report.comparison_line(row))
     if args.output:
-        if rows or len(models) > 1:
+        if several or len(models) > 1:
             report.write_all(args.output, results, comparison, means)
         print(f"results: {args.output}")
 
 
-def _evaluate_set(args, device, models, lfw, name, seed, rows):
-    """Print the figures of all models on a set, as `rows` of a table of several sets; return the report.Measured."""
+def _evaluate_set(args, device, models, lfw, name, seed, several):
+    """Print the figures of all models on a set, one of `several` or not; return the report.Measured."""
     if "identification" in args.protocol and not (lfw.pairs.named and lfw.pairs.people_with_several() > 1):
         raise InputError(f"{lfw.source} does not name the people on its images, or has fewer than two people with two "
                          "images or more, which --protocol identification needs; leave that out.")
@@ -103,10 +89,10 @@ def _evaluate_set(args, device, models, lfw, name, seed, rows):
     for title, file, (net, loaded) in zip(args.title, args.model, models):
         measured.append(_measure(args, device, lfw, name, title, file, net, loaded, seed))
         figures = measured[-1].figures
-        if not rows or args.protocol != ["folds"]:
-            print(report.table(figures), end="\n\n" if rows or len(models) > 1 else "\n")
-        if rows:
-            print(rows.set(figures))
+        if not several or args.protocol != ["folds"]:
+            print(report.table(figures), end="\n\n" if several or len(models) > 1 else "\n")
+        if several:
+            print(report.set_line(figures))
         if args.save_threshold:
             best = _threshold(measured[-1].result, lfw)
             save_threshold(file, loaded["fingerprint"], best)
@@ -148,7 +134,7 @@ def _measure(args, device, lfw, name, title, file, net, loaded, seed):
         "seconds": round(time.monotonic() - started, 2), "torch": str(torch.__version__)}, result, draws)
 
 
-def _verify(embeddings, pairs, subtract_mean):
+def _verify(embeddings, pairs, subtract_mean=False):
     try:
         return verify(embeddings, pairs.pairs, pairs.same, pairs.folds, subtract_mean)
     except ValueError as error:

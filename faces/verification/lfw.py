@@ -1,21 +1,18 @@
 """Load verification sets: Labeled Faces in the Wild, folders like it, and InsightFace's .bin files."""
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
-from faces.align import HEIGHT, WIDTH, align, crop_aligned, position_problem
-from faces.data.sources import PARTS
-from faces.device import count_cpus
+from faces.align import align_all, position_problem
+from faces.data.sources import PARTS, open_source
 from faces.files import InputError, count_of, existing_folder, path, shorten
-from faces.images import UnreadableImage, one_opencv_thread, read_image, summarize
+from faces.images import summarize
 from faces.landmarks import found_list, normal_form, read_landmarks
 from faces.verification.binset import read_bin
-from faces.verification.pairs import CONTENT, Pairs, open_images, read_pairs
+from faces.verification.pairs import CONTENT, Pairs, read_pairs
 
 # In the order in which papers give them.
 ORDER = ("lfw", "cfp_fp", "agedb_30", "calfw", "cplfw")
@@ -27,11 +24,6 @@ class Lfw(NamedTuple):
     faces: np.ndarray    # uint8 (N, HEIGHT, WIDTH, 3), RGB, aligned; one per path of `pairs`
     landmarks: str       # where the landmarks came from, in words
     source: str          # path of the set
-
-    @property
-    def name(self) -> str:
-        """The set's name, such as "lfw" for lfw.bin."""
-        return set_name(self.source)
 
 
 def set_name(file) -> str:
@@ -61,12 +53,9 @@ def find_sets(roots: list) -> list[Path]:
 
 
 def load_sets(roots: list, pairs: list = (), landmarks: list = (), **options) -> Iterator[Lfw]:
-    """Load one set after the other.
+    """Load one set after the other, from paths as for find_sets(), with further arguments of load_lfw().
 
-    Args:
-        roots: paths as for find_sets().
-        pairs, landmarks: lists; empty, or one for each of the sets that are no .bin files, in their order.
-        options: further arguments of load_lfw().
+    Lists of pairs and landmarks: none, or one for each of the sets that are no .bin files, in their order.
     """
     sets = find_sets(roots)
     takers = [len(sets) == 1 or not is_bin(file) for file in sets]
@@ -85,19 +74,14 @@ def load_lfw(root, file=None, landmarks=None, aligned: bool = False, view: int |
     """Read the pairs of LFW, or of a similar set, and align the images that they name.
 
     Args:
-        root: folder or zip of `Name/Name_0001.jpg`; or a file such as InsightFace's lfw.bin, which has aligned images
-            and its own pairs.
-        file, view: which pairs to read, see faces.verification.pairs.read_pairs.
-        landmarks: landmark list; None uses the list in the folder or the one that mtcnn/lfw_landmark.py wrote for it,
-            or else `find_landmarks`.
+        root: folder or zip of `Name/Name_0001.jpg`, or InsightFace's lfw.bin or the like, which is aligned.
+        file, view: which pairs to read, see read_pairs().
+        landmarks: list; None uses the one in the folder or of mtcnn/lfw_landmark.py, or else `find_landmarks`.
         aligned: whether the images are already aligned, 112x96 or 112x112.
-        find_landmarks: function (root, paths, device=...) that detects landmarks and returns float32 (N, 5, 2) and the
-            number of images without a face, such as mtcnn.landmark_lists.find_landmarks.
-        device: for `find_landmarks`.
+        find_landmarks: function such as mtcnn.landmark_lists.find_landmarks, which gets `device`.
         identification: also take all other images of people with two images or more; a .bin file has none.
 
-    Raises:
-        InputError: anything is missing, malformed or unreadable; no pair is ever left out.
+    Raises InputError if anything is missing, malformed or unreadable; no pair is ever left out.
     """
     root = path(root)
     if root.is_file() and root.suffix.lower() not in (".zip", *PARTS):
@@ -105,7 +89,7 @@ def load_lfw(root, file=None, landmarks=None, aligned: bool = False, view: int |
             raise InputError(f"{root} contains its pairs and aligned faces; leave out --pairs, --landmarks and --view.")
         pairs, images = read_bin(root)
         return Lfw(pairs, load_faces(images, pairs.paths), f"none, the faces in {root.name} are aligned", str(root))
-    source, points, found = open_images(root), None, "none, the images are aligned"
+    source, points, found = open_source(root, CONTENT), None, "none, the images are aligned"
     pairs = read_pairs(source, file, view, identification)
     listed = None if aligned else path(landmarks) if landmarks else found_list(source, "lfw_landmark.txt")
     if listed:
@@ -129,38 +113,12 @@ def _detect_landmarks(source, paths, find_landmarks, device):
 
 
 def load_faces(source, paths: list, points: np.ndarray | None = None) -> np.ndarray:
-    """Read and align the images of a set in several threads.
-
-    Args:
-        source: faces.data.sources.Folder or Zip, or anything else with open().
-        paths: N names of images in it.
-        points: float (N, 5, 2) landmarks; None for images that are already aligned, 112x96 or 112x112.
-
-    Returns:
-        uint8 (N, HEIGHT, WIDTH, 3), RGB.
-
-    Raises:
-        InputError: an image can't be read or aligned; a verification set must not lose pairs.
-    """
-    faces = np.empty((len(paths), HEIGHT, WIDTH, 3), np.uint8)
-    centers = np.full((len(paths), 2), np.nan)
-
-    def load(i):
-        try:
-            image = read_image(source.open(paths[i]))
-            faces[i] = crop_aligned(image) if points is None else align(image, points[i])
-        except (UnreadableImage, ValueError) as error:
-            return paths[i], str(error)
-        if points is not None:
-            centers[i] = points[i].mean(0) / image.shape[1::-1]
-
-    with one_opencv_thread(), ThreadPoolExecutor(min(16, count_cpus())) as pool:
-        results = tqdm(pool.map(load, range(len(paths))), "aligning", len(paths), unit=" faces", leave=False,
-                       disable=sys.stderr is None)
-        bad = [result for result in results if result]
+    """Return the faces of the images with N names in a source, see align_all(), which all have to be usable."""
+    faces, centers, bad = align_all(source, paths, points, progress=True)
     if bad:
         raise InputError(f"{len(bad):,} of {count_of(len(paths), 'image~')} in {source} can't be used "
-                         f"({summarize(bad)}); replace them, because a verification set must be complete.")
+                         f"({summarize([(paths[row], reason) for row, reason in bad])}); replace them, because a "
+                         "verification set must be complete.")
     if problem := position_problem(centers):
         raise InputError(f"the landmarks of {source} are in {problem}; use the images that the landmark list was made "
                          "for, or create a list for these with mtcnn/lfw_landmark.py.")

@@ -48,29 +48,23 @@ def verify(embeddings: np.ndarray, pairs: np.ndarray, same: np.ndarray, folds: n
 
     Args:
         embeddings: float (N, D), one row per distinct image; not normalized.
-        pairs: int (P, 2), rows of `embeddings`.
-        same: bool (P,), true for a genuine pair.
-        folds: int (P,), the fold of each pair, 0 .. K-1; -1 for pairs that are only used to choose thresholds, as in
-            view 1 of LFW. A single fold needs such pairs.
+        pairs, same: int (P, 2), rows of `embeddings`; bool (P,), true for a genuine pair, with both kinds.
+        folds: int (P,), 0 .. K-1; -1 for pairs that only choose thresholds, as in view 1. One fold needs such pairs.
         subtract_mean: subtract from every embedding the mean over the distinct images in the pairs of the training
             folds. Each fold has its own mean, which does not depend on the fold under test.
 
-    Raises:
-        ValueError: fewer than two folds, no genuine or no impostor pair, or an embedding that is not finite, or is zero
-            after the mean is subtracted.
+    Raises ValueError if an embedding is not finite, or is zero after the mean is subtracted.
     """
     same, folds = np.asarray(same, bool), np.asarray(folds)
     count = folds.max(initial=-1) + 1
     judged = np.flatnonzero(folds >= 0)
-    if count + (len(judged) < len(folds)) < 2 or len(np.unique(folds[judged])) != count:
-        raise ValueError("the protocol needs at least two folds, none of them empty")
     means = np.zeros((1, np.shape(embeddings)[1]))
     if subtract_mean:
         member = np.array([np.isin(np.arange(len(embeddings)), pairs[folds != k]) for k in range(count)])    # (K, N)
         means = member @ np.asarray(embeddings, np.float64) / member.sum(1, keepdims=True)
     tables = np.broadcast_to(similarities(embeddings, pairs, means), (count, len(folds)))
     scores = tables[folds[judged], judged]
-    far, tar = roc(scores, same[judged])    # raises ValueError unless there are pairs of both kinds
+    far, tar = roc(scores, same[judged])
     thresholds = np.array([best_threshold(tables[k][folds != k], same[folds != k]) for k in range(count)])
     correct = (scores > thresholds[folds[judged]]) == same[judged]
     accuracies = np.bincount(folds[judged], correct) / np.bincount(folds[judged])
@@ -79,17 +73,11 @@ def verify(embeddings: np.ndarray, pairs: np.ndarray, same: np.ndarray, folds: n
 
 
 def similarities(embeddings: np.ndarray, pairs: np.ndarray, means: np.ndarray) -> np.ndarray:
-    """Return the cosines of P pairs after subtracting each of K means, float64 (K, P), in [-1, 1].
+    """Return the cosines of P pairs, int (P, 2), of embeddings, float (N, D), after subtracting each of K means, float
+    (K, D): float64 (K, P), in [-1, 1]. A row of zeros as the mean gives plain cosines.
 
-    Expands (a - m).(b - m), so that K means cost one matrix product instead of K passes over the embeddings.
-
-    Args:
-        embeddings: float (N, D).
-        pairs: int (P, 2).
-        means: float (K, D); a single row of zeros gives plain cosines.
-
-    Raises:
-        ValueError: an embedding is not finite, or one in a pair is zero after the mean is subtracted.
+    Expands (a - m).(b - m), so that K means cost one matrix product instead of K passes over the embeddings. Raises
+    ValueError if an embedding is not finite, or one in a pair is zero after the mean is subtracted.
     """
     e, means = np.asarray(embeddings, np.float64), np.asarray(means, np.float64)
     left, right = np.transpose(pairs)
@@ -126,10 +114,8 @@ def best_threshold(similarity: np.ndarray, same: np.ndarray) -> float:
 
 def roc(similarity: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the ROC curve as far and tar, float64 (V + 1,) for V distinct similarities, from (0, 0), nothing accepted,
-    to (1, 1); similarity float (P,), same bool (P,). Raises ValueError unless there are pairs of both kinds."""
+    to (1, 1); similarity float (P,), same bool (P,), with pairs of both kinds."""
     _, genuine, impostor = _tally(similarity, same)
-    if not genuine.any() or not impostor.any():
-        raise ValueError("a ROC curve needs genuine and impostor pairs")
     accepted_genuine = np.concatenate(([0], np.cumsum(genuine[::-1])))
     accepted_impostor = np.concatenate(([0], np.cumsum(impostor[::-1])))
     return accepted_impostor / impostor.sum(), accepted_genuine / genuine.sum()
@@ -161,17 +147,10 @@ def operating_point(similarity: np.ndarray, same: np.ndarray, far: float) -> Ope
 def identify(embeddings: np.ndarray, identities: np.ndarray, seed: int = 0) -> Identification:
     """Find each probe's person in a gallery by cosine similarity; ties count against the probe.
 
-    Args:
-        embeddings: float (N, D), not zero.
-        identities: int (N,).
-        seed: see choose_gallery().
-
-    Raises:
-        ValueError: fewer than two identities with two images or more.
+    `embeddings` are float (N, D), not zero; `identities` int (N,), of which two or more have two images. For `seed`,
+    see choose_gallery().
     """
     gallery, probes = choose_gallery(identities, seed)
-    if len(gallery) < 2:
-        raise ValueError("identification needs two people or more with at least two images each")
     unit = np.asarray(embeddings, np.float32)
     unit = unit / np.linalg.norm(unit, axis=1, keepdims=True)
     column = np.searchsorted(identities[gallery], identities[probes])
@@ -195,9 +174,6 @@ def choose_gallery(identities: np.ndarray, seed: int = 0) -> tuple[np.ndarray, n
 
 def _tally(similarity, same):
     """Return the V distinct similarities, sorted, and the numbers of genuine and impostor pairs with each, (V,)."""
-    similarity, same = np.asarray(similarity, np.float64), np.asarray(same, bool)
-    if not len(similarity) or np.isnan(similarity).any():
-        raise ValueError("similarities are missing or not numbers")
     values, index = np.unique(similarity, return_inverse=True)
     genuine = np.bincount(index, same).astype(np.int64)
     return values, genuine, np.bincount(index) - genuine

@@ -1,11 +1,10 @@
 """Read the pairs of a verification set, in the formats in which they are published.
 
-LFW's pairs.txt (view 2, for reporting) starts with `10 300`, the number of folds and of pairs of each kind per fold, or
-with `300` alone. Each following line is a pair, `Name i j` (genuine) or `Name1 i Name2 j` (impostor). View 1, for
-development, chooses the threshold on pairsDevTrain.txt and measures accuracy on pairsDevTest.txt, which start with the
-number of pairs of each kind. Without such a header, as in Kaggle's pairs.csv, the pairs form ten folds in their order.
-So do those of lists with lines of `path path 0|1` or `0|1 path path`, or with a line per image and two lines per pair,
-`path 0` (impostor) or `path fold` (genuine), as for CALFW and CPLFW.
+LFW's pairs.txt (view 2, for reporting) starts with `10 300`, folds and pairs of each kind per fold, or with `300`
+alone. Each following line is a pair, `Name i j` (genuine) or `Name1 i Name2 j` (impostor). View 1, for development,
+chooses the threshold on pairsDevTrain.txt and measures accuracy on pairsDevTest.txt. Without a header, as in Kaggle's
+pairs.csv, the pairs form ten folds in their order. So do lists with lines of `path path 0|1` or `0|1 path path`, or
+with two lines per pair, `path 0` (impostor) or `path fold` (genuine), as for CALFW and CPLFW.
 """
 import io
 from collections import Counter
@@ -49,16 +48,14 @@ def read_pairs(source, file=None, view: int | None = None, identification: bool 
     """Read the pairs and find their images.
 
     Args:
-        source: path of a folder or zip of images, such as `Name/Name_0001.jpg`, or what open_images() made of it.
+        source: path of a folder or zip of images, such as `Name/Name_0001.jpg`, or what open_source() made of it.
         file: list of pairs, for view 1 one of its two; None searches in the folder or zip and beside it.
         view: 1 or 2; None determines it from the names of the files, and prefers 2.
         identification: add all other images of everyone who has two images or more.
 
-    Raises:
-        InputError: a file is missing, a line is malformed, the number of lines differs from the header, or images are
-            missing.
+    Raises InputError if a file or an image is missing, or a line is malformed.
     """
-    source, file = source if isinstance(source, (Folder, Zip)) else open_images(source), file and path(file)
+    source, file = source if isinstance(source, (Folder, Zip)) else open_source(source, CONTENT), file and path(file)
     view_2 = (*VIEW_2_FILES, f"{source.root.name}_pairs.txt")    # the last one is RFW's
     if view is None:
         found = file or _find(source, view_2) or _find(source, VIEW_1_FILES)
@@ -84,12 +81,8 @@ def read_pairs(source, file=None, view: int | None = None, identification: bool 
 
 
 def read_list(file) -> tuple[list, np.ndarray, np.ndarray]:
-    """Read a list of pairs in any of the formats above, which is recognized by its content.
-
-    Returns:
-        list of P pairs of image names, without extension in LFW's format; bool (P,), whether they are genuine; int64
-        (P,), their folds.
-    """
+    """Read a list of pairs in any of the formats above, which is recognized by its content: P pairs of image names,
+    without extension in LFW's format; bool (P,), whether they are genuine; int64 (P,), their folds."""
     with reading(file, "list of pairs", "correct it, or pass a text file like LFW's pairs.txt"):
         lines = [(number, _split(line)) for number, line in read_lines(file)]
         if not lines:
@@ -148,11 +141,6 @@ def linked(count: int, links: np.ndarray) -> np.ndarray:
     for a, b in links.tolist():
         parent[root(a)] = root(b)
     return np.unique([root(i) for i in range(count)], return_inverse=True)[1]
-
-
-def open_images(root) -> Folder | Zip:
-    """Return the images of a verification set."""
-    return open_source(root, CONTENT)
 
 
 def finder(source: Folder | Zip) -> Callable[[str], str | None]:

@@ -59,37 +59,29 @@ def table(figures: dict) -> str:
     return "\n".join([*lines, *(f"{name:<20}{value}" for name, value in rows)])
 
 
-class Rows:
-    """The lines of a table with a row per set and model."""
+def line(*cells) -> str:
+    """Return a line of the table with a row per set and model."""
+    return "".join(f"{cell:<{width - 2}}  " for cell, width in zip(cells, (16, 16, 9, 22, 18, 3))).rstrip()
 
-    def __init__(self, names: list[str], titles: list[str]):
-        """`names` are the sets, `titles` the models, which are shown if there are several."""
-        self.widths = 2 + max(map(len, names)), (2 + max(map(len, titles))) * (len(titles) > 1), 9, 22, 18, 1
-        self.heading = self._line("set", "model", "pairs", "accuracy", "95 % interval", "TAR@FAR=1e-3")
 
-    def _line(self, *cells):
-        return "".join(f"{cell:<{width}}" for cell, width in zip(cells, self.widths) if width)
+def set_line(figures: dict) -> str:
+    """Return the line of a model on a set; see Measured for its figures."""
+    counts, tar = figures["counts"], f"{figures['tar_at_far_1e-3']:.4f}"
+    return line(figures["set"], figures["title"], f"{counts['pairs']:,}",
+                "{accuracy:.4f} (std {std:.4f})".format(**figures), "{:.4f} to {:.4f}".format(*figures["interval_95"]),
+                tar if counts["pairs"] - counts["genuine"] >= 1000 else "too few pairs")
 
-    def set(self, figures: dict) -> str:
-        """Return the line of a model on a set; see Measured for its figures."""
-        counts, tar = figures["counts"], f"{figures['tar_at_far_1e-3']:.4f}"
-        return self._line(figures["set"], figures["title"], f"{counts['pairs']:,}",
-                          "{accuracy:.4f} (std {std:.4f})".format(**figures),
-                          "{:.4f} to {:.4f}".format(*figures["interval_95"]),
-                          tar if counts["pairs"] - counts["genuine"] >= 1000 else "too few pairs")
 
-    def mean(self, row: dict) -> str:
-        """Return the lines of a model's mean over the sets, a dict of means()."""
-        line = self._line("mean", row["title"], "", f"{row['accuracy']:.4f}",
-                          "{:.4f} to {:.4f}".format(*row["interval_95"]), "").rstrip()
-        if "std_ddof_1" not in row:
-            return line
+def mean_line(row: dict) -> str:
+    """Return the lines of a model's mean over the sets, a dict of means()."""
+    text = line("mean", row["title"], "", f"{row['accuracy']:.4f}", "{:.4f} to {:.4f}".format(*row["interval_95"]))
+    if "std_ddof_1" in row:
         ratio = "n/a" if row["error_ratio"] is None else f"{row['error_ratio']:.2f}"
-        line += f"\n  groups: standard deviation {row['std_ddof_1']:.4f} (ddof=1), largest / smallest error {ratio}"
-        if row["overlapping"]:
-            pairs = shorten([" and ".join(pair) for pair in row["overlapping"]], count=6)
-            line += f"\n  warning: the intervals of {pairs} overlap, so their order may be chance"
-        return line
+        text += f"\n  groups: standard deviation {row['std_ddof_1']:.4f} (ddof=1), largest / smallest error {ratio}"
+    if row.get("overlapping"):
+        pairs = shorten([" and ".join(pair) for pair in row["overlapping"]], count=6)
+        text += f"\n  warning: the intervals of {pairs} overlap, so their order may be chance"
+    return text
 
 
 def means(results: list[list[Measured]], group: bool = False) -> list[dict]:
@@ -180,7 +172,8 @@ def write_set(folder: Path, models: list[Measured], lfw: Lfw):
             for (a, b), same, fold, similarity in zip(pairs.pairs, pairs.same, pairs.folds, result.similarities):
                 file.write(f"{pairs.paths[a]}\t{pairs.paths[b]}\t{int(same)}\t{fold}\t{similarity:.6f}\n")
         _draw_curves(inner, [model])
-        plots.histogram_picture(inner / "histogram.png", result.similarities, pairs.same, result.threshold)
+        plots.picture(inner / "histogram.png", (6, 4), plots.draw_histogram, result.similarities, pairs.same,
+                      result.threshold)
         error_sheet(inner / "errors.png", lfw.faces, pairs, result.similarities, result.correct)
     if len(models) > 1:
         _draw_curves(folder, models)
@@ -198,12 +191,12 @@ def folder_names(titles: list[str]) -> list[str]:
 def _draw_curves(folder, models):
     titles = [model.figures["title"] for model in models]
     names = [title if titles.count(title) == 1 else f"{i}: {title}" for i, title in enumerate(titles, 1)]
-    plots.roc_picture(folder / "roc.png", {f"{name}, AUC {m.result.auc:.4f}": (m.result.far, m.result.tar)
-                                           for name, m in zip(names, models)})
+    plots.picture(folder / "roc.png", (6, 4.5), plots.draw_roc, {
+        f"{name}, AUC {m.result.auc:.4f}": (m.result.far, m.result.tar) for name, m in zip(names, models)})
     if models[0].figures["identification"]:
         curves = [model.figures["identification"]["cmc"] for model in models]
-        plots.cmc_picture(folder / "cmc.png", MAX_CMC_RANK, {f"{name}, rank 1 {cmc[0]:.4f}": cmc
-                                                             for name, cmc in zip(names, curves)})
+        plots.picture(folder / "cmc.png", (6, 4), plots.draw_cmc, MAX_CMC_RANK, {
+            f"{name}, rank 1 {cmc[0]:.4f}": cmc for name, cmc in zip(names, curves)})
 
 
 def error_sheet(file, faces: np.ndarray, pairs, similarities: np.ndarray, correct: np.ndarray, count: int = 10):

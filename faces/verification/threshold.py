@@ -25,12 +25,9 @@ class Threshold(NamedTuple):
 
 
 def choose_threshold(similarity: np.ndarray, same: np.ndarray, source: str, value: float | None = None) -> Threshold:
-    """Return the Threshold with the highest accuracy on P pairs from a set called `source`, or with a given value.
-
-    Args:
-        similarity: float (P,), cosine similarities of concatenated embeddings, without subtracting a mean.
-        same: bool (P,), True for a genuine pair.
-    """
+    """Return the Threshold with the highest accuracy on P pairs from a set called `source`, or with a given value; the
+    cosines, float (P,), are of concatenated embeddings, without subtracting a mean, and `same`, bool (P,), marks
+    genuine pairs."""
     value = float(best_threshold(similarity, same) if value is None else value)
     accepted = np.asarray(similarity) > value
     return Threshold(value, int((accepted & ~same).sum()), int((~same).sum()), int((~accepted & same).sum()),

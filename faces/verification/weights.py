@@ -1,11 +1,10 @@
 """Load weights of the sphere CNN from checkpoints of this project and from public ones.
 
-The names of its layers say which network a file holds, and in which layout. The layout of clcarwin/sphereface_pytorch
-is also ours, and that of the Caffe releases: conv1_1, relu1_1 ... conv4_3, relu4_3, fc5; with batch normalization,
-there are conv1_1bn ... fc5_bn, too. Deeper networks have more layers in a stage, conv1_4 and so on.
-In the layout of MuggleWang/CosFace_pytorch, layer1.0 is a convolution, layer1.1 its PReLU, layer1.2 a residual unit
-(conv1, prelu1, conv2, prelu2), and fc the last layer. Both flatten the last feature map in the same order. Whatever the
-file's network expects, the loaded one takes RGB, (x - 127.5) / 128.
+The names of its layers say which network a file holds, and in which layout. Ours is that of clcarwin/sphereface_pytorch
+and the Caffe releases: conv1_1, relu1_1 ... conv4_3, relu4_3, fc5, and with batch normalization conv1_1bn ... fc5_bn;
+deeper networks have conv1_4 and so on. In MuggleWang/CosFace_pytorch, layer1.0 is a convolution, layer1.1 its PReLU,
+layer1.2 a residual unit (conv1, prelu1, conv2, prelu2), and fc the last layer. Both flatten the last feature map in the
+same order. Whatever the file's network expects, the loaded one takes RGB, (x - 127.5) / 128.
 """
 import hashlib
 import math
@@ -76,12 +75,18 @@ IGNORED = [_ignored(*name.rsplit(".", 1)) for name in """numpy.core.multiarray.s
 
 def load_net(file, nets: dict[str, Callable], name: str | None = None,
              channels: str | None = None) -> tuple[nn.Module, dict]:
-    """Return the network whose weights a file holds, on the CPU, and the description of load_weights().
+    """Return the network whose weights a file holds, on the CPU; it takes RGB, whatever the file's channel order.
 
     Args:
-        file, channels: see load_weights().
-        nets: dict from a network's name, "faceNet" or "sphere20a" for example, to its constructor.
-        name: name of the network that the file is expected to hold; None accepts any.
+        file: a checkpoint of this project, a safetensors file, the folder of either, a .caffemodel, or a public state
+            dict in one of LAYOUTS, nested under KEYS or not. Half precision becomes float32.
+        nets: dict from a network's name to its constructor.
+        name: the network that the file should hold; None accepts any.
+        channels: "rgb" or "bgr", with which the weights were trained; None takes what the file states, or else "rgb"
+            for checkpoints of this project and MuggleWang's layout, "bgr" for all others.
+
+    Returns the network, and a dict about the file, see _load(). Raises InputError if the file can't be read safely, or
+    has other weights.
     """
     content = _read(file, name)
     with torch.device("cpu"):    # whatever the defaults of the process are
@@ -89,31 +94,8 @@ def load_net(file, nets: dict[str, Callable], name: str | None = None,
     return net, _load(content, net, channels)
 
 
-def load_weights(net: nn.Module, file, channels: str | None = None) -> dict:
-    """Load the weights in a file into a network; the network then takes RGB, whatever the channel order of the file.
-
-    Args:
-        net: one of NETS.
-        file: a checkpoint of this project, a safetensors file, the folder of either, a .caffemodel, or a public state
-            dict in one of LAYOUTS, nested under KEYS or not. Half precision becomes float32.
-        channels: channel order that the weights were trained with, "rgb" or "bgr"; None takes the one that the file
-            states, and otherwise "rgb" for checkpoints of this project and MuggleWang's layout, "bgr" for all others.
-
-    Returns:
-        dict that describes the file, with the keys "format", "method" (None if the file does not name it), "net",
-        "layout", "channels", "source" (where in the file the weights are), "ignored" (names that were left out),
-        "others" (further weights in the file), "added" (residual units that the file lacks; they are the identity),
-        "fingerprint" (of the loaded network), and, None for files of other origin, "step" and "threshold" (of the last
-        evaluation during training).
-
-    Raises:
-        InputError: the file can't be read safely, is not a checkpoint, or contains weights that do not fit `net`.
-    """
-    return _load(_read(file, architecture(net.state_dict())), net, channels)
-
-
 def initial_net(make: Callable[[], nn.Module], file=None) -> nn.Module:
-    """Return a network to train: make(), with the weights in a file if one is given; see load_weights().
+    """Return a network to train: make(), with the weights in a file if one is given; see load_net().
 
     They may be those of a network with fewer layers: each residual unit that it lacks starts as the identity.
     """
@@ -124,7 +106,7 @@ def initial_net(make: Callable[[], nn.Module], file=None) -> nn.Module:
 
 
 def net_in(file) -> str:
-    """Return the name of the network whose weights a file holds; see load_weights()."""
+    """Return the name of the network whose weights a file holds; see load_net()."""
     return _read(file).net
 
 
@@ -271,7 +253,10 @@ def _read(model, expected=None, deeper=False):
 
 
 def _load(content, net, channels, train=False):
-    """Load the first of the weights in a file into a network; return the description of load_weights()."""
+    """Load the first of the weights in a file into a network, and describe the file: "format", "method", "net",
+    "layout", "channels"; "source", where the weights were, "others", where more were, and "ignored", names left out;
+    "added", how many residual units the file lacks; "fingerprint" of the network; "step" and "threshold" of the last
+    evaluation in training. None is unknown."""
     stated, (layout, tensors, source), method = content.stated, content.found[0], content.stated.get("method")
     stated_channels = str(stated.get("colour_order")).lower()
     channels = channels or (stated_channels if stated_channels in CHANNELS else layout.channels)

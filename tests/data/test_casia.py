@@ -54,17 +54,17 @@ def test_killed_and_simultaneous_builds(casia, tmp_path):
     program = f"""
 import os, time
 from faces.data import cache
-cache.BLOCK, fill = 10, cache._fill
-cache._fill = lambda *args: ({{}}) or fill(*args)
+cache.CHUNK, align_all = 10, cache.align.align_all
+cache.align.align_all = lambda source, names, points: ({{}}) or align_all(source, names, points)
 print(cache.load_casia({str(casia)!r}, cache={str(tmp_path / "cache")!r}))"""
 
     def start(before):
         return subprocess.Popen([sys.executable, "-c", program.format(before)], cwd=ROOT, stdout=subprocess.PIPE,
                                 text=True)
 
-    assert start("os._exit(9) if args[1] == 30 else None").wait(timeout=600) == 9
+    assert start("os._exit(9) if names[0] == '0000048/007.jpg' else None").wait(timeout=600) == 9
     assert list((tmp_path / "cache").glob("*/.faces.u8.*")) and not list((tmp_path / "cache").glob("*/faces.u8"))
-    processes = [start("time.sleep(0.02)") for _ in range(2)]             # slowly enough for the builds to overlap
+    processes = [start("time.sleep(0.2)") for _ in range(2)]             # slowly enough for the builds to overlap
     outputs = [process.communicate(timeout=600)[0] for process in processes]
     assert all("48 faces of 6 people\n" in output for output in outputs)
     assert sum("aligning 48 faces" in output for output in outputs) == 1  # the other one has waited

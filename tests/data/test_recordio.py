@@ -36,8 +36,8 @@ def pack(label, image=b"", key=0):
     return struct.pack("<IfQQ", 0, label, key, 0) + image
 
 
-def write_set(root, records, classes=PEOPLE):
-    """Write (key, data) pairs as train.rec, train.idx and property; return {key: offset}."""
+def write_set(root, records):
+    """Write (key, data) pairs as train.rec and train.idx; return {key: offset}."""
     root.mkdir(exist_ok=True)
     content, offsets = b"", {}
     for key, data in records:
@@ -45,7 +45,6 @@ def write_set(root, records, classes=PEOPLE):
         content += frame(data)
     (root / "train.rec").write_bytes(content)
     (root / "train.idx").write_text("".join(f"{key}\t{offset}\n" for key, offset in offsets.items()))
-    (root / "property").write_text(f"{classes},112,112\n")
     return offsets
 
 
@@ -85,7 +84,6 @@ def test_recordio_gives_the_same_faces_as_folders(images, tmp_path, monkeypatch)
 def test_data_may_contain_the_magic_number(tmp_path, image, label):
     # There is neither a table of contents nor an order of the keys.
     write_set(tmp_path / "set", [(4, pack(0.0, b"first")), (1, pack(label, image)), (0, pack(2.0, b"last"))])
-    (tmp_path / "set/property").unlink()
     records = Records(tmp_path / "set")
     assert [records.open(name) for name in records.names()] == [b"first", image, b"last"]
     assert records.keys.tolist() == [4, 1, 0] and records.labels.tolist() == [0, 1, 2]
@@ -149,7 +147,6 @@ def lines(edit):
     (patch(4, struct.pack("<I", 1 << 28)), "record 3 extends past the end"),
     (patch(8, struct.pack("<I", 2**32 - 1)), "3@.*too short for its labels"),
     (replace(3, pack(0.5)), "record 3 has a label that is not a whole number"),
-    (replace(3, pack(3.0)), "has 4 people, but property gives 3 as"),
     (lambda root, _: (root / "train.rec").write_bytes(b""), "train.rec is damaged .*extends past"),
     (lambda root, _: (root / "train.idx").unlink(), "can't read .*train.idx"),
     (lines(lambda old: [*old, "x\ty"]), "train.idx is damaged or not a RecordIO index"),

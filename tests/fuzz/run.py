@@ -28,7 +28,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save as save_safetensors
 
-from cosFace.net import sphere20a
+from cosFace.net import NETS, sphere20a
 from faces.data.casia import list_casia
 from faces.data.sources import open_source
 from faces.files import RUNS, InputError, at_least, command, path, script_parser
@@ -36,7 +36,7 @@ from faces.images import UnreadableImage, read_image
 from faces.landmarks import read_labels, read_landmarks
 from faces.verification.binset import read_bin
 from faces.verification.pairs import read_pairs
-from faces.verification.weights import load_weights
+from faces.verification.weights import load_net
 
 SECONDS, MEMORY = 5, 10**9    # for one input
 ROUND = 100                   # inputs per process
@@ -92,7 +92,7 @@ def records(rng):
         data = struct.pack("<IfQQ", 0, key % 2, key, 0) + images(rng)["image"] if key else struct.pack(
             "<IfQQff", 2, 0, 0, 0, 5, 5)
         rec += struct.pack("<II", 0xCED7230A, len(data)) + data + b"\0" * (-len(data) % 4)
-    return {"train.rec": rec, "train.idx": idx.encode(), "property": b"2,112,112\n"}
+    return {"train.rec": rec, "train.idx": idx.encode()}
 
 
 def read_set(root):
@@ -123,11 +123,11 @@ def weights(rng):
 
 CAFFE = {"net.caffemodel": b"\xa2\6\x16\n\7conv1_1:\x0b:\3\n\1\1*\4\0\0\0\0" * 50}    # each a layer of one number
 TARGETS = {
-    "caffe": (lambda _: CAFFE, lambda folder: load_weights(net(), folder / "net.caffemodel")),
+    "caffe": (lambda _: CAFFE, lambda folder: load_net(folder / "net.caffemodel", NETS)),
     "images": (images, lambda folder: read_image(folder / "image")), "lists": (lists, read_lists),
     "zips": (zips, lambda folder: read_set(folder / "faces.zip")), "records": (records, read_set),
     "bins": (bins, lambda folder: read_bin(folder / "set.bin")),
-    "weights": (weights, lambda folder: load_weights(net(), folder / "net.pt"))}
+    "weights": (weights, lambda folder: load_net(folder / "net.pt", NETS, "sphere20a"))}
 
 
 def write(target: str, number: int, folder: Path):

@@ -12,13 +12,14 @@ import pytest
 import torch
 from conftest import ROOT, assert_same_model, draw_face, options, saved_step, script, tensors, torchrun, write_image
 
-from cosFace.net import faceNet, sphere20a
+from cosFace.net import NETS, sphere20a
 from faces.files import locked
 from faces.landmarks import write_landmarks
-from faces.verification.evaluate import evaluate
+from faces.verification.embed import embed
 from faces.verification.lfw import load_lfw
+from faces.verification.metrics import verify
 from faces.verification.threshold import choose_threshold, load_threshold
-from faces.verification.weights import load_weights
+from faces.verification.weights import load_net
 from sphereFace.net import SphereFace
 
 
@@ -218,10 +219,10 @@ def test_lfw_accuracy_after_an_epoch_equals_lfw_eval(main, casia, tmp_path):
     args = [*options(casia, tmp_path), "--lfw-landmarks", tmp_path / "list.txt"]
     status, _ = main("cosFace", *args, "--epochs", "0.4", "--lfw", tmp_path / "lfw")
     line, = (json.loads(line) for line in (tmp_path / "run/epochs.jsonl").read_text().splitlines())
-    net, path = faceNet(), tmp_path / "run/checkpoint.pt"
-    loaded = load_weights(net, path)
+    path = tmp_path / "run/checkpoint.pt"
+    net, loaded = load_net(path, NETS)
     lfw = load_lfw(tmp_path / "lfw", landmarks=tmp_path / "list.txt")
-    result = evaluate(net, lfw, "cpu", progress=False)
+    result = verify(embed(net, lfw.faces, "cpu"), lfw.pairs.pairs, lfw.pairs.same, lfw.pairs.folds)
     assert status == 0 and line["lfw"] == round(result.accuracy, 5)
 
     source = f"4 pairs of {tmp_path / 'lfw'}, evaluated during training at step 2"
@@ -229,7 +230,7 @@ def test_lfw_accuracy_after_an_epoch_equals_lfw_eval(main, casia, tmp_path):
     stored = load_threshold(path, loaded)
     assert stored.value == pytest.approx(best.value, abs=1e-5) and stored[1:] == best[1:]
     assert main("cosFace", *args, "--resume", "--epochs", "0.5")[0] == 0    # without --lfw
-    later = load_threshold(path, load_weights(net, path))
+    later = load_threshold(path, load_net(path, NETS)[1])
     assert later == stored._replace(source=f"{source} (the weights are those of step 3)")
 
     shutil.copytree(tmp_path / "lfw", tmp_path / "other")

@@ -5,7 +5,7 @@ import shlex
 import numpy as np
 from conftest import run_lfw_eval
 
-from faces.verification.pairs import open_images, read_pairs
+from faces.verification.pairs import read_pairs
 from tools import compare, demo
 
 pytest_plugins = "helpers"
@@ -19,7 +19,7 @@ def test_pairs_are_balanced_and_no_person_is_in_two_folds(tmp_path):
         for i in range(1, demo.PHOTOS_PER_PERSON + 1):
             (tmp_path / name / f"{name}_{i:04d}.png").touch()
     (tmp_path / "pairs.txt").write_text("".join(demo.make_pairs(names)))
-    pairs = read_pairs(open_images(tmp_path))
+    pairs = read_pairs(tmp_path)
     people = np.array([path.split("/")[0] for path in pairs.paths])[pairs.pairs]
     people_of_fold = [set(people[pairs.folds == fold].ravel()) for fold in range(demo.FOLDS)]
     assert len(set.union(*people_of_fold)) == sum(map(len, people_of_fold)) == demo.TEST_PEOPLE

@@ -12,10 +12,11 @@ from conftest import ROOT, draw_face, write_image
 from sklearn.metrics import roc_curve
 
 from cosFace.net import NETS
-from faces.align import load_face
+from faces.align import align
+from faces.images import read_image
 from faces.verification.embed import embed
 from faces.verification.ijb import FARS, FPIRS, RANKS, form_templates, identify, read_ijb, verify_pairs
-from faces.verification.weights import load_weights
+from faces.verification.weights import load_net
 from tools import ijb_eval
 
 pytest_plugins = "helpers"
@@ -119,9 +120,8 @@ def test_the_command_as_typed(model, tmp_path):
     found, _ = read_ijb(root)
     embeddings = np.fromfile(rows, np.float32).reshape(len(found.images), -1)
     check(figures, naive(root, "ijbc", embeddings, unit=False, detector=True))
-    net = NETS["faceNet"]()
-    load_weights(net, model)
-    crops = [load_face(root / "loose_crop" / found.images[i], found.points[i]) for i in range(8)]
+    net, _ = load_net(model, NETS)
+    crops = [align(read_image(root / "loose_crop" / found.images[i]), found.points[i]) for i in range(8)]
     np.testing.assert_allclose(embeddings[:8], embed(net, np.stack(crops), "cpu", flip="sum"), atol=1e-4)
     assert f"not the complete IJB-C: {len(embeddings)} of 469,375 images" in done.stderr
     tpir = [figures["1:N"][name]["tpir"]["0.1"] for name in ("InsightFace", "NIST")]

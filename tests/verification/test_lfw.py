@@ -11,11 +11,12 @@ from conftest import write_image
 
 from faces import landmarks
 from faces.align import TEMPLATE, align, similarity_transform
+from faces.data.sources import open_source
 from faces.files import InputError
 from faces.images import read_image
 from faces.landmarks import photos_digest, read_landmarks, write_landmarks
 from faces.verification.lfw import load_faces, load_lfw
-from faces.verification.pairs import open_images, read_pairs
+from faces.verification.pairs import read_pairs
 from mtcnn.landmark_lists import find_landmarks
 
 PAIRS = ["2\t2", "Ann\t1\t2", "Bob\t1\t3", "Ann\t1\tBob\t1", "Ann\t2\tEve\t1",
@@ -137,7 +138,7 @@ def test_each_face_is_aligned_with_its_own_landmarks(lfw):
 def test_the_list_that_lfw_landmark_wrote_is_used_by_default(lfw, tmp_path, monkeypatch):
     monkeypatch.setattr(landmarks, "CACHE", tmp_path / "cache")
     listed, rows = landmarks.default_list(lfw, "lfw_landmark.txt"), read_landmarks(tmp_path / "landmarks.txt", False)
-    write_landmarks(listed, zip(rows.paths, rows.points), photos_digest(open_images(lfw)))
+    write_landmarks(listed, zip(rows.paths, rows.points), photos_digest(open_source(lfw)))
     assert load_lfw(lfw).landmarks == str(listed)
     (lfw / "Ann" / "Ann_0001.jpg").write_bytes((lfw / "Ann" / "Ann_0002.jpg").read_bytes())    # another edition
     with pytest.raises(InputError, match="no landmark list"):
@@ -164,9 +165,9 @@ def test_aligned_faces_need_no_landmarks(tmp_path):
     image = np.random.default_rng(0).integers(0, 256, (112, 112, 3), dtype=np.uint8)
     for name, face in (("a.png", image), ("b.png", image[:, 8:-8]), ("c.png", image[:50])):
         write_image(tmp_path / name, face)
-    np.testing.assert_array_equal(load_faces(open_images(tmp_path), ["a.png", "b.png"]), [image[:, 8:-8]] * 2)
+    np.testing.assert_array_equal(load_faces(open_source(tmp_path), ["a.png", "b.png"]), [image[:, 8:-8]] * 2)
     with pytest.raises(InputError, match="c.png: an image of 50 rows and 112 columns is not an aligned face"):
-        load_faces(open_images(tmp_path), ["a.png", "c.png"])
+        load_faces(open_source(tmp_path), ["a.png", "c.png"])
 
 
 @pytest.mark.parametrize("pairs_are", ["in the folder of the zip", "at the top of the zip", "beside the zip"])
@@ -206,7 +207,7 @@ def test_landmarks_of_other_copies_of_the_images_are_refused(tmp_path):
     for name in names:
         write_image(tmp_path / name, np.zeros((160, 150, 3), np.uint8))
     with pytest.raises(InputError, match="the landmarks of .* are in the upper left part of the images"):
-        load_faces(open_images(tmp_path), names, np.array([TEMPLATE * 0.4] * 15))
+        load_faces(open_source(tmp_path), names, np.array([TEMPLATE * 0.4] * 15))
 
 
 def mirror(file):

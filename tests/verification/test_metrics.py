@@ -7,17 +7,7 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from faces.verification import metrics
 from faces.verification.bootstrap import bootstrap, interval
 from faces.verification.embed import embed
-from faces.verification.metrics import (
-    auc,
-    best_threshold,
-    choose_gallery,
-    equal_error_rate,
-    identify,
-    operating_point,
-    roc,
-    similarities,
-    verify,
-)
+from faces.verification.metrics import auc, best_threshold, choose_gallery, identify, operating_point, roc, verify
 from faces.verification.pairs import ten_folds
 from faces.verification.report import hardest
 
@@ -90,7 +80,7 @@ def test_roc_metrics_agree_with_scikit_learn_and_brute_force(decimals):
     # np.interp() uses only one end of a vertical step, so search the steps for the crossing separately.
     steps = np.flatnonzero(np.diff(far) == 0)
     on_step = [far[i] for i in steps if 1 - tar[i + 1] <= far[i] <= 1 - tar[i]]
-    assert equal_error_rate(far, tar) == pytest.approx(on_step[0] if on_step else grid[crossing], abs=1e-6)
+    assert metrics.equal_error_rate(far, tar) == pytest.approx(on_step[0] if on_step else grid[crossing], abs=1e-6)
 
 
 def test_the_threshold_of_each_fold_comes_from_the_other_folds():
@@ -159,19 +149,13 @@ def test_invalid_input_raises_value_error():
         invalid[pairs[0, 0]] = value
         with pytest.raises(ValueError, match="not finite|is zero"):
             verify(invalid, pairs, same, folds)
-    with pytest.raises(ValueError, match="genuine and impostor"):
-        verify(embeddings, pairs, np.ones_like(same), folds)
-    with pytest.raises(ValueError, match="two folds"):
-        verify(embeddings, pairs, same, np.zeros_like(folds))
-    with pytest.raises(ValueError, match="not numbers"):
-        best_threshold(np.array([0.1, np.nan]), np.array([True, False]))
 
 
 def test_similarities_do_not_depend_on_how_many_pairs_are_in_memory(monkeypatch):
     embeddings, pairs, _, _ = random_embeddings()
-    expected = similarities(embeddings, pairs, embeddings[:3] / 2)
+    expected = metrics.similarities(embeddings, pairs, embeddings[:3] / 2)
     monkeypatch.setattr(metrics, "CHUNK", 7)
-    assert len(pairs) > 7 and np.array_equal(similarities(embeddings, pairs, embeddings[:3] / 2), expected)
+    assert len(pairs) > 7 and np.array_equal(metrics.similarities(embeddings, pairs, embeddings[:3] / 2), expected)
 
 
 def test_the_hardest_pairs():
@@ -199,8 +183,6 @@ def test_identification_agrees_with_ranks_computed_by_sorting():
     np.testing.assert_allclose(result.cmc, [np.mean(np.array(ranks) <= rank) for rank in range(1, 13)])
     # If all similarities are equal, every probe gets the last rank, because ties count against it.
     assert identify(np.ones((43, 4)), identities).cmc.tolist() == [0] * 11 + [1]
-    with pytest.raises(ValueError, match="two people"):
-        identify(embeddings[:3], np.array([0, 0, 1]))
 
 
 def test_bootstrap_counts_the_copies_of_each_pair():

@@ -72,11 +72,12 @@ def test_the_same_faces_give_the_same_figures_in_every_layout(sets, models, tmp_
         same = results[title, "images"]
         assert (result["accuracy"], result["counts"]) == (same["accuracy"], same["counts"])
         assert result["auc"] == pytest.approx(same["auc"], abs=1e-6)
-        assert f"{name:<8}{title}  " in out
+        assert f"\n{name:<16}{title:<16}" in out
         assert result == json.loads((tmp_path / name / title / "results.json").read_text())
     for title, row in zip("ab", stored["means"]):
         assert row["accuracy"] == pytest.approx(np.mean([results[title, name]["accuracy"] for name in names]))
-        assert f"mean    {title}  " in out and row["interval_95"][0] <= row["accuracy"] <= row["interval_95"][1]
+        assert f"\nmean            {title:<16}" in out
+        assert row["interval_95"][0] <= row["accuracy"] <= row["interval_95"][1]
     for row, name in zip(stored["comparison"], [*names, "mean"], strict=True):
         expected = [mean["accuracy"] if name == "mean" else results[mean["title"], name]["accuracy"]
                     for mean in stored["means"]]

@@ -15,7 +15,7 @@ from torch import nn
 from cosFace.net import NETS, faceNet, sphere20a, sphere36a, sphere64a
 from faces.files import CHECKPOINT, InputError
 from faces.verification.embed import embed as embed_faces
-from faces.verification.weights import KEYS, announce, find_weights, fingerprint, initial_net, load_net, load_weights
+from faces.verification.weights import KEYS, announce, find_weights, fingerprint, initial_net, load_net
 
 
 @pytest.fixture(scope="module")
@@ -178,8 +178,7 @@ def test_our_own_and_public_checkpoints_of_the_batch_normalized_variant(images, 
     torch.save({**public, "conv1_1.weight": public["conv1_1.weight"].flip(1)}, tmp_path / "public.pth")
     for file, *description in ((tmp_path, CHECKPOINT, "CosFace", "rgb"),
                                (tmp_path / "public.pth", "state dict", None, "bgr")):
-        net = faceNet()
-        loaded = load_weights(net, file)
+        net, loaded = load_net(file, NETS)
         assert [loaded[key] for key in ("format", "method", "channels")] == description
         assert_embeds(net, images, expected)
 
@@ -205,11 +204,6 @@ def small_state_dict(net, **changes):
     return {name: value for name, value in {**state, **changes}.items() if value is not None}
 
 
-@pytest.fixture(scope="module")
-def net():
-    return sphere20a()
-
-
 @pytest.mark.parametrize("content, message", [
     (lambda: small_state_dict(faceNet), "contains the weights of faceNet, not of sphere20a; pass --net faceNet"),
     (lambda: small_state_dict(sphere20a, **{"fc5.weight": torch.zeros(256, 4)}), "fc5.weight is 256x4, not 512x21504"),
@@ -227,26 +221,26 @@ def net():
     (lambda: nn.Linear(2, 2), "loaded safely"),
 ])
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_unsuitable_files_are_one_sentence_errors(net, tmp_path, content, message):
+def test_unsuitable_files_are_one_sentence_errors(tmp_path, content, message):
     torch.save(content(), tmp_path / "net.pth")
     with pytest.raises(InputError, match=message) as error:
-        load_weights(net, tmp_path / "net.pth")
+        load_net(tmp_path / "net.pth", NETS, "sphere20a")
     assert str(tmp_path / "net.pth") in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_malicious_pickles_are_rejected_without_running_them(net, tmp_path, zipped):
+def test_malicious_pickles_are_rejected_without_running_them(tmp_path, zipped):
     malicious = CreatesFolder(tmp_path / "created")
     torch.save({"state_dict": malicious}, tmp_path / "net.pth", _use_new_zipfile_serialization=zipped)
     (tmp_path / "raw.pth").write_bytes(pickle.dumps(malicious))
     for name in ("net.pth", "raw.pth"):
         with pytest.raises(InputError, match="loaded safely"):
-            load_weights(net, tmp_path / name)
+            load_net(tmp_path / name, NETS, "sphere20a")
     assert not (tmp_path / "created").exists()
 
 
 @pytest.mark.filterwarnings("ignore:.*deprecated")
-def test_unreadable_files_are_one_sentence_errors(net, tmp_path):
+def test_unreadable_files_are_one_sentence_errors(tmp_path):
     (tmp_path / "empty.pt").touch()
     (tmp_path / "text.pt").write_text("not weights\n")
     torch.save(torch.zeros(100_000), tmp_path / "complete.pt")
@@ -258,7 +252,7 @@ def test_unreadable_files_are_one_sentence_errors(net, tmp_path):
                           "text.pt": "safely", "truncated.pt": "safely", "net.safetensors": "deserializing header",
                           "net.onnx": "export for other programs", "script.pt": "export for other programs"}.items():
         with pytest.raises(InputError, match=message):
-            load_weights(net, tmp_path / name)
+            load_net(tmp_path / name, NETS, "sphere20a")
 
 
 def test_networks_are_made_in_float32_on_the_cpu_whatever_the_defaults_are(released, images, tmp_path):
