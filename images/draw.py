@@ -82,6 +82,7 @@ def overview(folder=HERE):
     embedded.set(xticks=[], yticks=[])
     similarity, same, _ = read_scores(HERE / "scores/cosFace.tsv")
     plots.draw_histogram(compared, similarity, same, best_threshold(similarity, same))
+    compared.set_ylim(0, 1.25 * compared.get_ylim()[1])    # the legend is large in a small panel
     for axes, title in ((whole, "1. detect: box and landmarks"), (aligned, "2. align to the template"),
                         (embedded, "3. embed: ten people of LFW (t-SNE)"), (compared, "4. compare: pairs of LFW")):
         axes.set_title(title, fontsize=10)

@@ -42,7 +42,7 @@ def main(argv=None):
 
     # A set of this size needs small batches, a small scale and few epochs. These values were chosen by validating on
     # people held out of the 30 training people.
-    casia, lfw, model = ("--casia", DEMO / "casia"), ("--lfw", DEMO / "lfw"), ("--model", DEMO / "run/checkpoint.pt")
+    casia, lfw, model = ("--casia", DEMO / "casia"), ("--lfw", DEMO / "orl"), ("--model", DEMO / "run/checkpoint.pt")
     found = "--landmarks", DEMO / "lfw_landmark.txt"
     for script, *words in (
             ("mtcnn/casia_landmark.py", *casia, "--output", DEMO / "casia_landmark.txt"),
@@ -58,7 +58,7 @@ def main(argv=None):
         status = run([ROOT / script, *words])
         if status:
             return status
-    pair = sorted((DEMO / "lfw").glob("*/*.png"))[:2]    # of one person
+    pair = sorted((DEMO / "orl").glob("*/*.png"))[:2]    # of one person
     result = json.loads((DEMO / "result/results.json").read_text())
     print(f"\ndemo: {TEST_PEOPLE} unseen people: LFWACC={result['accuracy']:.4f} std={result['std']:.4f} "
           f"AUC={result['auc']:.4f} EER={result['eer']:.4f} (raw pixels: {pixel_accuracy():.4f}); "
@@ -83,12 +83,12 @@ def write_sets(people: list[list[Path]]):
     for number, photos in enumerate(people, 1):
         name = f"Person_{number}"
         for i, source in enumerate(photos, 1):
-            photo = f"casia/{number:07d}/{i:03d}.png" if number <= TRAINING_PEOPLE else f"lfw/{name}/{name}_{i:04d}.png"
+            photo = f"casia/{number:07d}/{i:03d}.png" if number <= TRAINING_PEOPLE else f"orl/{name}/{name}_{i:04d}.png"
             (DEMO / photo).parent.mkdir(parents=True, exist_ok=True)
             image = cv2.copyMakeBorder(read_image(source), *4 * (BORDER,), cv2.BORDER_REPLICATE)
             (DEMO / photo).write_bytes(cv2.imencode(".png", image)[1])    # gray, so the order of channels is no matter
     names = [f"Person_{number}" for number in range(TRAINING_PEOPLE + 1, PEOPLE + 1)]
-    (DEMO / "lfw/pairs.txt").write_text("".join(make_pairs(names)))
+    (DEMO / "orl/pairs.txt").write_text("".join(make_pairs(names)))
 
 
 def make_pairs(names: list[str]) -> list[str]:
@@ -109,7 +109,7 @@ def make_pairs(names: list[str]) -> list[str]:
 
 def pixel_accuracy() -> float:
     """Return the accuracy of the same protocol on the pixels of the aligned faces instead of embeddings."""
-    lfw = load_lfw(DEMO / "lfw", landmarks=DEMO / "lfw_landmark.txt")
+    lfw = load_lfw(DEMO / "orl", landmarks=DEMO / "lfw_landmark.txt")
     return verify(lfw.faces.reshape(len(lfw.faces), -1), lfw.pairs.pairs, lfw.pairs.same, lfw.pairs.folds).accuracy
 
 

@@ -43,7 +43,7 @@ def read_figures(file: Path, model: Path, fingerprint: str) -> list[dict]:
     file = file / "results.json" if file.is_dir() else file
     content = read_json(file) or {}
     figures = [row for row in content.get("results", [content])
-               if row.get("settings", {}).get("weights", {}).get("fingerprint") == fingerprint]
+               if row.get("settings", {}).get("weights", {}).get("fingerprint") == fingerprint and "accuracy" in row]
     if not figures:
         raise InputError(f"there are no figures of {model} in {file}; run `lfw_eval.py --model {model} --lfw DIR "
                          "--output DIR`, and pass that DIR as --results.")

@@ -78,8 +78,9 @@ def table(figures: dict) -> str:
     counts = ", ".join(f"{number:,} {kind}" for kind, number in figures["counts"].items() if number)
     rows = [(figures["set"], counts), ("templates", used)]
     if verified := figures["1:1"]:
+        few = {True: "", False: "; too few to resolve this rate"}
         rows += [(f"TAR@FAR=1e{np.log10(point['far']):.0f}", "{tar:.4f} at threshold {threshold:.4f}, {accepted:,} of "
-                  "{impostors:,} impostor pairs".format(**point)) for point in verified["tar"]]
+                  "{impostors:,} impostor pairs".format(**point) + few[point["resolved"]]) for point in verified["tar"]]
         rows.append(("AUC", f"{verified['auc']:.6f}"))
     if found := figures["1:N"]:
         rows.append(("1:N", "  ".join(f"{convention:<11}" for convention in found)))

@@ -44,8 +44,10 @@ def main(nets: dict, method: str, find_landmarks=None, argv: list[str] | None = 
     """
     args = _parse(nets, argv)
     sets, device = find_sets(args.lfw), pick_device(args.device)
-    if args.save_threshold and len(sets) > 1 or args.group and len(sets) == 1:
-        raise InputError("--save-threshold takes a single set, and --group two or more; see --lfw.")
+    if args.save_threshold and len(sets) > 1:
+        raise InputError("--save-threshold takes a single set; pass one with --lfw.")
+    if args.group and len(sets) == 1:
+        raise InputError("--group compares two sets or more; pass them with --lfw.")
     tune_cpu(device)
     args.batch_size = args.batch_size or default_batch_size(device)
     models = [load_net(file, nets, name, args.channels) for file, name in zip(args.model, args.net)]
@@ -63,8 +65,8 @@ def main(nets: dict, method: str, find_landmarks=None, argv: list[str] | None = 
         for title, file, (_, loaded) in zip(args.title, args.model, models):
             print(f"{title}: {file} ({loaded['method']}, {loaded['net']}), flipped image: {args.flip}")
         print("\n" + report.line("set", "model", "pairs", "accuracy", "95 % interval", "TAR@FAR=1e-3"))
-    for i, (name, lfw) in enumerate(zip(names, loading)):
-        results.append(_evaluate_set(args, device, models, lfw, name, args.seed + i, several))
+    for name, lfw in zip(names, loading):
+        results.append(_evaluate_set(args, device, models, lfw, name, several))
         if args.output:
             report.write_set(args.output / name if several else args.output, results[-1], lfw)
     means = report.means(results, args.group)
@@ -80,14 +82,14 @@ def main(nets: dict, method: str, find_landmarks=None, argv: list[str] | None = 
         print(f"results: {args.output}")
 
 
-def _evaluate_set(args, device, models, lfw, name, seed, several):
+def _evaluate_set(args, device, models, lfw, name, several):
     """Print the figures of all models on a set, one of `several` or not; return the report.Measured."""
     if "identification" in args.protocol and not (lfw.pairs.named and lfw.pairs.people_with_several() > 1):
         raise InputError(f"{lfw.source} does not name the people on its images, or has fewer than two people with two "
                          "images or more, which --protocol identification needs; leave that out.")
     measured = []
     for title, file, (net, loaded) in zip(args.title, args.model, models):
-        measured.append(_measure(args, device, lfw, name, title, file, net, loaded, seed))
+        measured.append(_measure(args, device, lfw, name, title, file, net, loaded))
         figures = measured[-1].figures
         if not several or args.protocol != ["folds"]:
             print(report.table(figures), end="\n\n" if several or len(models) > 1 else "\n")
@@ -112,12 +114,12 @@ def _titles(paths, models):
     return [file.parent.name if file.name.startswith(("checkpoint", "model.")) else file.stem for file in files]
 
 
-def _measure(args, device, lfw, name, title, file, net, loaded, seed):
+def _measure(args, device, lfw, name, title, file, net, loaded):
     """Return the report.Measured of a model on a set."""
     started, pairs = time.monotonic(), lfw.pairs.judged()
     embeddings = embed(net, lfw.faces, device, args.batch_size, args.flip, pick_dtype(args.precision, device))
     result = _verify(embeddings, lfw.pairs, args.subtract_mean)
-    draws, = bootstrap(result.correct[None], pairs.identities[pairs.pairs], args.resamples, seed)
+    draws, = bootstrap(result.correct[None], pairs.identities[pairs.pairs], args.resamples, args.seed)
     points = [operating_point(result.similarities, pairs.same, far) for far in (1e-3, *args.far)]
     found = identify(embeddings, pairs.identities, args.seed) if "identification" in args.protocol else None
     return report.Measured({

@@ -43,4 +43,4 @@ def test_the_command_that_it_prints_gives_a_verdict(photos, write_model, tmp_pat
     words = shlex.split(call(demo)[1].splitlines()[-1])
     assert words[:2] == ["python", "tools/compare.py"]
     out = call(compare, *words[2:])[1]
-    assert "same person" in out and "expected errors at this threshold, from 8 pairs of lfw:" in out
+    assert "same person" in out and "expected errors at this threshold, from 8 pairs of orl:" in out

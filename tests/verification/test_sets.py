@@ -138,7 +138,8 @@ def test_a_compressed_set_that_ends_early_is_refused(sets, tmp_path):
 
 
 @pytest.mark.parametrize("options, message", [
-    (("--lfw", "bins", "missing"), "missing does not exist"), (("--lfw", "images", "--group"), "--group two or more"),
+    (("--lfw", "bins", "missing"), "missing does not exist"),
+    (("--lfw", "images", "--group"), "--group compares two sets or more"),
     (("--lfw", "bins", "--save-threshold"), "--save-threshold takes a single set"),
     (("--lfw", "bins", "images", "--pairs", "list.txt", "list.txt"), "2 lists of pairs for 1 set of images")])
 def test_mistakes_are_one_sentence_errors(sets, models, capsys, monkeypatch, options, message):
