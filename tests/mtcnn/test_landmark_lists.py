@@ -4,18 +4,15 @@ import json
 import os
 import shutil
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import skimage.data
-import torch
 from conftest import write_image
 
 from faces.data.sources import Folder
 from faces.images import read_image
 from faces.landmarks import photos_digest, read_landmarks
-from mtcnn import search
 from mtcnn.detector import Faces
 from mtcnn.landmark_lists import find_landmarks
 from mtcnn.search import choose
@@ -107,16 +104,6 @@ def test_a_killed_run_is_continued_with_the_same_photos_and_options_only(people,
     assert ("photos or the options have changed" in output) == bool(change)
     assert ("continuing: 2 of 3 images" in output) == (not change)
     assert (change or again.read_text() == whole.read_text()) and not partial.exists()
-
-
-def test_number_of_processes(monkeypatch):
-    used = []
-    monkeypatch.setattr(search, "in_processes", lambda function, batches, workers, _: used.append(workers) or [])
-    for device, cores in (("cpu", 4), ("cpu", 1), ("cuda", 4), ("cuda", 16), ("mps", 4)):
-        monkeypatch.setattr(search, "count_cpus", lambda cores=cores: cores)
-        monkeypatch.setattr(search, "prefetch", lambda groups: used.append(0) or [])
-        assert not list(search.search("", [(0, "")] * 100, SimpleNamespace(device=torch.device(device))))
-    assert used == [4, 0, 4, 8, 0]
 
 
 def test_detector_draws_photos_in_folders_and_skips_unreadable_ones(people, tmp_path, capsys, monkeypatch):

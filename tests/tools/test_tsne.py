@@ -3,8 +3,6 @@ import json
 
 import numpy as np
 import pytest
-from sklearn.metrics import silhouette_score
-from sklearn.metrics.pairwise import cosine_distances
 
 from faces.data.casia import list_casia
 from faces.files import InputError
@@ -24,14 +22,9 @@ def test_choice_of_images_depends_on_the_seed_and_skips_small_identities():
     assert any(not np.array_equal(rows, tsne.choose_images(labels, 2, 5, seed=s)) for s in range(2, 6))
 
 
-def test_silhouette_score_uses_the_cosine_distance_of_the_embeddings():
-    labels, random = np.repeat(np.arange(3), 4), np.random.default_rng(0)
-    embeddings = random.normal(size=(3, 8))[labels] + 0.4 * random.normal(size=(12, 8))
-    points, silhouette = tsne.layout_and_silhouette(embeddings * random.uniform(1, 9, (12, 1)), labels, 0)
-    distance = cosine_distances(embeddings)    # the norms must not matter
-    assert silhouette == pytest.approx(silhouette_score(distance, labels, metric="precomputed"))
+def test_embeddings_that_are_not_finite_are_an_error():
     with pytest.raises(InputError, match="not finite"):
-        tsne.layout_and_silhouette(np.full((12, 8), np.nan), labels, 0)
+        tsne.layout_and_silhouette(np.full((12, 8), np.nan), np.repeat(np.arange(3), 4), 0)
 
 
 def test_two_models_are_drawn_on_the_same_images(casia, model, tmp_path, call):
