@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 # Two processes that both use all cores mostly wait for each other. This has to be set before torch is imported.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -115,21 +116,6 @@ def tensors(value, name=""):
     return {key: tensor for k, v in items for key, tensor in tensors(v, f"{name}.{k}").items()}
 
 
-class Main:
-    """Calls main() of casia_train.py in this process, which saves the seconds that importing torch takes."""
-
-    def __init__(self, capsys):
-        self.capsys = capsys
-
-    def __call__(self, method, *args):
-        """Run a method's training; return (exit status, captured output with `out` and `err`)."""
-        try:
-            status = importlib.import_module(f"{method}.casia_train").main(list(map(str, args)))
-        except SystemExit as exit:
-            status = exit.code
-        return status, self.capsys.readouterr()
-
-
 @pytest.fixture(autouse=True)
 def seeded():
     """Seed torch before every test, so that a test draws the same weights and data each time."""
@@ -137,21 +123,47 @@ def seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def main(capsys):
-    """Return a function that runs casia_train.py in this process; see Main."""
-    return Main(capsys)
-
-
-def run_lfw_eval(capsys, *options):
-    """Run main() of cosFace/lfw_eval.py on the CPU in this process; return (exit status, stdout, stderr)."""
-    from cosFace.net import NETS
-    from faces.verification.evaluate import main
+def call(capsys, main, *args, **options):
+    """Run a main() in this process, which saves the seconds of importing torch: (exit status, stdout, stderr)."""
     try:
-        status = main(NETS, "CosFace", argv=["--device", "cpu", *map(str, options)]) or 0
+        status = main(*args, **options) or 0
     except SystemExit as exit:
         status = exit.code
     return status, *capsys.readouterr()
+
+
+@pytest.fixture
+def main(capsys):
+    """Return a function that runs a method's casia_train.py: (exit status, captured output with `out` and `err`)."""
+    def run(method, *args):
+        status, *output = call(capsys, importlib.import_module(f"{method}.casia_train").main, list(map(str, args)))
+        return status, SimpleNamespace(out=output[0], err=output[1])
+    return run
+
+
+def run_lfw_eval(capsys, *options):
+    """Run main() of cosFace/lfw_eval.py on the CPU in this process; see call()."""
+    from cosFace.net import NETS
+    from faces.verification.evaluate import main
+    return call(capsys, main, NETS, "CosFace", argv=["--device", "cpu", *map(str, options)])
+
+
+def write_model(file, seed=0, nan=False, **entries):
+    """Write a checkpoint of an untrained faceNet, whose embeddings are not finite if `nan`; return its path."""
+    import torch
+
+    from cosFace.net import faceNet
+    from faces.files import CHECKPOINT
+    torch.manual_seed(seed)
+    net = faceNet()
+    perturb(net)
+    with torch.no_grad():
+        net.train()(torch.randn(4, 3, 112, 96))
+        net.fc5.bias[0] += np.nan if nan else 0
+    file.parent.mkdir(parents=True, exist_ok=True)
+    state = {"format": CHECKPOINT, "method": "CosFace", "net": "faceNet", "weights": net.state_dict(), **entries}
+    torch.save(state, file)
+    return file
 
 
 @contextlib.contextmanager

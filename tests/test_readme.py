@@ -10,11 +10,7 @@ import sys
 import cv2
 import pytest
 import skimage.data
-import torch
-from conftest import ROOT, write_image
-
-from cosFace.net import faceNet
-from faces.files import CHECKPOINT
+from conftest import ROOT, write_image, write_model
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -69,10 +65,7 @@ def test_the_readme_shows_the_main_commands():
 
 def test_the_readmes_python_example_runs(tmp_path, monkeypatch, capsys):
     example = re.search(r"^ {4}from tools.embedder .*\n(?: {4}.*\n)*", (ROOT / "README.md").read_text("utf-8"), re.M)[0]
-    torch.manual_seed(0)
-    (tmp_path / "runs/cosFace").mkdir(parents=True)
-    torch.save({"format": CHECKPOINT, "method": "CosFace", "net": "faceNet", "weights": faceNet().state_dict()},
-               tmp_path / "runs/cosFace/checkpoint.pt")
+    write_model(tmp_path / "runs/cosFace/checkpoint.pt")
     photo = skimage.data.astronaut()[:200, 100:360]
     write_image(tmp_path / "a.jpg", photo)
     write_image(tmp_path / "b.jpg", cv2.convertScaleAbs(photo[:, ::-1], alpha=1, beta=25))

@@ -15,7 +15,7 @@ from faces.verification.binset import read_bin
 from faces.verification.pairs import CONTENT, Pairs, read_pairs
 
 # In the order in which papers give them.
-ORDER = ("lfw", "cfp_fp", "agedb_30", "calfw", "cplfw")
+ORDER = {name: i for i, name in enumerate(("lfw", "cfp_fp", "agedb_30", "calfw", "cplfw"))}
 
 
 class Lfw(NamedTuple):
@@ -47,8 +47,7 @@ def find_sets(roots: list) -> list[Path]:
         if not root.is_file():
             existing_folder(root, f"{CONTENT}, or .bin sets")
         inside = [] if root.is_file() or (root / "pairs.txt").exists() else list(filter(is_bin, root.iterdir()))
-        rank = {name: i for i, name in enumerate(ORDER)}
-        sets += sorted(inside, key=lambda file: (rank.get(set_name(file), len(ORDER)), file.name)) or [root]
+        sets += sorted(inside, key=lambda file: (ORDER.get(set_name(file), len(ORDER)), file.name)) or [root]
     return sets
 
 

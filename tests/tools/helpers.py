@@ -3,31 +3,12 @@ import cv2
 import numpy as np
 import pytest
 import skimage.data
-import torch
-from conftest import perturb, write_image
-
-from cosFace.net import NETS
-from faces.files import CHECKPOINT
+from conftest import call as call_main
+from conftest import write_image, write_model
 
 
 @pytest.fixture(scope="session")
-def write_model():
-    """Return a function that writes a checkpoint of an untrained faceNet, and returns its path."""
-    def write(file, seed=0, **entries):
-        torch.manual_seed(seed)
-        net = NETS["faceNet"]()
-        perturb(net)
-        with torch.no_grad():
-            net.train()(torch.randn(4, 3, 112, 96))
-        file.parent.mkdir(parents=True, exist_ok=True)
-        state = {"format": CHECKPOINT, "method": "CosFace", "net": "faceNet", "weights": net.state_dict(), **entries}
-        torch.save(state, file)
-        return file
-    return write
-
-
-@pytest.fixture(scope="session")
-def model(write_model, tmp_path_factory):
+def model(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("model") / "checkpoint.pt")
 
 
@@ -46,9 +27,5 @@ def photos(tmp_path_factory):
 def call(capsys):
     """Return a function that runs main() of a tool in this process: (exit status, stdout, stderr)."""
     def run(tool, *args):
-        try:
-            status = tool.main(list(map(str, args))) or 0
-        except SystemExit as exit:
-            status = exit.code
-        return status, *capsys.readouterr()
+        return call_main(capsys, tool.main, list(map(str, args)))
     return run

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import draw_face, run_lfw_eval, write_image
+from conftest import draw_face, run_lfw_eval, write_image, write_model
 
 from faces.files import InputError
 from faces.images import read_image
@@ -61,7 +61,7 @@ def test_the_command_runs_with_and_without_a_threshold(model, photos, call):
     assert status == 2 and "coffee.png: no face was found" in err
 
 
-def test_thresholds_of_an_evaluation_are_used_but_not_for_other_weights(write_model, photos, tmp_path, capsys, call):
+def test_thresholds_of_an_evaluation_are_used_but_not_for_other_weights(photos, tmp_path, capsys, call):
     for p, photo in itertools.product(range(2), (1, 2)):
         write_image(tmp_path / f"lfw/P{p}/P{p}_{photo:04d}.png", draw_face(p, photo, 112)[0])
     (tmp_path / "lfw/pairs.txt").write_text("2 1\nP0 1 2\nP0 1 P1 1\nP1 1 2\nP0 2 P1 2\n")
@@ -80,7 +80,7 @@ def test_thresholds_of_an_evaluation_are_used_but_not_for_other_weights(write_mo
     assert status == 2 and "belongs to other weights" in err
 
 
-def test_the_threshold_of_the_evaluation_during_training_is_used(write_model, photos, scores, tmp_path, call):
+def test_the_threshold_of_the_evaluation_during_training_is_used(photos, scores, tmp_path, call):
     stored = {"value": 0.31, "accepted": 3, "impostor": 200, "rejected": 4, "genuine": 300,
               "source": "500 pairs of LFW", "step": 7}
     model = write_model(tmp_path / "checkpoint.pt", step=9, threshold=stored)

@@ -3,7 +3,7 @@ import importlib
 import shlex
 
 import numpy as np
-from conftest import run_lfw_eval
+from conftest import run_lfw_eval, write_model
 
 from faces.verification.pairs import read_pairs
 from tools import compare, demo
@@ -28,7 +28,7 @@ def test_pairs_are_balanced_and_no_person_is_in_two_folds(tmp_path):
         assert np.bincount(pairs.folds, kind).tolist() == demo.FOLDS * [expected]
 
 
-def test_the_command_that_it_prints_gives_a_verdict(photos, write_model, tmp_path, monkeypatch, capsys, call):
+def test_the_command_that_it_prints_gives_a_verdict(photos, tmp_path, monkeypatch, capsys, call):
     def run(words):
         name = words[0].relative_to(demo.ROOT).with_suffix("").as_posix().replace("/", ".")
         if name == "cosFace.casia_train":

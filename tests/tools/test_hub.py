@@ -2,6 +2,7 @@
 import pytest
 import safetensors.torch
 import torch
+from conftest import write_model
 
 from cosFace.casia_train import parser
 from cosFace.net import NETS
@@ -21,7 +22,7 @@ def read_card(folder, monkeypatch):
     return pytest.importorskip("huggingface_hub").ModelCard.load(folder / "README.md")
 
 
-def test_the_folder_is_the_same_model_with_its_threshold_and_a_card(write_model, tmp_path, call, monkeypatch):
+def test_the_folder_is_the_same_model_with_its_threshold_and_a_card(tmp_path, call, monkeypatch):
     run, folder = tmp_path / "run", tmp_path / "hub"
     args = parser.parse_args("--casia /home/me/casia --batch-size 30 --no-flip --net faceNet --init /home/me/a".split())
     settings = settings_of(args, torch.float32)

@@ -11,11 +11,9 @@ import sys
 import cv2
 import numpy as np
 import pytest
-import torch
-from conftest import ROOT, draw_face, run_lfw_eval, write_image
+from conftest import ROOT, draw_face, run_lfw_eval, write_image, write_model
 
-import cosFace.net
-from faces.files import CHECKPOINT, InputError
+from faces.files import InputError
 from faces.images import read_image
 from faces.verification.evaluate import _titles
 from faces.verification.metrics import best_threshold
@@ -45,15 +43,7 @@ def lfw(tmp_path_factory):
 def models(tmp_path_factory):
     """Return the checkpoints of two untrained networks, and of one with a NaN."""
     folder = tmp_path_factory.mktemp("models")
-    paths = [folder / name for name in ("a.pt", "b.pt", "nan.pt")]
-    for seed, path in enumerate(paths):
-        torch.manual_seed(seed)
-        net = cosFace.net.faceNet().train()
-        with torch.no_grad():
-            net(torch.randn(4, 3, 112, 96))
-            net.fc5.bias[0] += np.nan if path.name == "nan.pt" else 0
-        torch.save({"format": CHECKPOINT, "method": "CosFace", "net": "faceNet", "weights": net.state_dict()}, path)
-    return paths
+    return [write_model(folder / f"{name}.pt", seed, name == "nan") for seed, name in enumerate(("a", "b", "nan"))]
 
 
 def scores_of(folder):

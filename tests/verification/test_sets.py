@@ -9,11 +9,9 @@ import re
 import cv2
 import numpy as np
 import pytest
-import torch
-from conftest import draw_face, run_lfw_eval, write_image
+from conftest import draw_face, run_lfw_eval, write_image, write_model
 
-import cosFace.net
-from faces.files import CHECKPOINT, InputError
+from faces.files import InputError
 from faces.images import read_image
 from faces.verification.lfw import find_sets, load_sets
 from faces.verification.pairs import read_pairs
@@ -49,14 +47,7 @@ def sets(tmp_path_factory):
 def models(tmp_path_factory):
     """Return the checkpoints of two untrained networks."""
     folder = tmp_path_factory.mktemp("models")
-    for seed, name in enumerate("ab"):
-        torch.manual_seed(seed)
-        net = cosFace.net.faceNet().train()
-        with torch.no_grad():
-            net(torch.randn(4, 3, 112, 96))
-        torch.save({"format": CHECKPOINT, "method": "CosFace", "net": "faceNet", "weights": net.state_dict()},
-                   folder / f"{name}.pt")
-    return folder / "a.pt", folder / "b.pt"
+    return [write_model(folder / f"{name}.pt", seed) for seed, name in enumerate("ab")]
 
 
 def test_the_same_faces_give_the_same_figures_in_every_layout(sets, models, tmp_path, capsys):
