@@ -51,7 +51,7 @@ option("--warmup", type=at_least(0), default=0, metavar="STEPS", help="steps of 
 option("--weight-decay", type=at_least(0, float), default=5e-4, metavar="W", help="of convolutions and matrices")
 option("--flip", action=BooleanOptionalAction, default=True, help="flip half of the faces")
 option("--shift", type=at_least(0, int, 16), default=0, metavar="PIXELS", help="random translation, 0 to 16")
-option("--scale", type=positive, default=64, help="s; 30 for a small set")
+option("--scale", type=positive, default=30, help="s; 64 in the paper")
 option("--margin", type=at_least(0, float, 0.99), default=0.35, help="m")
 option("--margin-warmup", type=at_least(0), default=0, metavar="STEPS", help="steps over which the margin grows from 0")
 option("--sample-centers", type=at_least(1e-9, float, 1), metavar="F", help="fraction of class centers seen by a step")

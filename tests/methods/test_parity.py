@@ -44,7 +44,7 @@ def textbook_loss(method, x, centers, label, step):
     cosine = (x / norm) @ (centers / centers.norm(dim=1, keepdim=True)).T
     target = cosine.gather(1, label[:, None])
     if method == "cosFace":
-        logits = 64 * cosine.scatter(1, label[:, None], target - 0.35)
+        logits = 30 * cosine.scatter(1, label[:, None], target - 0.35)
     else:
         angle, lam = target.acos(), max(5, 1000 / (1 + 0.12 * (step + LATE)))
         k = (4 * angle / math.pi).floor().detach()
