@@ -38,7 +38,7 @@ option("--landmarks", type=path, metavar="FILE", help="landmark list (default: i
 option("--list", type=path, metavar="FILE", help="list of aligned faces, `path label` (default: a label per folder)")
 option("--drop-lfw-overlap", action=BooleanOptionalAction, default=False, help="leave out the 19 people who are in LFW")
 option("--cache", type=path, default=CACHE, metavar="DIR", help="folder for aligned faces, 32 KB each")
-option("--lfw", type=path, nargs="+", default=[], metavar="DIR", help="LFW or other sets, evaluated after each epoch")
+option("--lfw", type=path, nargs="*", default=[], metavar="DIR", help="LFW or other sets, evaluated after each epoch")
 option("--lfw-landmarks", type=path, nargs="+", default=[], metavar="FILE", help="by default, lfw_landmark.py's")
 option("--net", choices=tuple(NETS), help="faceNet has batch normalization (default: as in --init, or faceNet)")
 option("--init", type=path, metavar="FILE", help="start from the network in this file, with new class centers")

@@ -1,12 +1,11 @@
 """Align faces: the similarity transform that maps five landmarks onto the template, and the warp."""
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import cv2
 import numpy as np
-from tqdm import tqdm
 
 from faces.device import count_cpus
+from faces.files import progress_bar
 from faces.images import one_opencv_thread, read_image
 
 HEIGHT, WIDTH = 112, 96
@@ -24,11 +23,9 @@ MIN_TYPICAL = 0.8                          # correlation of upright faces, media
 
 
 def similarity_transform(source: np.ndarray, target: np.ndarray = TEMPLATE) -> np.ndarray:
-    """Return the least-squares similarity transform, float64 (2, 3), from points `source` to `target`, float (K, 2).
-
-    Raises ValueError if the points nearly coincide, are not finite, or are not arranged like those of `target`, or a
-    mirrored face would fit better; the matrix is never a reflection.
-    """
+    """Return the least-squares similarity transform, float64 (2, 3), from points `source` to `target`, float (K, 2);
+    never a reflection. Raises ValueError if the points nearly coincide, are not finite, or are not arranged like those
+    of `target`, or if a mirrored face would fit better."""
     (matrix,), (reason,) = similarity_transforms(np.asarray(source)[None], target)
     if reason:
         raise ValueError(reason)
@@ -36,11 +33,9 @@ def similarity_transform(source: np.ndarray, target: np.ndarray = TEMPLATE) -> n
 
 
 def similarity_transforms(source: np.ndarray, target: np.ndarray = TEMPLATE) -> tuple[np.ndarray, list[str | None]]:
-    """Return the similarity transforms of N faces, float (N, K, 2), as float64 (N, 2, 3); see similarity_transform().
-
-    The second result is a list of N: None, or the reason why the face's transform is invalid. This is the closed form
-    of Umeyama (PAMI 1991) in two dimensions: in complex numbers, target = a * source + b.
-    """
+    """Return the similarity_transform() of N faces, float (N, K, 2), as float64 (N, 2, 3); and for each, why it is
+    invalid, or None. This is the closed form of Umeyama (PAMI 1991) in two dimensions: in complex numbers, target =
+    a * source + b."""
     (s, source_mean), (t, target_mean) = _centered(source), _centered(target)
     with np.errstate(all="ignore"):                    # the points may coincide or not be finite
         spread, target_spread = (s * s.conj()).real.sum(1), (t * t.conj()).real.sum()
@@ -58,10 +53,8 @@ def similarity_transforms(source: np.ndarray, target: np.ndarray = TEMPLATE) -> 
 
 
 def arrangement_problem(points: np.ndarray) -> str | None:
-    """Return what is wrong with the order of the numbers in a landmark list, float (N, 5, 2), or None.
-
-    A single face can have any pose, but most faces in a list are upright. If they are not, other orders are tried.
-    """
+    """Return what is wrong with the order of the numbers in a landmark list, float (N, 5, 2), or None. A face can have
+    any pose, but most faces in a list are upright. If they are not, other orders are tried."""
     if len(points) < 5:
         return None
     if abs(points).max() <= 1.5:
@@ -80,11 +73,9 @@ def arrangement_problem(points: np.ndarray) -> str | None:
 
 
 def position_problem(centers: np.ndarray) -> str | None:
-    """Return where the landmarks of a set of images are, to follow "are in", if they belong to copies of another size.
-
-    In most photos of a set, the face is near the center; in those of CASIA-WebFace and LFW, it always is. `centers`,
-    float (N, 2), are the means of each image's landmarks as fractions of its width and height; NaN if unknown.
-    """
+    """Return where the landmarks of a set of images are, to follow "are in", if they belong to copies of another size:
+    in most photos of a set, the face is near the center. `centers`, float (N, 2), are the means of each image's
+    landmarks as fractions of its width and height, or NaN."""
     centers = centers[np.isfinite(centers).all(1)]
     if len(centers) < 10:
         return None
@@ -145,22 +136,20 @@ def _part(image, transform):
 
 def crop_aligned(image: np.ndarray) -> np.ndarray:
     """Return a face that is already aligned, uint8 112x96 or 112x112, cropped to 112x96; ValueError for other sizes."""
-    if image.shape[:2] == (HEIGHT, WIDTH):
-        return image
-    if image.shape[:2] == (HEIGHT, WIDTH + 2 * SQUARE_SHIFT):
-        return image[:, SQUARE_SHIFT:-SQUARE_SHIFT]
     rows, columns = image.shape[:2]
+    if (rows, columns) == (HEIGHT, WIDTH):
+        return image
+    if (rows, columns) == (HEIGHT, WIDTH + 2 * SQUARE_SHIFT):
+        return image[:, SQUARE_SHIFT:-SQUARE_SHIFT]
     raise ValueError(f"an image of {rows} rows and {columns} columns is not an aligned face, which has {HEIGHT} rows "
                      f"and {WIDTH} or {HEIGHT} columns, so landmarks are needed")
 
 
 def align_all(source, names: list[str], points: np.ndarray | None = None, any_pose: bool = False,
               progress: bool = False) -> tuple[np.ndarray, np.ndarray, list[tuple[int, str]]]:
-    """Read N images of a faces.data source and align them, in threads, by their landmarks, float (N, 5, 2).
-
-    Without landmarks, they must be aligned, see crop_aligned(). With `any_pose`, no landmarks are refused. Returns the
-    faces, uint8 (N, HEIGHT, WIDTH, 3), the centers for position_problem(), and (row, reason) of each unusable image.
-    """
+    """Read N images of a faces.data source and align them, in threads, by their landmarks, float (N, 5, 2), of which
+    none are refused with `any_pose`. Without landmarks, they must be aligned, see crop_aligned(). Returns the faces,
+    uint8 (N, HEIGHT, WIDTH, 3), the centers for position_problem(), and (row, reason) of each unusable image."""
     faces, centers = np.zeros((len(names), HEIGHT, WIDTH, 3), np.uint8), np.full((len(names), 2), np.nan)
     # For all at once, because this holds the interpreter lock
     transforms, reasons = [[None] * len(names)] * 2 if points is None else similarity_transforms(points)
@@ -185,6 +174,6 @@ def align_all(source, names: list[str], points: np.ndarray | None = None, any_po
     blocks = [every[start:start + BLOCK] for start in every[::BLOCK]]
     # The pool has a thread per CPU, with which OpenCV's own would compete.
     with one_opencv_thread(), ThreadPoolExecutor(count_cpus()) as pool:
-        results = tqdm(pool.map(load_block, blocks), "aligning", len(blocks), unit=f" x {BLOCK} faces", leave=False,
-                       disable=not progress or sys.stderr is None)
+        results = progress_bar(pool.map(load_block, blocks), "aligning", len(blocks), unit=f" x {BLOCK} faces",
+                               leave=False, disable=not progress)
         return faces, centers, [failure for failures in results for failure in failures]

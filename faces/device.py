@@ -14,9 +14,8 @@ PRECISION = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.flo
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """Return the torch.device called `name`; "auto" picks CUDA if available, then Apple MPS, then the CPU. "cuda"
-    becomes the current GPU with its index, as torch.cuda.set_device() needs it. Raises InputError if there is no such
-    device."""
+    """Return the torch.device called `name`, with the index of a GPU, which torch.cuda.set_device() needs; "auto" picks
+    CUDA if available, then Apple MPS, then the CPU. Raises InputError if there is no such device."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -30,33 +29,27 @@ def pick_device(name: str = "auto") -> torch.device:
         raise InputError(f"--device {name} is not available here ({reason}); pass --device cpu.") from None
 
 
-def prefers_bf16(device: torch.device) -> bool:
-    """Return whether bfloat16 is faster than float32 on this device."""
-    if device.type == "cuda":
-        return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)    # from Ampere on
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """Return the type that suits a network on this device: bfloat16, or else float16, or else float32. float16, which
+    needs loss scaling, is for NVIDIA GPUs with tensor cores but without bfloat16: T4, RTX 20, and V100, for which
+    PyTorch has to be built for CUDA 12.6. GTX 16 GPUs have the capability of RTX 20, but no tensor cores, and their
+    float16 convolutions can give NaN (pytorch issue 77955)."""
     if device.type == "cpu":
         # bf16 is slower than float32 on Intel CPUs without AMX: a training step took 1.5 times as long on a Xeon.
-        return torch.cpu._is_amx_tile_supported() or (torch.cpu._is_avx512_bf16_supported() and _is_amd())
-    return False
-
-
-def fast_dtype(device: torch.device) -> torch.dtype:
-    """Return the type that suits a network on this device: bfloat16, or else float16, or else float32.
-
-    float16 is for NVIDIA GPUs with tensor cores but without bfloat16: T4, RTX 20, and V100, for which PyTorch has to be
-    built for CUDA 12.6. It needs loss scaling. GTX 16 GPUs have the capability of RTX 20, but no tensor cores, and
-    their float16 convolutions can give NaN (pytorch issue 77955).
-    """
-    if prefers_bf16(device):
+        is_fast = torch.cpu._is_amx_tile_supported() or (torch.cpu._is_avx512_bf16_supported() and _is_amd())
+        return torch.bfloat16 if is_fast else torch.float32
+    if device.type != "cuda":
+        return torch.float32
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.hip is not None or capability >= (8, 0):    # from Ampere on
         return torch.bfloat16
-    has_tensor_cores = (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
-                        and "GTX 16" not in torch.cuda.get_device_name(device))
+    has_tensor_cores = capability >= (7, 0) and "GTX 16" not in torch.cuda.get_device_name(device)
     return torch.float16 if has_tensor_cores else torch.float32
 
 
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Return the type called "bf16", "fp16" or "float32"; for "auto", the fastest one of the device. Raises InputError
-    if the device can't compute in it."""
+    """Return the type called "bf16", "fp16" or "float32"; "auto" is the fastest one. Raises InputError if the device
+    can't compute in it."""
     dtype = fast_dtype(device) if precision == "auto" else PRECISION[precision]
     if dtype == torch.float16 and device.type not in ("cuda", "cpu"):
         raise InputError(f"--precision fp16 needs loss scaling, which {device.type} can't do; use float32.")
@@ -102,12 +95,9 @@ def can_autocast(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def memory_format(device: torch.device | str) -> torch.memory_format:
-    """Return the memory format in which convolutions are fast and correct on a device.
-
-    On Apple's MPS, channels_last convolutions are slower, and the gradient of batch normalization is wrong or an error,
-    depending on the release (pytorch issues 175189, 188371, 193349). On NVIDIA GPUs, channels_last is for tensor cores,
-    which exist from Volta on.
-    """
+    """Return the memory format in which convolutions are fast and correct on a device. On Apple's MPS, channels_last
+    convolutions are slower, and the gradient of batch normalization is wrong or an error, depending on the release
+    (pytorch issues 175189, 188371, 193349). On NVIDIA GPUs, channels_last is for tensor cores, from Volta on."""
     device = torch.device(device)
     old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 0)
     return torch.contiguous_format if old or device.type == "mps" else torch.channels_last
@@ -144,26 +134,18 @@ def _quotas():
         version1 = "cpu" in controllers.split(",")
         if controllers and not version1:
             continue
-        root = Path("/sys/fs/cgroup/cpu" if version1 else "/sys/fs/cgroup")
-        own = root / group.lstrip("/")
+        own = Path("/sys/fs/cgroup/cpu" if version1 else "/sys/fs/cgroup", group.lstrip("/"))
         for folder in (own, *own.parents):    # inside a container, the group's path may not exist, but the root does
-            try:
+            with contextlib.suppress(OSError, ValueError):    # no such file, or "max"
                 quota, period = ([(folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period")]
                                  if version1 else (folder / "cpu.max").read_text().split())
-                if quota != "max" and int(quota) > 0:
+                if int(quota) > 0:
                     yield math.ceil(int(quota) / int(period))
-            except (OSError, ValueError):
-                pass
-            if folder == root:
-                break
 
 
 def tune_cpu(device: torch.device):
-    """On a CPU, use no more threads than a container's quota allows, and let glibc reuse large blocks of memory.
-
-    Mapping and clearing these blocks anew takes 6 % of a training step. This changes the whole process, so only scripts
-    call it.
-    """
+    """Use no more threads than a container's quota allows; on a CPU, let glibc reuse large blocks of memory, which
+    saves 6 % of a training step. This changes the whole process, so only scripts call it."""
     torch.set_num_threads(min(torch.get_num_threads(), count_cpus()))
     if device.type != "cpu":
         return

@@ -14,6 +14,7 @@ import warnings
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]    # the clone
 CACHE = ROOT / "cache"                        # landmark lists, aligned faces, compiled kernels
@@ -34,32 +35,21 @@ class TemporaryError(InputError):
     status = 75    # EX_TEMPFAIL of sysexits.h, for job scripts that try again
 
 
-class Stopped(KeyboardInterrupt):
-    """A signal, whose number is `number`, asks the script to end."""
-
-    def __init__(self, number: int = signal.SIGINT):
-        super().__init__()
-        self.number = number
-
-
 def command(main):
-    """Decorate a script's main(): InputError prints `script: sentence` and exits with its status.
-
-    So do Ctrl-C, SIGTERM and SIGHUP, with 128 plus the number of the signal. What can't be printed, because there is no
-    console or the reader of a pipe has ended, is dropped. Any other exception is a bug and keeps its traceback.
-    """
+    """Decorate a script's main(): InputError prints `script: sentence` and exits with its status. So do Ctrl-C, SIGTERM
+    and SIGHUP, with 128 plus the number of the signal. What can't be printed, because there is no console or the reader
+    of a pipe has ended, is dropped. Any other exception is a bug and keeps its traceback."""
     @functools.wraps(main)
     def run(*args, **kwargs):
         sys.stdout, sys.stderr = Output(sys.stdout, 1), Output(sys.stderr, 2)
         script = os.path.basename(sys.argv[0])
         try:
-            with on_signals(raise_stopped):
+            with on_signals(_stop):
                 return main(*args, **kwargs)
         except InputError as error:
             message, status = str(error), error.status
         except KeyboardInterrupt as stop:
-            message = "interrupted."
-            status = 128 + getattr(stop, "number", signal.SIGINT)
+            message, status = "interrupted.", 128 + (stop.args[0] if stop.args else signal.SIGINT)
         except RuntimeError as error:
             if type(error).__name__ != "OutOfMemoryError":    # torch's, which is not imported everywhere
                 raise
@@ -101,10 +91,10 @@ class Output:
         return getattr(self.stream, name)
 
 
-def raise_stopped(number: int, _):
-    """Signal handler that raises Stopped; a second signal ends the script at once."""
+def _stop(number, _):
+    """Signal handler that ends the script in order; a second signal ends it at once."""
     signal.signal(number, signal.SIG_DFL)
-    raise Stopped(number)
+    raise KeyboardInterrupt(number)
 
 
 @contextlib.contextmanager
@@ -179,11 +169,9 @@ def reading(file, what: str, advice: str = "download or create it again"):
 
 @contextlib.contextmanager
 def atomic_write(file, mode: str = "wb", **kwargs):
-    """Open a temporary file beside `file`; on success it is flushed to disk and renamed to `file`.
-
-    On any error, the temporary file is deleted and whatever was at `file` stays. If it can't be written, that is an
-    InputError. Text may contain names of files that are not UTF-8.
-    """
+    """Open a temporary file beside `file`; on success it is flushed to disk and renamed to `file`. On any error, it is
+    deleted and whatever was at `file` stays. If it can't be written, that is an InputError. Text may contain names of
+    files that are not UTF-8."""
     file = path(file)
     if "b" not in mode:
         kwargs = {"encoding": "utf-8", "errors": "surrogateescape", **kwargs}
@@ -225,23 +213,18 @@ def read_json(file):
 
 def read_bytes(file, limit: int) -> bytes:
     """Return the content of a regular file; raise OSError if it is none or has more than `limit` bytes."""
-    # Opening a named pipe would wait for a writer forever without O_NONBLOCK, which regular files ignore.
-    with open(file, "rb", buffering=0,
-              opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as data:
-        status = os.fstat(data.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(0, "not a regular file")
-        if status.st_size > limit:
-            raise OSError(0, f"over {limit // 10**6} MB")
-        return data.readall()
+    status = os.stat(file)
+    if not stat.S_ISREG(status.st_mode):    # opening a named pipe would wait for a writer forever
+        raise OSError(0, "not a regular file")
+    if status.st_size > limit:
+        raise OSError(0, f"over {limit // 10**6} MB")
+    return Path(file).read_bytes()
 
 
 def load_tensors(file):
-    """Read a file of torch.save() onto the CPU with torch's restricted unpickler, which builds only data.
-
-    A file as torch.save() writes it is mapped into memory, so that only the tensors that are used are read. Raises
-    InputError if it is no torch file, would run code, or is too large to be read.
-    """
+    """Read a file of torch.save() onto the CPU with torch's restricted unpickler, which builds only data. It is mapped
+    into memory if possible, so that only the tensors that are used are read. Raises InputError if it is no torch file,
+    would run code, or is too large to be read."""
     import torch  # slow to import, and most users of this module do not need it
     advice = "pass a checkpoint or a state dict"
     with reading(file, "file of tensors that can be loaded safely", advice), warnings.catch_warnings():
@@ -258,10 +241,8 @@ def load_tensors(file):
 
 @contextlib.contextmanager
 def locked(file, activity: str, wait: bool = True):
-    """Hold the lock file `file`. If another process holds it, wait, or raise InputError if `wait` is false.
-
-    `activity` is what the holder is doing, for the message, such as "building the cache DIR".
-    """
+    """Hold the lock file `file`. If another process holds it, wait, or raise InputError if `wait` is false. `activity`
+    is what the holder is doing, for the message, such as "building the cache DIR"."""
     lock = FileLock(file)
     try:
         path(file).parent.mkdir(parents=True, exist_ok=True)
@@ -289,6 +270,13 @@ def check_writable(folder, option: str = "--output"):
     except OSError as error:
         raise InputError(f"can't write into the folder {folder}: {error.strerror or error}; choose another "
                          f"{option}.") from None
+
+
+def progress_bar(*args, disable: bool = False, **options) -> tqdm:
+    """Return tqdm(*args, **options) on stderr; where that is a file, as in batch jobs, it is updated every 30 s."""
+    terminal = getattr(sys.stderr, "isatty", bool)()    # bool() is false: without a console, there is no isatty
+    return tqdm(*args, disable=disable or sys.stderr is None, dynamic_ncols=True, miniters=1,
+                mininterval=0.1 if terminal else 30, **options)
 
 
 def existing_folder(name, content: str) -> Path:

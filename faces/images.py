@@ -63,13 +63,10 @@ def is_image(source) -> bool:
 
 
 def read_image(source) -> np.ndarray:
-    """Return an image as uint8 (H, W, 3), RGB.
-
-    `source` is the path of a file, its bytes, an open binary file, a PIL image, or a uint8 array or tensor, RGB
-    (H, W, 3) or gray (H, W). Gray is repeated in all channels and transparency is dropped. Of more than 8 bits, those
-    from the highest one used are kept. Raises UnreadableImage if it is missing, damaged, no image, or would need more
-    than MAX_MEMORY.
-    """
+    """Return an image as uint8 (H, W, 3), RGB. `source` is the path of a file, its bytes, an open binary file, a PIL
+    image, or a uint8 array or tensor, RGB (H, W, 3) or gray (H, W). Gray is repeated in all channels and transparency
+    is dropped. Of more than 8 bits, those from the highest one used are kept. Raises UnreadableImage if it is missing,
+    damaged, no image, or would need more than MAX_MEMORY."""
     try:
         if isinstance(source, Image.Image):
             _check_size(0, *source.size, LEAN)
@@ -231,9 +228,7 @@ def _decode_jpeg(data):
 
 def _segments(data):
     """Return the (marker, start, end) of a JPEG's segments up to the end marker; a scan's include its compressed data.
-
-    Bytes between them, or after the end marker, such as the film of a motion photo, are in none.
-    """
+    Bytes between them, or after the end marker, such as the film of a motion photo, are in none."""
     segments, position = [], 2
     while len(segments) < MAX_SEGMENTS and (found := MARKER.search(data, position)):
         start, kind = found.start(), data[found.start() + 1]
@@ -254,7 +249,7 @@ def _decode_in_order(data, segments, progressive):
     for kind, start, end in segments:
         part = data[start:end]
         if kind == SOS:
-            if not progressive:    # its range of coefficients is always the same, but some write another one
+            if not progressive and len(part) > 4:    # its range of coefficients is fixed, but some write another one
                 part = part[:5 + 2 * part[4]] + b"\0\x3f\0" + part[8 + 2 * part[4]:]
             part = PADDING.sub(b"", part)
         if kind in NEEDED or kind == APP14 and part[4:9] == b"Adobe" and part[15:16] <= b"\2":

@@ -5,7 +5,6 @@ aligned faces lines of `path label`. Fields are separated by tabs or spaces and 
 contain spaces. Beside a list that our scripts made is a record of the photos that it was made from.
 """
 import codecs
-import contextlib
 import functools
 import hashlib
 import io
@@ -36,16 +35,13 @@ class LandmarkList(NamedTuple):
 
 
 def read_landmarks(path, labeled: bool, root=None) -> LandmarkList:
-    """Read a landmark list of integers or decimals, with labels (CASIA) or without (LFW).
-
-    Absolute paths below `root`, the folder of the images, become relative. Raises InputError if the file can't be read,
-    a line is not as above, or the landmarks can't be those of faces.
-    """
+    """Read a landmark list of integers or decimals, with labels (CASIA) or without (LFW). Absolute paths below `root`,
+    the folder of the images, become relative. Raises InputError if a line is not as above, or most landmarks can't be
+    those of faces."""
     with reading(path, "landmark list", ADVICE):
         paths, labels, values = _read(path, root, labeled, 10)
     points = np.array(values, np.float32).reshape(-1, 5, 2)
-    problem = arrangement_problem(points)
-    if problem:
+    if problem := arrangement_problem(points):
         raise InputError(f"{path} is not a usable landmark list: {problem}; expected x1 y1 ... x5 y5 in pixels for "
                          f"the image-left eye, the other eye, the nose, and both corners of the mouth; {ADVICE}.")
     return LandmarkList(paths, np.array(labels, np.int64) if labeled else None, points)
@@ -59,11 +55,8 @@ def read_labels(path, root=None) -> tuple[list[str], np.ndarray]:
 
 
 def write_landmarks(path, rows: Iterable[tuple], made_from: str | None = None):
-    """Write a landmark list, atomically, and beside it a record, for found_list(), of what it was made from.
-
-    `rows` are (path, points) or (path, label, points), points float (5, 2), of which two decimals are written;
-    `made_from` is the photos_digest() of the set.
-    """
+    """Write a landmark list of (path, points) or (path, label, points), points float (5, 2), of which two decimals are
+    written, and beside it a record for found_list() of `made_from`, the photos_digest() of the set."""
     record = Path(path).with_suffix(".json")
     record.unlink(missing_ok=True)    # the old one does not describe the new list
     with atomic_write(path, "w") as file:
@@ -82,16 +75,13 @@ def default_list(root, name: str) -> Path:
 def photos_digest(source) -> str:
     """Return a digest of the names, sizes and times of the photos in a faces.data source."""
     names = source.names()
-    digest = hashlib.sha256("\n".join(names).encode(errors="surrogateescape"))    # names need not be UTF-8
-    digest.update(source.versions(names).tobytes())
-    return digest.hexdigest()
+    listed = "\n".join(names).encode(errors="surrogateescape")    # names need not be UTF-8
+    return hashlib.sha256(listed + source.versions(names).tobytes()).hexdigest()
 
 
 def found_list(source, name: str) -> Path | None:
-    """Return the list `name` of a faces.data source: in its own folder, or else where our scripts write it; or None.
-
-    A list made for other photos than those that are there now is not used, and that is printed.
-    """
+    """Return the list `name` of a faces.data source: in its own folder, or else where our scripts write it; or None. A
+    list made for other photos than those that are there now is not used, and that is printed."""
     own = Path(source.root) / name
     for file in (own, default_list(source.root, name)):
         if not file.is_file():
@@ -104,10 +94,8 @@ def found_list(source, name: str) -> Path | None:
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield (number from 1, line) of each line of a text file that is not blank; ValueError if it is not text.
-
-    It is in UTF-8, or in UTF-16 with a byte-order mark. Other bytes in names are kept, as os.fsdecode() does.
-    """
+    """Yield (number from 1, line) of each line of a text file that is not blank; ValueError if it is not text. It is in
+    UTF-8, or in UTF-16 with a byte-order mark. Other bytes in names are kept, as os.fsdecode() does."""
     if path.exists() and not path.is_file():      # reading a named pipe would wait forever
         raise OSError(0, "not a regular file")
     with path.open("rb") as file:
@@ -122,13 +110,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def normal_form(name: str) -> str:
-    """Return a name for comparisons: macOS may store an accented letter as two characters, most lists have one.
-
-    Where Python takes names of files for ASCII, they are read as the UTF-8 that they usually are.
-    """
-    if not name.isascii():
-        with contextlib.suppress(UnicodeError):
-            name = name.encode(errors="surrogateescape").decode()
+    """Return a name for comparisons: macOS may store an accented letter as two characters, most lists have one."""
     return unicodedata.normalize("NFC", name)
 
 
@@ -161,17 +143,15 @@ def _read(path, root, labeled, numbers):
 
 def _relative_to(root):
     """Return a function that makes the path of a list relative, with forward slashes, or refuses it as outside `root`.
-
-    Absolute paths may name the folder, or a link to a person's folder in it, in any way: identities are compared.
-    """
+    Absolute paths may lead to the folder, or to a person's folder of which it has a link, through other links."""
     links = [] if root is None or not os.path.isdir(root) else [root, *filter(os.path.islink, Path(root).iterdir())]
-    known = {_identity(link): PurePath(link).relative_to(root) for link in links}
+    known = {os.path.realpath(link): PurePath(link).relative_to(root) for link in links}
 
     @functools.cache
     def below(text):
         folder = PurePath(text)
         for parent in (folder, *folder.parents):
-            if (place := known.get(_identity(parent))) is not None:
+            if (place := known.get(os.path.realpath(parent))) is not None:
                 return (place / folder.relative_to(parent)).as_posix()
         raise InputError(OUTSIDE.format(text, root))
 
@@ -184,11 +164,3 @@ def _relative_to(root):
             raise InputError(OUTSIDE.format(name, root))
         return name
     return relative
-
-
-def _identity(file):
-    try:
-        status = os.stat(file)
-        return status.st_dev, status.st_ino
-    except OSError:
-        return file    # nothing that exists

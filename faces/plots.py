@@ -1,7 +1,7 @@
 """Draw ROC and CMC curves, similarity histograms, training curves, t-SNE layouts and face comparisons.
 
-Pictures are drawn on Agg canvases, without pyplot, on white, in the color-blind safe palette of Okabe and Ito. Line
-styles, markers, hatching or text repeat what colors say. The file's extension determines the format (.png, .svg, .pdf).
+Pictures are drawn without pyplot, on white, in the color-blind safe palette of Okabe and Ito. Line styles, markers,
+hatching or text repeat what colors say. The file's extension determines the format (.png, .svg, .pdf).
 """
 import contextlib
 import os
@@ -20,7 +20,6 @@ if backend is not None:
     os.environ["MPLBACKEND"] = backend
     with contextlib.suppress(ValueError):
         matplotlib.rcParams["backend"] = backend
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import EngFormatter
@@ -105,11 +104,8 @@ def draw_training(axes, images: np.ndarray, loss: np.ndarray, lfw: np.ndarray):
 
 def tsne_panels(path, panels: list, labels: np.ndarray, names: list[str]):
     """Draw t-SNE layouts of the embeddings of up to 70 identities: for each panel (title, float (N, 2) points).
-    `labels`, int (N,), are indices into `names`.
-
-    The legend numbers the identities. Each number is also drawn at the medoid of the identity's points: the point
-    nearest to all others, which is always in a cluster, unlike the mean.
-    """
+    `labels`, int (N,), are indices into `names`. The legend numbers the identities. Each number is also drawn at the
+    medoid of the identity's points: the one nearest to all others, which is always in a cluster, unlike the mean."""
     side = 5.4 if len(panels) == 1 else 3.3   # inches; several panels must fit side by side on a page
     figure, axes = new_figure((side * len(panels) + 1.6, side + 0.2), len(panels))
     for panel, (title, points) in zip(np.ravel(axes), panels):
@@ -146,10 +142,8 @@ def plain(name: str) -> str:
 
 
 def new_figure(size: tuple, columns: int = 1, rows: int = 1, **grid) -> tuple:
-    """Return a matplotlib figure of `size` (width, height) inches, and its axes in a grid of `rows` and `columns`, for
-    which `grid` has further arguments of matplotlib's subplots()."""
+    """Return a matplotlib figure of `size` (width, height) inches, and its axes, from subplots() with `grid`."""
     figure = Figure(size, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, **grid)
     for panel in np.ravel(axes):
         panel.spines[["top", "right"]].set_visible(False)

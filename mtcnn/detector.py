@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cv2
 import numpy as np
 import torch
-from tqdm import tqdm
 
+from faces import files
 from faces.device import count_cpus, exact_float32, pick_device, to_input
 from faces.files import InputError, at_least, atomic_write, command, count_of, path, script_parser, write_json
 from faces.images import UnreadableImage, is_image, read_image, scan_images
@@ -45,19 +45,18 @@ class Faces(NamedTuple):
 
 
 class Detector:
-    """MTCNN face detector, for faces of at least min_face_size pixels; the time is roughly proportional to its inverse
-    square.
+    """MTCNN face detector, for faces of at least min_face_size pixels; half of that takes four times as long.
 
     The thresholds are minimum probabilities of a face for P-Net, R-Net and O-Net; `factor` is the scale between
     neighboring images of the pyramid, of which the default halves the area.
     """
 
     def __init__(self, min_face_size: float = 20, thresholds=(0.6, 0.7, 0.7), factor: float = 0.709,
-                 device: torch.device | str | None = "auto"):
+                 device: torch.device | str = "auto"):
         if min_face_size <= 0 or not 0 < factor < 1 or len(thresholds) != 3:
             raise ValueError("min_face_size must be above 0, factor between 0 and 1; and pass three thresholds")
         self.min_face_size, self.thresholds, self.factor = min_face_size, tuple(thresholds), factor
-        self.device = pick_device(device or "auto")
+        self.device = pick_device(device)
         self.max_pixels = CPU_PIXELS if self.device.type == "cpu" else GPU_PIXELS
         self.nets = load_nets(self.device)
 
@@ -65,14 +64,11 @@ class Detector:
         return type(self), (self.min_face_size, self.thresholds, self.factor, self.device)
 
     def detect(self, images, thresholds=None, workers: int = 0) -> "list[Faces] | Faces":
-        """Return the Faces in each of a list of images, or in one image.
+        """Return the Faces in each of a list of images, or in one image, which are as for faces.images.read_image():
+        paths, bytes of files, PIL images, uint8 RGB (H, W, 3), ... UnreadableImage, a ValueError, names the file.
 
-        Args:
-            images: images as faces.images.read_image() takes them: a path, the bytes of a file, a PIL image, uint8 RGB
-                (H, W, 3), ... Equal sizes are fastest. UnreadableImage, a ValueError, names the file.
-            thresholds: used instead of the detector's own.
-            workers: processes for hundreds of images: one per core, or up to 8 that share a GPU. With a GPU, and
-                without Linux, a script then needs `if __name__ == "__main__":`.
+        `thresholds` replace the detector's own. `workers` are processes for hundreds of images: one per core, or up to
+        8 that share a GPU. With a GPU, and without Linux, a script then needs `if __name__ == "__main__":`.
         """
         if is_image(images):
             return self.detect([images], thresholds)[0]
@@ -185,7 +181,7 @@ def read(image) -> np.ndarray:
         raise
 
 
-def add_options(parser):
+def add_detector_options(parser):
     """Add the options for make_detector() to a parser."""
     parser.add_argument("--min-face-size", type=at_least(4, float), default=20, metavar="PIXELS", help="smallest face")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
@@ -241,7 +237,7 @@ def main(argv=None):
     parser = script_parser(__doc__)
     parser.add_argument("photos", nargs="+", metavar="PHOTO|DIR", help="image files of any size, or folders of them")
     parser.add_argument("--output", type=path, required=True, metavar="DIR", help="folder for drawings and faces.json")
-    add_options(parser)
+    add_detector_options(parser)
     args = parser.parse_args(argv)
     photos = list_photos(args.photos)
     detector, names = make_detector(args), output_names(photos)
@@ -249,11 +245,11 @@ def main(argv=None):
     if overwritten:
         raise InputError(f"a drawing would overwrite the photo {overwritten.pop()}; choose another --output.")
     listing = []
-    for photo, name in zip(tqdm(photos, unit=" images", disable=None), names):
+    for photo, name in zip(bar := files.progress_bar(photos, unit=" images"), names):
         try:
             image = read(photo)
         except UnreadableImage as error:
-            tqdm.write(f"skipped {error}", file=sys.stderr)
+            bar.write(f"skipped {error}", file=sys.stderr)
             continue
         faces = detector.detect(image)
         with atomic_write(args.output / name) as file:

@@ -1,35 +1,27 @@
-"""Find the landmarks of all images of a data set. Results are appended to `.NAME.partial` beside the list, from which a
-killed run continues."""
+"""Find the landmarks of all images of a data set. A run that was killed continues."""
 import argparse
-import io
-import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
+from faces import files
 from faces.data.sources import Folder
 from faces.files import InputError, at_least, atomic_write, check_writable, count_of, locked, path, shorten
 from faces.images import summarize
 from faces.landmarks import default_list, photos_digest, write_landmarks
-from mtcnn.detector import Detector, add_options, make_detector
-from mtcnn.search import ATTEMPTS, NO_FACE, RULES, search
+from faces.rows import Rows
+from mtcnn.detector import Detector, add_detector_options, make_detector
+from mtcnn.search import ATTEMPTS, LANDMARKS, NO_FACE, RULES, search
 
 MAX_UNREADABLE = 0.01    # fraction of the images; a run with more of them stops
 UNKNOWN = -2             # instead of an index into ATTEMPTS, if an image can't be read
-# What was found in an image, as in mtcnn.search.Find.
-FOUND = np.dtype([("index", np.int64), ("size", np.int32, 2), ("attempt", np.int8), ("points", np.float64, (5, 2))])
 
 
 def find_landmarks(root: Path | str, paths: list[str], device="auto") -> tuple[np.ndarray, int]:
-    """Return the landmarks of the images `paths` below `root`, float32 (N, 5, 2), and the number without a face.
-
-    Images without a face get the median of the others. An image that can't be read is an InputError.
-    """
+    """Return the landmarks of the images `paths` below `root`, float32 (N, 5, 2), and the number without a face, which
+    get the median of the others. An image that can't be read is an InputError."""
     detector = Detector(device=device)
     workers = None if detector.device.type == "cpu" else 0    # starting processes on a GPU takes as long as it saves
     found, _ = find_all(root, paths, detector, "center", workers, max_unreadable=0)
@@ -37,7 +29,7 @@ def find_landmarks(root: Path | str, paths: list[str], device="auto") -> tuple[n
 
 
 def median_filled(found: np.ndarray) -> np.ndarray:
-    """Return the points of FOUND (N,), with the median landmarks of all faces where no face was found."""
+    """Return the points in LANDMARKS (N,), with the median landmarks of all faces where no face was found."""
     points, has_face = found["points"].copy(), found["attempt"] > NO_FACE
     relative = (points[has_face] / found["size"][has_face, None]).astype(np.float32)
     points[~has_face] = np.median(relative, axis=0) * found["size"][~has_face, None]
@@ -46,58 +38,52 @@ def median_filled(found: np.ndarray) -> np.ndarray:
 
 def list_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the options of both scripts to a parser, and return it."""
-    parser.add_argument("--output", type=path, metavar="FILE",
-                        help="the list (default: in cache/, where training and evaluation look for it)")
-    parser.add_argument("--select", choices=RULES, default="center", help="which face to keep if several are found")
-    parser.add_argument("--workers", type=at_least(0), metavar="N",
-                        help="worker processes (default: one per core, at most 8 with CUDA, 0 with mps)")
-    add_options(parser)
+    option = parser.add_argument
+    option("--output", type=path, metavar="FILE", help="the list (default: in cache/, where other scripts look for it)")
+    option("--select", choices=RULES, default="center", help="which face to keep if several are found")
+    option("--workers", type=at_least(0), metavar="N", help="processes (default: one per core, 8 on CUDA, 0 on mps)")
+    add_detector_options(parser)
     return parser
 
 
 def make_list(source: Folder, paths: list[str], name: str, args: argparse.Namespace, rows: Callable, fate: str):
-    """Find the landmarks of the photos `paths` of a source, write their list, and print a summary.
-
-    `name` is the list's default name, `rows` makes its rows from what find_all() returns, and `fate` is what happens to
-    images without a face.
-    """
+    """Find the landmarks of the photos `paths` of a source, write their list, and print a summary. `name` is the list's
+    default name, `rows` makes its rows from what find_all() returns, and `fate` is that of images without a face."""
     if args.device == "auto" and not torch.cuda.is_available():
         args.device = "cpu"    # many processes are faster than MPS
     detector, output = make_detector(args), args.output or default_list(source.root, name)
     check_writable(output.parent)
     with locked(output.with_name(f".{output.name}.lock"), f"making {output}", wait=False):
-        digest, partial = photos_digest(source), output.with_name(f".{output.name}.partial")
-        settings = {"photos": digest, "select": args.select, "min_face_size": detector.min_face_size,
-                    "attempts": ATTEMPTS, "device": detector.device.type}    # rounding depends on the device
-        with open(partial, "a+b") as file:
-            found, problems = find_all(source.root, paths, detector, args.select, args.workers, file, settings)
+        digest = photos_digest(source)
+        # Devices round differently.
+        partial = Rows(output, (digest, args.select, detector.min_face_size, ATTEMPTS, detector.device.type), LANDMARKS)
+        found, problems = find_all(source.root, paths, detector, args.select, args.workers, partial)
         write_landmarks(output, rows(found, problems), made_from=digest)
         report(paths, found["attempt"], problems, output, fate)
-        partial.unlink()
+        partial.delete()
 
 
-def find_all(root, paths: list[str], detector: Detector, select: str, workers: int | None, partial=None, settings=None,
+def find_all(root, paths: list[str], detector: Detector, select: str, workers: int | None, partial: Rows | None = None,
              max_unreadable: float = MAX_UNREADABLE) -> tuple[np.ndarray, dict[int, str]]:
-    """Find the landmarks of N images as search() does; return FOUND (N,), and why each unreadable image is that.
-
-    The file `partial` gets the results; if it was begun with the same settings, it is continued. More unreadable images
-    than the fraction `max_unreadable` are an InputError.
-    """
-    found, problems, partial = np.zeros(len(paths), FOUND), {}, partial or io.BytesIO()
+    """Find the landmarks of N images as search() does; return LANDMARKS (N,), and why each unreadable image is that, of
+    which more than the fraction `max_unreadable` are an InputError. `partial` has the results of a run that was killed,
+    and gets the others."""
+    found, problems = np.zeros(len(paths), LANDMARKS), {}
     found["attempt"] = UNKNOWN
-    rows = read_partial(partial, json.dumps(settings).encode() + b"\n")
-    found[rows["index"]] = rows
+    if partial:
+        rows = partial.read()
+        found[rows["index"]] = rows
     missing = np.flatnonzero(found["attempt"] == UNKNOWN).tolist()
-    if len(rows):
-        print(f"continuing: {len(rows):,} of {count_of(len(paths), 'image~')} already done")
-    with tqdm(desc="landmarks", total=len(paths), initial=len(rows), unit=" images", disable=not sys.stderr) as bar:
-        for batch in search(root, [(i, paths[i]) for i in missing], detector, select, workers):
-            problems |= {find.index: find.problem for find in batch if find.problem}    # a later run tries them again
-            rows = np.array([find[:4] for find in batch if not find.problem], FOUND)
+    done = len(paths) - len(missing)
+    if done:
+        print(f"continuing: {done:,} of {count_of(len(paths), 'image~')} already done")
+    with files.progress_bar(desc="landmarks", total=len(paths), initial=done, unit=" images") as bar:
+        for rows, unreadable in search(root, [(i, paths[i]) for i in missing], detector, select, workers):
+            problems |= unreadable    # a later run tries them again
             found[rows["index"]] = rows
-            partial.write(rows.tobytes())
-            partial.flush()
-            bar.update(len(batch))
+            if partial:
+                partial.append(rows)
+            bar.update(len(rows) + len(unreadable))
             if len(problems) > max_unreadable * len(paths):
                 raise InputError(f"{len(problems):,} of {count_of(len(paths), 'image~')} in {root} can't be read "
                                  f"({summarize([(paths[i], why) for i, why in problems.items()])}); replace or remove "
@@ -105,21 +91,6 @@ def find_all(root, paths: list[str], detector: Detector, select: str, workers: i
     if (found["attempt"] <= NO_FACE).all():
         raise InputError(f"no face was found in {count_of(len(paths), 'image~')} in {root}; pass photos of faces.")
     return found, problems
-
-
-def read_partial(file: BinaryIO, header: bytes) -> np.ndarray:
-    """Return the rows of a partial file, FOUND (n,), and drop an incomplete one; empty it if its header is another."""
-    file.seek(0)
-    first, rest = file.readline(), file.read()
-    if first != header:
-        if first:
-            print("starting over, because the photos or the options have changed")
-        file.truncate(0)
-        file.write(header)
-        return np.empty(0, FOUND)
-    count = len(rest) // FOUND.itemsize
-    file.truncate(len(header) + count * FOUND.itemsize)
-    return np.frombuffer(rest, FOUND, count)
 
 
 def report(paths: list[str], attempts: np.ndarray, problems: dict[int, str], output: Path, fate: str):

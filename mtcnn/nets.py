@@ -26,11 +26,9 @@ def layers(*sizes: tuple) -> nn.Sequential:
 
 
 class PNet(nn.Module):
-    """Proposes faces of 12 pixels at all positions of images, (N, 3, H, W), H and W even and at least 12.
-
-    Returns the probability of a face (N, h, w), h = H / 2 - 5, and the features for offsets(), (N, h, w, 32). The
-    receptive field of cell (i, j) is 12 x 12 pixels, starting at row 2i and column 2j.
-    """
+    """Proposes faces of 12 pixels at all positions of images, (N, 3, H, W), H and W even and at least 12. Returns the
+    probability of a face (N, h, w), h = H / 2 - 5, and the features for offsets(), (N, h, w, 32). The receptive field
+    of cell (i, j) is 12 x 12 pixels, starting at row 2i and column 2j."""
 
     def __init__(self):
         super().__init__()
@@ -49,11 +47,9 @@ class PNet(nn.Module):
 
 
 class PooledConvolution(nn.Module):
-    """A 3x3 convolution with PReLU and 2x2 max pooling in one layer, for images of even height and width.
-
-    It has stride 2 and four times the channels, one for each of the four values that are pooled. On a CPU, this takes
-    0.4 of the time, because the image before pooling, by far the largest in P-Net, is never stored.
-    """
+    """A 3x3 convolution with PReLU and 2x2 max pooling in one layer, for images of even height and width: it has stride
+    2 and four times the channels, one for each of the values that are pooled. On a CPU, this takes 0.4 of the time,
+    because the image before pooling, by far the largest in P-Net, is never stored."""
 
     @torch.no_grad()
     def __init__(self, convolution: nn.Conv2d, prelu: nn.PReLU):
@@ -86,11 +82,9 @@ class SeparableMaxPool(nn.Module):
 
 
 class Classifier(nn.Module):
-    """R-Net or O-Net: takes proposals, (N, 3, 24, 24) or (N, 3, 48, 48).
-
-    Returns the probability of a face (N,), the offsets (N, 4) of the box's sides and, from O-Net, the landmarks
-    (N, 5, 2), x then y as fractions of the box from its upper left corner.
-    """
+    """R-Net or O-Net: takes proposals, (N, 3, 24, 24) or (N, 3, 48, 48); returns the probability of a face (N,), the
+    offsets (N, 4) of the box's sides and, from O-Net, the landmarks (N, 5, 2), x then y as fractions of the box from
+    its upper left corner."""
 
     def __init__(self, body: nn.Sequential, inputs: int, width: int, landmarks: bool = False):
         super().__init__()

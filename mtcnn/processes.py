@@ -20,11 +20,9 @@ AHEAD = 4    # batches in flight per process, which bounds the memory
 
 
 def in_processes(function: Callable, batches: Iterable, workers: int, device: torch.device) -> Iterator:
-    """Yield function(batch) for each batch, in order; everything must be picklable.
-
-    Each process has one thread. It is forked for a CPU on Linux and otherwise spawned, which takes seconds: CUDA
-    doesn't work in a fork, and macOS doesn't support forks well. A killed process is an InputError.
-    """
+    """Yield function(batch) for each batch, in order; everything must be picklable. Each process has one thread. It is
+    forked for a CPU on Linux and otherwise spawned, which takes seconds: CUDA doesn't work in a fork, and macOS doesn't
+    support forks well. A killed process is an InputError."""
     forked = device.type == "cpu" and sys.platform == "linux"
     context = multiprocessing.get_context("fork" if forked else "spawn")
     lifeline, held = context.Pipe(duplex=False)

@@ -22,10 +22,8 @@ class Pyramid:
         self.scales = [min(rows / self.size[0], columns / self.size[1]) for rows, columns in sizes]
 
     def crop(self, box: list, target: np.ndarray):
-        """Resample a square box, four floats in pixels of the image, into `target`, uint8 (size, size, 3), bilinearly.
-
-        It is taken from the smallest level that has at least one pixel per pixel of the target. Outside, it is black.
-        """
+        """Resample a square box, four floats in pixels of the image, into `target`, uint8 (size, size, 3), bilinearly
+        from the smallest level that has at least one pixel per pixel of the target; black outside the image."""
         size = target.shape[0]
         step = (box[2] - box[0]) / size                               # pixels of the image per pixel of the target
         level = max(0, bisect_right(self.scales, -1 / step, key=lambda scale: -scale) - 1)
@@ -41,11 +39,9 @@ class Pyramid:
 
 
 def level_sizes(height: int, width: int, min_face_size: float, factor: float) -> tuple[list, int]:
-    """Return the sizes (rows, columns) of all levels, starting with the image, and the index of the first to search.
-
-    At the first level to search, a face of min_face_size has 12 pixels; the last has at least 12 rows and columns. The
-    levels before only lead to it in steps of a half. Searched sizes are even, as P-Net needs. There may be none.
-    """
+    """Return the sizes (rows, columns) of all levels, starting with the image, and the index of the first to search, at
+    which a face of min_face_size has 12 pixels. The levels before only lead to it in steps of a half. Searched sizes
+    are even, as P-Net needs, and at least 12. There may be none."""
     sizes, scale, half = [(height, width)], CELL / min_face_size, 0.5
     while half > scale and min(height, width) * scale >= CELL:
         sizes.append((round(height * half), round(width * half)))

@@ -1,5 +1,6 @@
-"""Find one face in each of many images, on all cores. An image without one is searched again in a black frame, which
-makes room for a face that the border cuts, and then with lower thresholds."""
+"""Find faces in photos, and one in each of many images, on all cores. An image without one is searched again in a black
+frame, which makes room for a face that the border cuts, and then with lower thresholds."""
+import itertools
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -20,33 +21,73 @@ from mtcnn.processes import in_processes
 ATTEMPTS = (((0.6, 0.7, 0.7), 0), ((0.6, 0.7, 0.7), 0.25), ((0.5, 0.5, 0.5), 0.25), ((0.3, 0.3, 0.3), 0.25))
 RULES = ("center", "largest", "score")
 NO_FACE = -1
+# What is found in an image, its (width, height) included. The attempt is an index into ATTEMPTS, or NO_FACE.
+LANDMARKS = np.dtype([("index", np.int64), ("size", np.int32, 2), ("attempt", np.int8), ("points", np.float64, (5, 2))])
 BATCH = 32             # images per batch of a worker process
 GPU_PROCESSES = 8      # that share a GPU; each needs about 0.5 GB of its memory
 
 
-class Find(NamedTuple):
-    """What was found in one image."""
-    index: int                           # of the image in the list of paths
-    size: tuple                          # (width, height)
-    attempt: int = NO_FACE               # index into ATTEMPTS of the successful one
-    points: list = [[0.0, 0.0]] * 5      # x and y of each landmark
-    problem: str | None = None           # why the image can't be read, or None
+class Found(NamedTuple):
+    """The faces in one image."""
+    index: int                    # of the image in the list of photos
+    image: np.ndarray | str       # uint8 (H, W, 3), or why it can't be read
+    faces: Faces | None = None    # all that the successful attempt found, in pixels of the image
+    rows: list = []               # of those that can be aligned, the selected one first
+    attempt: int = NO_FACE        # index into ATTEMPTS
 
 
 def search(root: Path | str, items: list[tuple[int, str]], detector: Detector, select: str = "center",
-           workers: int | None = None) -> Iterator[list[Find]]:
-    """Find the face in each image, given its index and path below `root`; yield lists of Find, in order.
-
-    `select` is which face of several, see choose(). `workers` is the number of processes, None for one per core but at
-    most GPU_PROCESSES with CUDA and none with MPS. With 0 or 1, this process searches, and a thread reads ahead.
-    """
+           workers: int | None = None) -> Iterator[tuple[np.ndarray, dict[int, str]]]:
+    """Find the face in each image, given its index and path below `root`. Yield LANDMARKS (n,) of a few images at a
+    time, in order, and {index: reason} of those that can't be read. `select` is which face of several, see choose();
+    `workers` the number of processes: None is one per core, but at most GPU_PROCESSES with CUDA and none with MPS."""
     if workers is None:
         workers = {"cpu": count_cpus(), "cuda": min(count_cpus(), GPU_PROCESSES)}.get(detector.device.type, 0)
     if workers > 1 and len(items) > BATCH:
         batches = (items[start:start + BATCH] for start in range(0, len(items), BATCH))
-        yield from in_processes(partial(find_all, root, detector, select), batches, workers, detector.device)
+        for results in in_processes(partial(_search_all, root, detector, select), batches, workers, detector.device):
+            yield from results
     else:
-        yield from (find(detector, select, group) for group in prefetch(read_groups(root, items)))
+        yield from _search(root, detector, select, items)
+
+
+def _search_all(*args):
+    return list(_search(*args))
+
+
+def _search(root, detector, select, items):
+    def read(path):
+        if "\t" in path or "\\" in path or path.splitlines() != [path]:
+            return "its name has a character that a list can't hold, such as a tab"
+        return image_or_reason(Path(root, path))
+
+    for group in find_faces(((i, read(path)) for i, path in items), detector, select):
+        rows = [(found.index, found.image.shape[1::-1], found.attempt,
+                 np.round(found.faces.landmarks[found.rows[0]], 2) if found.rows else np.zeros((5, 2)))
+                for found in group if not isinstance(found.image, str)]
+        yield np.array(rows, LANDMARKS), {found.index: found.image for found in group if isinstance(found.image, str)}
+
+
+def image_or_reason(photo) -> np.ndarray | str:
+    """Return read_image(photo), or why it can't be read."""
+    try:
+        return read_image(photo)
+    except UnreadableImage as error:
+        return str(error)
+
+
+def find_faces(images: Iterable, detector: Detector, select: str, attempts: tuple = ATTEMPTS) -> Iterator[list[Found]]:
+    """Find the faces in each image, given (index, image_or_reason()); yield lists of Found, in order. Few images are in
+    memory at a time; a thread reads the next ones."""
+    for group in prefetch(groups(itertools.starmap(Found, images), lambda found: getattr(found.image, "size", 0) // 3)):
+        for attempt, (thresholds, width) in enumerate(attempts):
+            missing = [i for i, found in enumerate(group) if not found.rows and not isinstance(found.image, str)]
+            framed = [frame(group[i].image, width) for i in missing]
+            for i, (_, corner), faces in zip(missing, framed, detector.detect([f[0] for f in framed], thresholds)):
+                faces = faces._replace(boxes=faces.boxes - np.tile(corner, 2), landmarks=faces.landmarks - corner)
+                if rows := choose(faces, group[i].image.shape[:2], select):
+                    group[i] = group[i]._replace(faces=faces, rows=rows, attempt=attempt)
+        yield group
 
 
 def prefetch(items: Iterable) -> Iterator:
@@ -59,64 +100,24 @@ def prefetch(items: Iterable) -> Iterator:
             yield item
 
 
-def read_groups(root, items):
-    """Yield lists of (index, image or UnreadableImage) that fit in memory together, given (index, path)."""
-    def read(path):
-        if "\t" in path or "\\" in path or path.splitlines() != [path]:
-            return UnreadableImage("its name has a character that a list can't hold, such as a tab")
-        try:
-            return read_image(Path(root, path))
-        except UnreadableImage as error:
-            return error
-
-    return groups(((i, read(path)) for i, path in items), lambda item: getattr(item[1], "size", 0) // 3)
-
-
-def find_all(root, detector, select, items):
-    """Return a Find for each (index, path)."""
-    return [found for group in read_groups(root, items) for found in find(detector, select, group)]
-
-
-def find(detector, select, group):
-    """Return a Find for each (index, image or UnreadableImage)."""
-    images = {i: image for i, image in group if not isinstance(image, UnreadableImage)}
-    finds = {i: Find(i, image.shape[1::-1]) if i in images else Find(i, (0, 0), problem=str(image))
-             for i, image in group}
-    for attempt, (thresholds, width) in enumerate(ATTEMPTS):
-        missing = [i for i in images if finds[i].attempt == NO_FACE]
-        framed = [frame(images[i], width) for i in missing]
-        for i, (image, corner), faces in zip(missing, framed, detector.detect([f[0] for f in framed], thresholds)):
-            row = choose(faces, image.shape[:2], select, corner)
-            if row is not None:
-                points = np.round(faces.landmarks[row] - corner, 2).tolist()
-                finds[i] = finds[i]._replace(attempt=attempt, points=points)
-    return list(finds.values())
-
-
 def frame(image: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
     """Return an image inside a black frame, `fraction` of its size wide, and the corner (x, y) of the image in it."""
     y, x = (round(fraction * side) for side in image.shape[:2])
     return cv2.copyMakeBorder(image, y, y, x, x, cv2.BORDER_CONSTANT, value=(0, 0, 0)), np.array((x, y), np.float32)
 
 
-def choose(faces: Faces, shape: tuple, select: str, corner=(0, 0)) -> int | None:
-    """Return the row of the chosen face in an image's Faces, or None if none can be aligned.
-
-    `select` is "center" for the face nearest the center, which is LFW's rule, "largest", or "score" for the highest
-    probability. `shape` is (height, width), also of a frame, in which the image is at `corner`, (x, y).
-    """
-    size = np.asarray(shape) - 2 * np.asarray(corner)[::-1]    # of the image itself
-    rows = [row for row, points in enumerate(faces.landmarks) if can_be_aligned(points - corner, size)]
+def choose(faces: Faces, shape: tuple, select: str) -> list[int]:
+    """Return the rows of the Faces in an image of the shape (height, width) that can be aligned, the best one first:
+    with `select`, the one nearest the "center", which is LFW's rule, the "largest", or that of the highest "score"."""
     from_center = (faces.boxes[:, :2] + faces.boxes[:, 2:] - shape[::-1]) / 2
     values = {"center": -(from_center ** 2).sum(1), "largest": (faces.boxes[:, 2:] - faces.boxes[:, :2]).prod(1),
              "score": faces.scores}[select]
-    return max(rows, key=lambda row: values[row], default=None)
+    def can_be_aligned(points):
+        try:
+            check_inside(points, shape)
+            return similarity_transform(points) is not None
+        except ValueError:
+            return False
 
-
-def can_be_aligned(points: np.ndarray, shape) -> bool:
-    """Return whether landmarks are inside an image of this shape and belong to a face that is not flipped."""
-    try:
-        check_inside(points, shape)
-        return similarity_transform(points) is not None
-    except ValueError:
-        return False
+    rows = [row for row, points in enumerate(faces.landmarks) if can_be_aligned(points)]
+    return sorted(rows, key=lambda row: -values[row])

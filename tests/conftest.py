@@ -17,6 +17,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import cv2
 import numpy as np
 import pytest
+import skimage.data
 
 from faces.align import TEMPLATE
 from faces.landmarks import write_landmarks
@@ -24,6 +25,8 @@ from faces.landmarks import write_landmarks
 ROOT = Path(__file__).resolve().parents[1]
 LOCAL = ("--standalone", "--local-addr", "127.0.0.1")    # the name of a machine may have no address
 FOLDERS = ("benchmarks", "cosFace", "faces", "images", "mtcnn", "sphereFace", "tools")    # of the project's code
+# Landmarks of the face in skimage.data.astronaut(), read off by eye.
+ASTRONAUT = np.array([(203.8, 101.6), (246.8, 104.6), (224.5, 130.3), (200.8, 139.0), (244.4, 141.7)])
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -42,24 +45,10 @@ def script(name, *args, from_root=False):
                           env={"OMP_NUM_THREADS": "2", **os.environ}, timeout=900)
 
 
-# Beginning of a program that measures its own memory; getrusage() would include that of the process that started it.
-PEAK = """
-def peak():
-    return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
-"""
-needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
-TINY = ["--batch-size", "8", "--epochs", "2", "--checkpoint-minutes", "0", "--device", "cpu", "--precision", "float32"]
-
-
 def options(casia, folder, name="run"):
-    """Return options of casia_train.py for a run of 12 steps on the CPU.
-
-    Args:
-        casia: the training set.
-        folder: folder for the cache and the run.
-        name: name of the run's folder in it.
-    """
-    return ["--casia", casia, "--cache", folder / "cache", "--output", folder / name, *TINY]
+    """Return options of casia_train.py for a run of 12 steps on the CPU, with the cache and the run in a folder."""
+    return ["--casia", casia, "--cache", folder / "cache", "--output", folder / name,
+            *"--batch-size 8 --epochs 2 --checkpoint-minutes 0 --device cpu --precision float32".split()]
 
 
 def free_port():
@@ -123,7 +112,7 @@ def seeded():
     torch.manual_seed(0)
 
 
-def call(capsys, main, *args, **options):
+def run_main(capsys, main, *args, **options):
     """Run a main() in this process, which saves the seconds of importing torch: (exit status, stdout, stderr)."""
     try:
         status = main(*args, **options) or 0
@@ -133,19 +122,25 @@ def call(capsys, main, *args, **options):
 
 
 @pytest.fixture
-def main(capsys):
+def call(capsys):
+    """Return a function that runs main() of a module in this process: (exit status, stdout, stderr)."""
+    return lambda module, *args: run_main(capsys, module.main, list(map(str, args)))
+
+
+@pytest.fixture
+def main(call):
     """Return a function that runs a method's casia_train.py: (exit status, captured output with `out` and `err`)."""
     def run(method, *args):
-        status, *output = call(capsys, importlib.import_module(f"{method}.casia_train").main, list(map(str, args)))
-        return status, SimpleNamespace(out=output[0], err=output[1])
+        status, out, err = call(importlib.import_module(f"{method}.casia_train"), *args)
+        return status, SimpleNamespace(out=out, err=err)
     return run
 
 
 def run_lfw_eval(capsys, *options):
-    """Run main() of cosFace/lfw_eval.py on the CPU in this process; see call()."""
+    """Run main() of cosFace/lfw_eval.py on the CPU in this process; see run_main()."""
     from cosFace.net import NETS
     from faces.verification.evaluate import main
-    return call(capsys, main, NETS, "CosFace", argv=["--device", "cpu", *map(str, options)])
+    return run_main(capsys, main, NETS, "CosFace", argv=["--device", "cpu", *map(str, options)])
 
 
 def write_model(file, seed=0, nan=False, **entries):
@@ -166,6 +161,12 @@ def write_model(file, seed=0, nan=False, **entries):
     return file
 
 
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """Return the checkpoint of an untrained faceNet."""
+    return write_model(tmp_path_factory.mktemp("model") / "checkpoint.pt")
+
+
 @contextlib.contextmanager
 def file_size_limit(size):
     """Simulate a full disk: writing beyond `size` bytes in any file of this process raises OSError."""
@@ -180,16 +181,8 @@ def file_size_limit(size):
 
 
 def draw_face(person, photo, size=150):
-    """Draw a synthetic face.
-
-    Args:
-        person: int, determines the colors and the sizes of the features.
-        photo: int, determines, together with the person, the pose, the position and the background.
-        size: height and width of the image in pixels.
-
-    Returns:
-        (uint8 (size, size, 3), RGB; landmarks, float (5, 2)).
-    """
+    """Return a synthetic face, uint8 (size, size, 3), and its landmarks, float (5, 2). The person determines the colors
+    and the sizes of the features; person and photo determine the pose, the position and the background."""
     person_rng, photo_rng = np.random.default_rng((1, person)), np.random.default_rng((2, person, photo))
     skin, feature = person_rng.integers(60, 255, 3), person_rng.integers(0, 200, 3)
     angle, scale = np.deg2rad(photo_rng.uniform(-15, 15)), photo_rng.uniform(0.8, 1.1)
@@ -210,10 +203,7 @@ def write_image(path, image):
 
 @pytest.fixture(scope="session")
 def casia(tmp_path_factory):
-    """Return the folder of a miniature CASIA-WebFace: 6 people, 8 photos each, and casia_landmark.txt.
-
-    All tests share it, so no test may modify it.
-    """
+    """Return the folder of a miniature CASIA-WebFace: 6 people, 8 photos each, and casia_landmark.txt. It is shared."""
     root = tmp_path_factory.mktemp("casia")
     rows = []
     for person in range(6):
@@ -223,4 +213,15 @@ def casia(tmp_path_factory):
             write_image(root / name, image)
             rows.append((name, person, points))
     write_landmarks(root / "casia_landmark.txt", rows)
+    return root
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """Return a folder of a portrait, a brighter flipped copy, a picture of two faces, and one without a face."""
+    root, face = tmp_path_factory.mktemp("photos"), skimage.data.astronaut()[:200, 100:360]
+    write_image(root / "face.png", face)
+    write_image(root / "brighter.png", cv2.convertScaleAbs(face[:, ::-1], alpha=1, beta=25))
+    write_image(root / "two.png", np.hstack((face, cv2.copyMakeBorder(cv2.resize(face, (195, 150)), 0, 50, 0, 0, 0))))
+    write_image(root / "coffee.png", skimage.data.coffee()[:260, :260])
     return root

@@ -9,32 +9,13 @@ from skimage import data as skimage_data
 from torch import distributed, nn
 
 from cosFace import casia_train
-from cosFace.net import NETS, CosFace, faceNet
-from faces.device import pick_device
-from faces.files import InputError
+from cosFace.net import NETS, faceNet
 from faces.training.distributed import Processes
 from faces.verification.embed import embed
 from faces.verification.weights import load_net
 from mtcnn.detector import Detector
 
-
-def has_gpu():
-    """Return whether there is a GPU that this PyTorch was built for."""
-    try:
-        return pick_device("cuda").type == "cuda"
-    except InputError:
-        return False
-
-
-gpu = pytest.mark.skipif(not has_gpu(), reason="there is no NVIDIA GPU")
-
-
-def test_a_device_is_one_that_set_device_accepts(monkeypatch):
-    """torch.cuda.set_device() refuses "cuda" without an index, so pick_device() has to add it."""
-    class OnFirstGpu:
-        device = torch.device("cuda", 0)
-    monkeypatch.setattr(torch, "ones", lambda *_, **__: OnFirstGpu)
-    assert pick_device("cuda") == torch.device("cuda", 0)
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU")
 
 
 @gpu
@@ -70,15 +51,12 @@ def test_a_group_of_one_process_trains_as_a_process_without_a_group(main, casia,
         monkeypatch.setenv(name, str(value))
     monkeypatch.setitem(NETS, "faceNet", lambda: nn.Sequential(nn.Conv2d(3, 8, 3, 4), nn.BatchNorm2d(8), nn.Flatten(),
                                                                nn.Linear(8 * 28 * 24, 512), nn.BatchNorm1d(512)))
-    args, calls, reduce = ["--device", device, "--precision", precision, "--shard-head"], [], distributed.all_reduce
-    monkeypatch.setattr(distributed, "all_reduce", lambda tensor, *rest, **kwargs: (
-        calls.append(tensor.device.type), reduce(tensor, *rest, **kwargs))[1])
-    assert main("cosFace", *options(casia, tmp_path, "alone"), *args)[0] == 0 and not calls
+    args = ["--device", device, "--precision", precision, "--shard-head"]
+    assert main("cosFace", *options(casia, tmp_path, "alone"), *args)[0] == 0
     monkeypatch.setattr(casia_train, "Processes", OneOfOne)
     try:
         status, output = main("cosFace", *options(casia, tmp_path, "group"), *args)
-        assert status == 0, output.err
-        assert "on 1 x " in output.out and {device, "cpu"} == set(calls)
+        assert status == 0 and "on 1 x " in output.out, output.err
     finally:
         if distributed.is_initialized():
             distributed.destroy_process_group()
@@ -110,21 +88,6 @@ def test_embeddings_equal_those_of_the_cpu():
     cpu, cuda = (torch.from_numpy(embed(net, faces, torch.device(name), progress=False)) for name in ("cpu", "cuda"))
     assert torch.cosine_similarity(cpu, cuda).min() > 1 - 1e-6
     assert (cpu - cuda).abs().max() < 1e-4 * cpu.abs().max()
-
-
-@gpu
-def test_the_loss_equals_the_cpus():
-    x, label = torch.randn(64, 512), torch.randint(0, 1000, (64,))
-    head, losses, gradients = CosFace(1000), [], []
-    for device in ("cpu", "cuda"):
-        head = head.to(device)
-        embedding = x.detach().to(device).requires_grad_()
-        loss, _ = head(embedding, label.to(device))
-        loss.backward()
-        losses.append(loss.item())
-        gradients.append(embedding.grad.cpu())
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    assert torch.allclose(*gradients, atol=1e-5)
 
 
 @gpu

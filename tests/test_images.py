@@ -78,7 +78,7 @@ def test_data_that_are_cut_missing_or_do_not_fit_are_damage(kind):
                                  data[:middle] + bytes(len(data) - middle), data[:middle] + bytes(99_999) + end,
                                  data[:middle] + data[middle + 900:], data[:middle] + bytes(500) + data[middle + 500:],
                                  data[:middle] + bytes(500) + data[middle + 500:-2] + bytes(99) + end,
-                                 data[:20] + b"junk" + data[20:middle] + end)):
+                                 data[:20] + b"junk" + data[20:middle] + end, data[:data.index(b"\xff\xda") + 3])):
         assert reason(damaged), i
 
 

@@ -82,11 +82,3 @@ def test_links_resolve(page):
         assert file.is_file(), target
         titles = re.findall(r"^#+ (.*)", file.read_text(encoding="utf-8"), re.M) if anchor else []
         assert not anchor or anchor in {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
-
-
-def test_pages_are_short_and_plain():
-    assert (ROOT / "README.md").read_text(encoding="utf-8").count("\n") <= 130
-    british = r"\b(centre|colour|grey|licence|normalis|initialis|behaviour|neighbour)"
-    for page in PAGES:
-        text = re.sub(r"`[^`]*`", "", page.read_text(encoding="utf-8"))
-        assert not re.search(british, text), page.name

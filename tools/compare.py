@@ -19,7 +19,6 @@ import numpy as np
 
 from faces.files import InputError, at_least, check_writable, command, path, read_json, reading, script_parser
 from faces.plots import comparison_picture
-from faces.verification.metrics import similarities
 from faces.verification.threshold import Threshold, choose_threshold, load_threshold
 from tools.embedder import Embedder, add_photo_options, make_embedder
 
@@ -32,25 +31,19 @@ class Comparison(NamedTuple):
 
 
 def compare(embedder: Embedder, a, b) -> Comparison:
-    """Compare the faces in two photos; for these, see Embedder, whose `flip` must be "concatenate". Raises InputError
-    if a photo can't be read, no face is detected in it, or an embedding is not finite or is zero."""
+    """Compare the faces in two photos; for these, and for errors, see Embedder, whose `flip` must be "concatenate"."""
     # One at a time, so that a face is the same to the last bit whatever it is compared with.
     faces = [face for photo in (a, b) for face in embedder.find([photo])[0]]
     crops = np.stack([face.crop for face in faces])
-    embeddings = embedder.embed(crops)
-    try:
-        similarity = similarities(embeddings, np.array([[0, 1]]), np.zeros((1, embeddings.shape[1])))
-    except ValueError as error:
-        raise InputError(f"the model's embeddings can't be compared: {error}; its training must have failed.") from None
-    return Comparison(float(similarity[0, 0]), crops, tuple(face.count for face in faces))
+    one, two = embedder.embed(crops).astype(np.float64)
+    similarity = np.clip(one @ two / (np.linalg.norm(one) * np.linalg.norm(two)), -1, 1)    # despite rounding
+    return Comparison(float(similarity), crops, tuple(face.count for face in faces))
 
 
 def read_scores(file) -> tuple[np.ndarray, np.ndarray, dict]:
     """Read a scores.tsv that lfw_eval.py wrote, or the one in a folder: the cosines of pairs, float (P,); whether they
-    are genuine, bool (P,); and the settings in results.json beside the file.
-
-    Raises InputError if the file can't be read, or has cosines of other embeddings than compare()'s.
-    """
+    are genuine, bool (P,); and the settings in results.json beside the file. Raises InputError if the cosines are of
+    other embeddings than compare()'s."""
     file = path(file) / "scores.tsv" if path(file).is_dir() else path(file)
     settings = (read_json(file.with_name("results.json")) or {}).get("settings", {})
     if settings.get("flip", "concatenate") != "concatenate" or settings.get("subtract_mean"):
@@ -67,10 +60,9 @@ def read_scores(file) -> tuple[np.ndarray, np.ndarray, dict]:
 
 def pick_threshold(args, scores: tuple | None, loaded: dict) -> Threshold | None:
     """Return the threshold of the command line, the scores, or else the model; its counts are None if unknown."""
-    if scores is None and args.threshold is not None:
-        return Threshold(args.threshold, None, None, None, None, "")
     if scores is None:
-        return load_threshold(args.model, loaded)
+        given = Threshold(args.threshold, None, None, None, None, "")
+        return load_threshold(args.model, loaded) if args.threshold is None else given
     similarity, same, settings = scores
     fingerprint = settings.get("weights", {}).get("fingerprint")
     if fingerprint not in (None, loaded["fingerprint"]):
@@ -107,11 +99,11 @@ def report(args, result: Comparison, threshold: Threshold | None, scores: tuple 
 @command
 def main(argv=None):
     parser = script_parser(__doc__)
-    parser.add_argument("photos", type=path, nargs=2, metavar="PHOTO", help="two image files of any size")
-    parser.add_argument("--scores", type=path, metavar="DIR|FILE", help="what lfw_eval.py --output wrote for the model")
-    parser.add_argument("--threshold", type=at_least(-1, float, 1), metavar="T",
-                        help="accept the pair if its similarity is greater, -1 to 1 (default: the most accurate one)")
-    parser.add_argument("--output", type=path, metavar="DIR", help="folder for comparison.png, a picture of both faces")
+    option = parser.add_argument
+    option("photos", type=path, nargs=2, metavar="PHOTO", help="two image files of any size")
+    option("--scores", type=path, metavar="DIR|FILE", help="what lfw_eval.py --output wrote for the model")
+    option("--threshold", type=at_least(-1, float, 1), metavar="T", help="-1 to 1 (default: the most accurate one)")
+    option("--output", type=path, metavar="DIR", help="folder for comparison.png, a picture of both faces")
     add_photo_options(parser)
     args = parser.parse_args(argv)
     if args.output:

@@ -28,6 +28,19 @@ DEMO = ROOT / "demo"
 TRAINING_PEOPLE, TEST_PEOPLE, PHOTOS_PER_PERSON, FOLDS = 30, 10, 10, 5
 PEOPLE = TRAINING_PEOPLE + TEST_PEOPLE
 BORDER = 32   # pixels; photos end at the ears, so their edges are replicated to avoid black corners in aligned faces
+# A set of this size needs small batches, a small scale and few epochs. These values were chosen by validating on people
+# held out of the 30 training people.
+COMMANDS = """\
+mtcnn/casia_landmark.py --casia demo/casia --output demo/casia_landmark.txt
+mtcnn/lfw_landmark.py --lfw demo/orl --output demo/lfw_landmark.txt
+cosFace/casia_train.py --casia demo/casia --landmarks demo/casia_landmark.txt --cache demo/cache --output demo/run \
+  --batch-size 30 --epochs {epochs} --lr 0.1 --warmup 8 --schedule cosine --scale 30 --margin-warmup 20
+cosFace/lfw_eval.py --model demo/run/checkpoint.pt --net faceNet --lfw demo/orl --landmarks demo/lfw_landmark.txt \
+  --output demo/result --save-threshold
+tools/export.py --model demo/run/checkpoint.pt --format hub --output demo/model --results demo/result
+tools/tsne.py --model demo/run/checkpoint.pt --lfw demo/orl --landmarks demo/lfw_landmark.txt \
+  --identities 10 --per-identity 10 --output demo/result/tsne.png
+"""
 
 
 @command
@@ -40,28 +53,17 @@ def main(argv=None):
     shutil.rmtree(DEMO, ignore_errors=True)
     write_sets(photos)
 
-    # A set of this size needs small batches, a small scale and few epochs. These values were chosen by validating on
-    # people held out of the 30 training people.
-    casia, lfw, model = ("--casia", DEMO / "casia"), ("--lfw", DEMO / "orl"), ("--model", DEMO / "run/checkpoint.pt")
-    found = "--landmarks", DEMO / "lfw_landmark.txt"
-    for script, *words in (
-            ("mtcnn/casia_landmark.py", *casia, "--output", DEMO / "casia_landmark.txt"),
-            ("mtcnn/lfw_landmark.py", *lfw, "--output", DEMO / "lfw_landmark.txt"),
-            ("cosFace/casia_train.py", *casia, "--landmarks", DEMO / "casia_landmark.txt", "--cache", DEMO / "cache",
-             "--output", DEMO / "run", "--batch-size", 30, "--epochs", args.epochs, "--lr", 0.1, "--warmup", 8,
-             "--schedule", "cosine", "--scale", 30, "--margin-warmup", 20),
-            ("cosFace/lfw_eval.py", *model, "--net", "faceNet", *lfw, *found, "--output", DEMO / "result",
-             "--save-threshold"),
-            ("tools/export.py", *model, "--format", "hub", "--output", DEMO / "model", "--results", DEMO / "result"),
-            ("tools/tsne.py", *model, *lfw, *found, "--identities", TEST_PEOPLE, "--per-identity", PHOTOS_PER_PERSON,
-             "--output", DEMO / "result/tsne.png")):
-        status = run([ROOT / script, *words])
+    for line in COMMANDS.format(epochs=args.epochs).splitlines():
+        script, *words = line.split()
+        status = run([ROOT / script, *(DEMO / w.removeprefix("demo/") if w.startswith("demo/") else w for w in words)])
         if status:
             return status
     pair = sorted((DEMO / "orl").glob("*/*.png"))[:2]    # of one person
     result = json.loads((DEMO / "result/results.json").read_text())
+    pairs, faces, *_ = load_lfw(DEMO / "orl", landmarks=DEMO / "lfw_landmark.txt")
+    pixels = verify(faces.reshape(len(faces), -1), pairs.pairs, pairs.same, pairs.folds)    # instead of embeddings
     print(f"\ndemo: {TEST_PEOPLE} unseen people: LFWACC={result['accuracy']:.4f} std={result['std']:.4f} "
-          f"AUC={result['auc']:.4f} EER={result['eer']:.4f} (raw pixels: {pixel_accuracy():.4f}); "
+          f"AUC={result['auc']:.4f} EER={result['eer']:.4f} (raw pixels: {pixels.accuracy:.4f}); "
           f"{time.monotonic() - started:.0f} s; see demo/result/roc.png and demo/result/tsne.png\n"
           "To compare two photos, of your own too, with this toy model, whose training saw 30 people:\n"
           f"python tools/compare.py {shlex.join(map(str, [*pair, '--model', DEMO / 'model']))}")
@@ -94,23 +96,15 @@ def write_sets(people: list[list[Path]]):
 def make_pairs(names: list[str]) -> list[str]:
     """Return the lines of a pairs.txt: FOLDS folds of different people, each with all its genuine pairs and equally
     many impostor pairs."""
-    lines, people_per_fold = [], len(names) // FOLDS
-    random = np.random.default_rng(0)
+    lines, random = [], np.random.default_rng(0)
     photos = range(1, PHOTOS_PER_PERSON + 1)
-    for start in range(0, len(names), people_per_fold):
-        people = names[start:start + people_per_fold]
+    for people in np.array_split(names, FOLDS):
         genuine = [f"{name}\t{i}\t{j}\n" for name in people for i, j in itertools.combinations(photos, 2)]
         impostor = [f"{a}\t{i}\t{b}\t{j}\n" for a, b in itertools.combinations(people, 2)
                     for i in photos for j in photos]
         chosen = random.choice(len(impostor), len(genuine), replace=False)
         lines += genuine + [impostor[i] for i in sorted(chosen)]
     return [f"{FOLDS}\t{len(lines) // FOLDS // 2}\n", *lines]
-
-
-def pixel_accuracy() -> float:
-    """Return the accuracy of the same protocol on the pixels of the aligned faces instead of embeddings."""
-    lfw = load_lfw(DEMO / "orl", landmarks=DEMO / "lfw_landmark.txt")
-    return verify(lfw.faces.reshape(len(lfw.faces), -1), lfw.pairs.pairs, lfw.pairs.same, lfw.pairs.folds).accuracy
 
 
 if __name__ == "__main__":

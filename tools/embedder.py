@@ -18,9 +18,9 @@ from faces.files import InputError, path
 from faces.images import is_image, read_image
 from faces.verification.embed import embed
 from faces.verification.weights import MODEL_HELP, add_options, announce, load_net
-from mtcnn.detector import Detector, groups, make_detector
-from mtcnn.detector import add_options as add_detector_options
-from mtcnn.search import ATTEMPTS, RULES, can_be_aligned, choose, frame, prefetch
+from mtcnn import search
+from mtcnn.detector import Detector, add_detector_options, make_detector
+from mtcnn.search import ATTEMPTS, RULES, image_or_reason
 
 NO_FACE = "no face was found"
 
@@ -49,22 +49,22 @@ class Embedder:
 
     def __init__(self, model, device="auto", select: str = "largest", flip: str = "concatenate",
                  net: str | None = None, channels: str | None = None, detector: Detector | None = None):
-        self.device = pick_device(str(device))
-        is_module = isinstance(model, torch.nn.Module)
-        self.net, self.loaded = (model, None) if is_module else load_net(model, NETS, net, channels)
+        self.device, self.select, self.flip = pick_device(str(device)), select, flip
+        if isinstance(model, torch.nn.Module):
+            self.net, self.loaded, self.name = model, None, "the network"
+        else:
+            (self.net, self.loaded), self.name = load_net(model, NETS, net, channels), model
+            announce(model, self.loaded)
         self.net.to(self.device)
-        self.select, self.flip = select, flip
         self.detector = detector or Detector(device=self.device)
 
     def __call__(self, photos, aligned: bool = False, all_faces: bool = False):
         """Embed one photo, or a list of photos, which are as for faces.images.read_image().
 
-        With `aligned`, they are faces that are already aligned, 112x96 or 112x112, and nothing is detected. With
-        `all_faces`, all faces of each photo are embedded; find_faces() returns their boxes, in the same order.
-
-        Returns float32 (D,), or (N, D) for a list of N; not normalized. D is 512, or 1024 with the flipped face. With
-        all_faces, float32 (faces, D), or a list of N of these. Raises InputError if a photo can't be read or has no
-        face.
+        With `aligned`, they are faces that are already aligned, 112x96 or 112x112, and nothing is detected. Returns
+        float32 (D,), or (N, D) for a list of N; not normalized. D is 512, or 1024 with the flipped face. With
+        `all_faces`, float32 (faces, D), or a list of N of these; find_faces() returns their boxes, in the same order.
+        Raises InputError if a photo can't be read or has no face.
         """
         single = is_image(photos) and getattr(photos, "ndim", 3) < 4    # an array of four dimensions is a list
         try:
@@ -93,57 +93,41 @@ class Embedder:
         return found
 
     def embed(self, crops: np.ndarray) -> np.ndarray:
-        """Return the embeddings of aligned faces, uint8 (N, 112, 96, 3), N >= 1; float32 (N, D)."""
-        return embed(self.net, crops, self.device, flip=self.flip, progress=False)
+        """Return the embeddings of aligned faces, uint8 (N, 112, 96, 3), N >= 1: float32 (N, D), finite, not zero."""
+        embeddings = embed(self.net, crops, self.device, flip=self.flip, progress=False)
+        if not np.isfinite(embeddings).all() or not embeddings.any(1).all():
+            raise InputError(f"an embedding of {self.name} is not finite or is zero; its training must have failed.")
+        return embeddings
 
 
 def find_faces(photos, detector: Detector, select: str = "largest", all_faces: bool = False) -> list[list[Face] | str]:
-    """Find and align a face in each photo, or with all_faces, all of them by decreasing score; see Embedder.
-
-    Returns a list of Face for each photo, or the reason why there is none. Few photos are in memory at a time.
-    """
-    images = (_try(read_image, photo) for photo in photos)
-    together = groups(images, lambda image: 0 if isinstance(image, str) else image[..., 0].size)
-    return [faces for group in prefetch(together) for faces in _find_in_images(group, detector, select, all_faces)]
+    """Find and align a face in each photo, or with all_faces, all of them by decreasing score; see Embedder. Returns a
+    list of Face for each photo, or the reason why there is none."""
+    results = []
+    attempts = ATTEMPTS[:2]    # the lower thresholds of the others would produce false detections
+    for group in search.find_faces(enumerate(map(image_or_reason, photos)), detector, select, attempts):
+        for _, image, found, rows, _ in group:
+            faces = [Face(align(image, found.landmarks[row]), *(values[row] for values in found), row, len(found.boxes))
+                     for row in (sorted(rows) if all_faces else rows[:1])]
+            results.append(image if isinstance(image, str) else faces or NO_FACE)
+    return results
 
 
 def crop_faces(photos) -> list[list[Face] | str]:
     """Return what find_faces() does for faces that are already aligned, 112x96 or 112x112; only `crop` is set."""
-    return [_try(lambda photo: [Face(crop_aligned(read_image(photo)))], photo) for photo in photos]
-
-
-def _try(function, photo):
-    """Return function(photo), or the message of its ValueError."""
-    try:
-        return function(photo)
-    except ValueError as error:
-        return str(error)
-
-
-def _find_in_images(images, detector, select, all_faces):
-    results = [image if isinstance(image, str) else None for image in images]
-    for thresholds, width in ATTEMPTS[:2]:    # the lower thresholds of the others would produce false detections
-        missing = [i for i, result in enumerate(results) if result is None]
-        framed = [frame(images[i], width) for i in missing]
-        for i, (image, corner), faces in zip(missing, framed, detector.detect([f[0] for f in framed], thresholds)):
-            count, points, boxes = len(faces.boxes), faces.landmarks - corner, faces.boxes - np.tile(corner, 2)
-            rows = range(count) if all_faces else {choose(faces, image.shape[:2], select, corner)} - {None}
-            results[i] = [Face(align(images[i], points[row]), boxes[row], faces.scores[row], points[row], row, count)
-                          for row in rows if can_be_aligned(points[row], images[i].shape[:2])] or None
-    return [result or NO_FACE for result in results]
+    results = []
+    for photo in photos:
+        try:
+            results.append([Face(crop_aligned(read_image(photo)))])
+        except ValueError as error:
+            results.append(str(error))
+    return results
 
 
 def add_model_options(parser, **options):
-    """Add --model with further `options`, --net and --channels, for load_embedder()."""
+    """Add --model with further `options`, --net and --channels, for Embedder or load_net()."""
     parser.add_argument("--model", type=path, required=True, metavar="FILE|DIR", help=MODEL_HELP, **options)
     add_options(parser, NETS)
-
-
-def load_embedder(model: Path, args, device="cpu", **options) -> Embedder:
-    """Return the Embedder of a model, with further `options` of Embedder, and print what a public file holds."""
-    embedder = Embedder(model, device, net=args.net, channels=args.channels, **options)
-    announce(model, embedder.loaded)
-    return embedder
 
 
 def add_photo_options(parser):
@@ -156,4 +140,4 @@ def add_photo_options(parser):
 
 def make_embedder(args, flip: str = "concatenate") -> Embedder:
     """Return the Embedder that the options ask for."""
-    return load_embedder(args.model, args, args.device, select=args.select, flip=flip, detector=make_detector(args))
+    return Embedder(args.model, args.device, args.select, flip, args.net, args.channels, make_detector(args))

@@ -7,7 +7,6 @@ The exported network takes float32 (N, 3, 112, 96), any N, RGB, (x - 127.5) / 12
 (N, 512), not normalized. Metadata in the file describe how to prepare the input; they are stored in metadata_props for
 ONNX, in the header for safetensors, and in the extra file metadata.json for TorchScript. A hub's folder is a --model.
 """
-import copy
 import io
 import json
 import sys
@@ -20,24 +19,24 @@ import numpy as np
 import safetensors.torch
 import torch
 
+from cosFace.net import NETS
 from faces.align import HEIGHT, TEMPLATE, WIDTH
 from faces.device import to_input
 from faces.files import InputError, atomic_write, check_writable, command, path, script_parser
-from faces.verification.weights import model_file
+from faces.verification.weights import announce, load_net, model_file
 from tools import hub
-from tools.embedder import add_model_options, load_embedder
+from tools.embedder import add_model_options
 
 TOLERANCE = 1e-4      # accepted difference between embedding values, relative to the largest value if that exceeds 1
 
 
 def export(net: torch.nn.Module, format: str, metadata: dict) -> tuple[bytes, float, float]:
     """Export a network on the CPU, float (N, 3, 112, 96) to (N, 512), in one of FORMATS, with strings as metadata.
-
-    The result is checked with eight synthetic faces: as a batch, and two singly. Returns the file, the largest
-    difference between embedding values, and the largest value. Raises InputError if the difference exceeds TOLERANCE.
-    """
+    Return the file, and from a check with smooth images, the largest difference between embedding values, and the
+    largest value. Raises InputError if the difference exceeds TOLERANCE."""
     net.eval()
-    faces = synthetic_faces(8)
+    spots = np.random.default_rng(0).integers(0, 256, (8, 7, 6, 3), np.uint8)
+    faces = np.stack([cv2.resize(image, (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC) for image in spots])
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")    # PyTorch has deprecated both exporters, but deployments still need them
         batches = [to_input(torch.from_numpy(part)).contiguous() for part in (faces, faces[:1], faces[1:2])]
@@ -62,9 +61,9 @@ def to_onnx(net, example, metadata):
     except ImportError as error:
         raise InputError(f"--format onnx needs the package {error.name}, which is not installed; run "
                          "`pip install onnx onnxruntime`.") from None
-    buffer, names = io.BytesIO(), ["face", "embedding"]
-    torch.onnx.export(net, (example,), buffer, input_names=names[:1], output_names=names[1:],
-                      dynamic_axes={name: {0: "N"} for name in names},
+    buffer = io.BytesIO()
+    torch.onnx.export(net, (example,), buffer, input_names=["face"], output_names=["embedding"],
+                      dynamic_axes={"face": {0: "N"}, "embedding": {0: "N"}},
                       dynamo=False)  # the newer exporter would need another package
     model = onnx.load_model_from_string(buffer.getvalue())
     onnx.helper.set_model_props(model, metadata)
@@ -86,11 +85,8 @@ def to_torchscript(net, example, metadata):
 def to_safetensors(net, example, metadata):
     """Make a safetensors file that holds the state dict, and the metadata in its header."""
     data = safetensors.torch.save({name: value.contiguous() for name, value in net.state_dict().items()}, metadata)
-    reloaded = copy.deepcopy(net)
-    for value in reloaded.state_dict().values():
-        value.zero_()  # the check must not pass because of weights copied from the original
-    reloaded.load_state_dict(safetensors.torch.load(data))
-    return data, lambda batch: reloaded(batch).numpy()
+    weights = safetensors.torch.load(data)
+    return data, lambda batch: torch.func.functional_call(net, weights, batch, strict=True).numpy()
 
 
 FORMATS = {"onnx": to_onnx, "torchscript": to_torchscript, "safetensors": to_safetensors, "hub": to_safetensors}
@@ -108,15 +104,6 @@ def make_config(loaded: dict) -> dict:
         "embedding_size": 512,
         "embedding": "float32 (N, 512), not normalized; compare with cosine similarity, preferably after "
                      "concatenating the embeddings of the face and its flipped image"}
-
-
-def synthetic_faces(count: int) -> np.ndarray:
-    """Return images that vary like faces in brightness, contrast and detail, uint8 (count, 112, 96, 3)."""
-    random = np.random.default_rng(0)
-    brightness, contrast = random.uniform((70, 20), (180, 70), (count, 2)).T[..., None, None, None]
-    coarse = random.normal(brightness, contrast, (count, 7, 6, 3))
-    faces = np.stack([cv2.resize(face, (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC) for face in coarse])
-    return np.clip(faces + random.normal(0, 8, faces.shape), 0, 255).astype(np.uint8)
 
 
 @command
@@ -138,17 +125,18 @@ def main(argv=None):
     if args.output.exists() and args.output.samefile(model_file(args.model)):
         parser.error(f"--output {args.output} is the model itself; pass the name of another file")
     check_writable(args.output.parent)
-    embedder = load_embedder(args.model, args)
-    config = make_config(embedder.loaded)
+    net, loaded = load_net(args.model, NETS, args.net, args.channels)
+    announce(args.model, loaded)
+    config = make_config(loaded)
     metadata = {name: value if isinstance(value, str) else json.dumps(value) for name, value in config.items()}
-    data, difference, largest = export(embedder.net, args.format, metadata)
+    data, difference, largest = export(net, args.format, metadata)
     if args.format == "hub":
-        hub.write_folder(args, embedder.loaded, data, config)
+        hub.write_folder(args, loaded, data, config)
     else:
         with atomic_write(args.output) as file:
             file.write(data)
     print(f"{args.output}: {args.format}, {len(data) / 1e6:.1f} MB, including metadata\n"
-          f"largest difference from the original on synthetic faces: {difference:.1e} (largest value: {largest:.1f})")
+          f"largest difference from the original on synthetic images: {difference:.1e} (largest value: {largest:.1f})")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ The pairs form ten folds with different people in each, and half of them are gen
 genuine pairs, so that a few people with many photos do not dominate. heldout.bin has the format of InsightFace's
 lfw.bin. If the faces of the set are already aligned, pass train.txt as --list instead.
 """
+import itertools
 import pickle
 import sys
 from pathlib import Path
@@ -28,25 +29,12 @@ from faces.verification.pairs import FOLDS
 MAX_OF_PERSON, MAX_OF_FOLD = 50, 2000    # photos that pairs are drawn from, so that all pairs can be listed
 
 
-def choose_people(labels: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Choose `count` people to hold out, among those with at least two images; `labels` is the person in each image."""
-    people, images = np.unique(labels, return_counts=True)
-    candidates = people[images > 1]
-    if count > min(len(candidates), len(people) - 2):
-        raise InputError(f"--people {count} is too many; {len(candidates):,} of {len(people):,} people have two images "
-                         f"or more, at least two must be left to train on, and {2 * FOLDS} are needed for the pairs.")
-    return rng.choice(candidates, count, replace=False)
-
-
 def draw_pairs(labels: np.ndarray, rows: np.ndarray, people: np.ndarray, count: int, rng: np.random.Generator) -> tuple:
     """Draw the pairs of a fold of `people` from the usable images `rows`, int (K,): int (count, 2) rows, and bool
     (count,), whether a pair is genuine."""
     photos = [rng.permutation(rows[labels[rows] == person])[:MAX_OF_PERSON] for person in people]
-    genuine = []
-    for own in photos:
-        left, right = np.triu_indices(len(own), 1)
-        order = rng.permutation(len(left))
-        genuine += zip(range(len(order)), own[left[order]], own[right[order]])
+    genuine = [rng.permutation(list(itertools.combinations(own, 2))) for own in photos]
+    genuine = [pair for turn in itertools.zip_longest(*genuine) for pair in turn if pair is not None]    # take turns
     some = rng.permutation(np.concatenate(photos))[:MAX_OF_FOLD]
     left, right = np.triu_indices(len(some), 1)
     impostor = np.flatnonzero(labels[some[left]] != labels[some[right]])
@@ -54,17 +42,9 @@ def draw_pairs(labels: np.ndarray, rows: np.ndarray, people: np.ndarray, count: 
     if min(len(genuine), len(impostor)) < half:
         raise InputError(f"a fold of {len(people)} people has {len(genuine):,} genuine and {len(impostor):,} impostor "
                          f"pairs, fewer than {half:,}; lower --pairs, or raise --people.")
-    genuine = [pair for _, *pair in sorted(genuine, key=lambda item: item[0])[:half]]    # everyone's first comes first
     impostor = rng.choice(impostor, half, replace=False)
     impostor = np.stack((some[left[impostor]], some[right[impostor]]), 1)
-    return np.concatenate((genuine, impostor)), np.arange(count) < half
-
-
-def write_bin(file: Path, images: np.ndarray, pairs: np.ndarray, same: np.ndarray):
-    """Write a .bin set of int (P, 2) rows of `images`, uint8 (N, 112, 96, 3), RGB, and bool (P,)."""
-    encoded = {row: cv2.imencode(".png", images[row][..., ::-1])[1].tobytes() for row in np.unique(pairs)}
-    with atomic_write(file) as output:    # an image of several pairs is one object, which is written once
-        pickle.dump(([encoded[row] for row in pairs.ravel()], same.tolist()), output, protocol=4)
+    return np.concatenate((genuine[:half], impostor)), np.arange(count) < half
 
 
 @command
@@ -85,12 +65,19 @@ def hold_out(args):
                          "its images into person folders first.")
     images, failed, _ = build(listing, args.cache)
     rows = np.setdiff1d(np.arange(len(listing.paths)), [row for row, _ in failed])
+    everyone, counts = np.unique(listing.labels[rows], return_counts=True)
+    candidates = everyone[counts > 1]
+    if args.people > min(len(candidates), len(everyone) - 2):
+        raise InputError(f"--people {args.people} is too many; {len(candidates):,} of {len(everyone):,} people have "
+                         "two images or more, and at least two people must be left to train on.")
     rng = np.random.default_rng(args.seed)
-    people = choose_people(listing.labels[rows], args.people, rng)
+    people = rng.choice(candidates, args.people, replace=False)
     folds = [draw_pairs(listing.labels, rows, some, args.pairs // FOLDS, rng) for some in np.array_split(people, FOLDS)]
     pairs, same = map(np.concatenate, zip(*folds))
     train = rows[~np.isin(listing.labels[rows], people)]
-    write_bin(pairs_file, images, pairs, same)
+    encoded = {row: cv2.imencode(".png", images[row][..., ::-1])[1].tobytes() for row in np.unique(pairs)}
+    with atomic_write(pairs_file) as file:    # an image of several pairs is one object, which is written once
+        pickle.dump(([encoded[row] for row in pairs.ravel()], same.tolist()), file, protocol=4)
     labels = np.unique(listing.labels[train], return_inverse=True)[1]    # from 0
     points = np.empty((len(train), 0)) if listing.points is None else listing.points[train]    # none, or five each
     write_landmarks(list_file, zip([listing.paths[row] for row in train], labels, points))
@@ -103,18 +90,19 @@ def hold_out(args):
 
 def _parse(argv):
     parser = script_parser(__doc__)
-    parser.add_argument("--casia", type=path, required=True, metavar="DIR", help="training set, as for casia_train.py")
-    parser.add_argument("--landmarks", type=path, metavar="FILE", help="landmark list (default: as for casia_train.py)")
-    parser.add_argument("--list", type=path, metavar="FILE", help="list of aligned faces, `path label`")
-    parser.add_argument("--cache", type=path, default=CACHE, metavar="DIR", help="folder for aligned faces")
-    parser.add_argument("--people", type=at_least(2 * FOLDS), default=300, metavar="N", help="people to hold out")
-    parser.add_argument("--pairs", type=at_least(2 * FOLDS), default=6000, metavar="N",
-                        help=f"number of pairs, a multiple of {2 * FOLDS}, at most {MAX_IMAGES // 2}")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="random seed for people and pairs")
-    parser.add_argument("--output", type=path, required=True, metavar="DIR", help="folder of train.txt and heldout.bin")
+    option = parser.add_argument
+    option("--casia", type=path, required=True, metavar="DIR", help="training set, as for casia_train.py")
+    option("--landmarks", type=path, metavar="FILE", help="landmark list (default: as for casia_train.py)")
+    option("--list", type=path, metavar="FILE", help="list of aligned faces, `path label`")
+    option("--cache", type=path, default=CACHE, metavar="DIR", help="folder for aligned faces")
+    option("--people", type=at_least(2 * FOLDS), default=300, metavar="N", help="people to hold out")
+    option("--pairs", type=at_least(2 * FOLDS, int, MAX_IMAGES // 2), default=6000, metavar="N",
+           help=f"number of pairs, a multiple of {2 * FOLDS}")
+    option("--seed", type=at_least(0), default=0, help="random seed for people and pairs")
+    option("--output", type=path, required=True, metavar="DIR", help="folder of train.txt and heldout.bin")
     args = parser.parse_args(argv)
-    if args.pairs % (2 * FOLDS) or args.pairs > MAX_IMAGES // 2:
-        parser.error(f"--pairs must be a multiple of {2 * FOLDS}, at most {MAX_IMAGES // 2}")
+    if args.pairs % (2 * FOLDS):
+        parser.error(f"--pairs must be a multiple of {2 * FOLDS}")
     return args
 
 

@@ -14,13 +14,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from cosFace.net import NETS
-from faces.align import align_all, similarity_transforms
+from faces import files
+from faces.align import align_all
 from faces.data.sources import Folder
 from faces.device import pick_device, pick_dtype, tune_cpu
-from faces.files import RUNS, InputError, at_least, check_writable, command, locked, path, script_parser, write_json
+from faces.files import RUNS, InputError, at_least, check_writable, command, path, script_parser, write_json
 from faces.images import summarize
 from faces.verification import ijb
 from faces.verification.embed import embed, optimized_copy
@@ -51,9 +51,9 @@ def embed_images(args, net, fingerprint: str, found: ijb.Ijb, device) -> np.ndar
     """Return the embeddings of all images, float32 (N, D), mapped from a file in --output that grows part by part and
     whose name holds a digest of all that they depend on."""
     folder, dtype, width = Folder(found.folder), pick_dtype(args.precision, device), net.fc5.out_features
-    versions, (transforms, _) = folder.versions(found.images), similarity_transforms(found.points)
-    _refuse([(name, "no such file" if size < 0 else "its landmarks coincide") for name, (size, _), good
-             in zip(found.images, versions, np.isfinite(transforms).all((1, 2))) if size < 0 or not good], folder)
+    versions, extent = folder.versions(found.images), np.ptp(found.points, 1).max(1)
+    _refuse([(name, "no such file" if size < 0 else "its landmarks coincide") for name, (size, _), pixels
+             in zip(found.images, versions, extent) if size < 0 or not pixels > 0], folder)
     depends = repr((fingerprint, args.flip, dtype, found.images)).encode(), found.points.tobytes(), versions.tobytes()
     digest, count = hashlib.sha256(b"".join(depends)).hexdigest(), len(found.images)
     file = args.output / f"{found.prefix}.{digest[:16]}.rows"
@@ -61,7 +61,7 @@ def embed_images(args, net, fingerprint: str, found: ijb.Ijb, device) -> np.ndar
         first = count if rows.tell() == 4 * width * count else rows.tell() // (4 * width * PART) * PART
         rows.truncate(4 * width * first)
         net = optimized_copy(net, device, dtype, count)    # not anew for each part
-        with tqdm(desc="embedding", total=count - first, unit=" images", disable=first == count) as bar:
+        with files.progress_bar(desc="embedding", total=count - first, unit=" images", disable=first == count) as bar:
             for faces in prefetch(aligned_parts(folder, found, first)):
                 part = embed(net, faces, device, args.batch_size, args.flip, dtype, progress=False)
                 if not np.isfinite(part).all():
@@ -101,7 +101,7 @@ def main(argv=None):
     if short := [f"{n:,} of {full:,} {kind}" for n, full, kind in zip(counts, complete, ijb.KINDS) if 0 < n != full]:
         notes.append(f"this is not the complete {name}: {', '.join(short)}")
     print("".join(f"{args.ijb}: {note}\n" for note in notes), end="", file=sys.stderr)
-    with locked(args.output / ".lock", f"writing into {args.output}", wait=False):
+    with files.locked(args.output / ".lock", f"writing into {args.output}", wait=False):
         embeddings = embed_images(args, net, loaded["fingerprint"], found, device)
         templates = ijb.form_templates(embeddings, found, args.image_norms == "unit", args.detector_score)
         figures = {"set": name, "notes": notes, "counts": dict(zip(ijb.KINDS, counts)),

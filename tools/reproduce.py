@@ -154,8 +154,7 @@ def main(argv=None):
     parser.add_argument("--casia", type=path, required=True, metavar="DIR", help="as for casia_train.py")
     parser.add_argument("--lfw", type=path, required=True, metavar="DIR|FILE", help="as for lfw_eval.py")
     parser.add_argument("--output", type=path, default=RUNS / "reproduce", metavar="DIR", help="folder of runs, table")
-    parser.add_argument("--processes", type=at_least(1), metavar="N",
-                        help="training processes, started with torchrun (default: one per CUDA GPU)")
+    parser.add_argument("--processes", type=at_least(1), metavar="N", help="for torchrun (default: one per CUDA GPU)")
     args, options = parser.parse_known_args(argv)
     for name in ("casia", "lfw", "output"):    # the same when it is continued from another folder
         setattr(args, name, Path(os.path.abspath(getattr(args, name))))

@@ -7,18 +7,18 @@ All models embed the same images. The silhouette score is computed with cosine d
 2-D layout; 1 means well separated, 0 means overlapping.
 """
 import sys
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
-from faces.data.casia import TrainingList, list_casia
+from faces.data.casia import TrainingList, list_casia, person
 from faces.data.sources import open_source
 from faces.files import RUNS, InputError, at_least, check_writable, command, path, script_parser, write_json
 from faces.landmarks import found_list, read_landmarks
 from faces.plots import tsne_panels
 from faces.verification.lfw import load_faces
-from tools.embedder import add_model_options, load_embedder
+from tools.embedder import Embedder, add_model_options
 
 
 def list_lfw(root: Path, landmarks: Path | None = None) -> TrainingList:
@@ -27,7 +27,7 @@ def list_lfw(root: Path, landmarks: Path | None = None) -> TrainingList:
     landmarks = landmarks or found_list(source, "lfw_landmark.txt")
     names, _, points = read_landmarks(landmarks, False, source.root) if landmarks else (source.names(), None, None)
     names = [name.removeprefix(source.wrapper) for name in names]
-    return TrainingList(source, names, np.unique([_person(name) for name in names], return_inverse=True)[1], points)
+    return TrainingList(source, names, np.unique(list(map(person, names)), return_inverse=True)[1], points)
 
 
 def choose_images(labels: np.ndarray, identities: int, per_identity: int, seed: int) -> np.ndarray:
@@ -39,17 +39,14 @@ def choose_images(labels: np.ndarray, identities: int, per_identity: int, seed: 
         raise InputError(f"only {len(candidates):,} of {len(people):,} people have {per_identity} images or more; "
                          "lower --per-identity or --identities.")
     chosen = np.sort(random.choice(candidates, identities, replace=False))
-    return np.stack([np.sort(random.choice(np.flatnonzero(labels == person), per_identity, replace=False))
-                     for person in chosen])
+    return np.stack([np.sort(random.choice(np.flatnonzero(labels == label), per_identity, replace=False))
+                     for label in chosen])
 
 
 def layout_and_silhouette(embeddings: np.ndarray, labels: np.ndarray, seed: int) -> tuple[np.ndarray, float]:
     """Return a t-SNE layout of embeddings, float (N, 2), and their silhouette score with cosine distance, -1 to 1."""
     from sklearn.manifold import TSNE  # imported here because it is slow to import
     from sklearn.metrics import silhouette_score
-    if not np.isfinite(embeddings).all() or not embeddings.any(1).all():
-        raise InputError("an embedding of the model is not finite or is zero, so its training must have failed; pass "
-                         "another --model.")
     # The perplexity is about the number of neighbors of a point, so the images of one identity should suffice.
     perplexity = min(30, np.bincount(labels).max(), (len(labels) - 1) / 3)
     tsne = TSNE(metric="cosine", init="pca", perplexity=perplexity, random_state=seed)
@@ -66,12 +63,13 @@ def main(argv=None):
     labels = np.repeat(np.arange(args.identities), args.per_identity)
     panels = []
     for i, model in enumerate(args.model):
-        embedder = load_embedder(model, args, args.device)
+        embedder = Embedder(model, args.device, net=args.net, channels=args.channels)
         layout, silhouette = layout_and_silhouette(embedder.embed(faces), labels, args.seed)
         title = args.title[i] if args.title else f"{embedder.loaded['method'] or ''} {model}".strip()
         print(f"silhouette {silhouette:.4f}  {title}  ({args.identities} identities, {args.per_identity} images each)")
         panels.append((f"{title}: silhouette {silhouette:.2f}", layout))
-    names = [_person(listing.paths[row]).replace("_", " ") or f"label {listing.labels[row]}" for row in rows[:, 0]]
+    names = [Path(person(listing.paths[row])).name.replace("_", " ") or f"label {listing.labels[row]}"
+             for row in rows[:, 0]]
     if args.points:
         points = [(title, layout.astype(float).round(2).tolist()) for title, layout in panels]
         write_json(args.points, {"panels": points, "labels": labels.tolist(), "names": names})
@@ -79,26 +77,21 @@ def main(argv=None):
     print(f"picture: {args.output}")
 
 
-def _person(name):
-    return PurePosixPath(name).parent.name
-
-
 def _parse(argv):
     parser = script_parser(__doc__)
+    option = parser.add_argument
     add_model_options(parser, action="append")
-    parser.add_argument("--title", action="append", metavar="TEXT", help="title of a panel, once per --model")
+    option("--title", action="append", metavar="TEXT", help="title of a panel, once per --model")
     data = parser.add_mutually_exclusive_group(required=True)
     data.add_argument("--faces", type=path, metavar="DIR", help="training set, as for casia_train.py")
     data.add_argument("--lfw", type=path, metavar="DIR", help="folder of Name/Name_0001.jpg")
-    parser.add_argument("--landmarks", type=path, metavar="FILE",
-                        help="landmark list (default: as for casia_train.py and lfw_eval.py)")
-    parser.add_argument("--identities", type=int, choices=range(2, 71), default=10, metavar="N",
-                        help="number of identities, 2 to 70; up to 10 are easy to tell apart")
-    parser.add_argument("--per-identity", type=at_least(2), default=20, metavar="N", help="images per identity")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="of the choice of identities and images")
-    parser.add_argument("--output", type=path, default=RUNS / "tsne.png", metavar="FILE", help=".png, .svg or .pdf")
-    parser.add_argument("--points", type=path, metavar="FILE", help="also write the points, as JSON")
-    parser.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu")
+    option("--landmarks", type=path, metavar="FILE", help="landmark list (default: as in training and evaluation)")
+    option("--identities", type=at_least(2, int, 70), default=10, metavar="N", help="2 to 70; 10 can be told apart")
+    option("--per-identity", type=at_least(2), default=20, metavar="N", help="images per identity")
+    option("--seed", type=at_least(0), default=0, help="of the choice of identities and images")
+    option("--output", type=path, default=RUNS / "tsne.png", metavar="FILE", help=".png, .svg or .pdf")
+    option("--points", type=path, metavar="FILE", help="also write the points, as JSON")
+    option("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu")
     args = parser.parse_args(argv)
     if args.title and len(args.title) != len(args.model):
         parser.error("pass --title once per --model, in the same order")

@@ -2,6 +2,7 @@
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,11 +17,9 @@ THREADS = 2             # one delivers 100,000 faces/s from memory; several over
 class Batches:
     """Batches on the device, one per step, from step `start` to step `steps`: float32 (B, 3, 112, 96) and int64 (B,).
 
-    Which faces a step sees, which of them are flipped and how far they are shifted depends on the seed and the step
-    alone, so a resumed run sees what the uninterrupted one would have seen, on any number of processes, of which each
-    gets its share of `batch_size` faces. `shift` is the largest shift in pixels, along both axes.
-
-    Threads gather the faces of the next batches, on CUDA into pinned memory. Copying releases the interpreter lock.
+    Which faces a step sees, and how they are flipped and shifted, depends on the seed and the step alone, so a resumed
+    run sees what the uninterrupted one would have seen, on any number of processes, of which each gets its share of
+    `batch_size` faces. `shift` is the largest shift in pixels. Threads gather the faces of the next batches.
     """
 
     def __init__(self, faces, batch_size: int, steps: int, device: torch.device, start: int = 0, seed: int = 0,
@@ -30,7 +29,9 @@ class Batches:
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         ahead = deque()
-        with ThreadPoolExecutor(THREADS, "batches", _use_device, (self.device,)) as pool:
+        # By default, a thread that pins memory would open a context on GPU 0.
+        initializer = partial(torch.cuda.set_device, self.device) if self.device.type == "cuda" else None
+        with ThreadPoolExecutor(THREADS, "batches", initializer) as pool:
             try:
                 for step, rows in order(len(self.faces), self.batch_size, self.steps, self.seed, self.start):
                     ahead.append(pool.submit(self._gather, step, rows[self.own]))
@@ -64,10 +65,8 @@ class Batches:
 
 
 def order(images: int, batch_size: int, steps: int, seed: int = 0, start: int = 0) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield (step, positions of its batch in the set, int64 (batch_size,)) for each step from `start` to `steps`.
-
-    Every epoch is a new permutation of the set. The images at its end that do not fill a batch are dropped.
-    """
+    """Yield (step, positions of its batch in the set, int64 (batch_size,)) for each step from `start` to `steps`. Every
+    epoch is a new permutation of the set. The images at its end that do not fill a batch are dropped."""
     steps_per_epoch, epoch = images // batch_size, None
     for step in range(start, steps):
         if step // steps_per_epoch != epoch:
@@ -76,17 +75,9 @@ def order(images: int, batch_size: int, steps: int, seed: int = 0, start: int = 
         yield step, permutation[step % steps_per_epoch * batch_size:][:batch_size]
 
 
-def _use_device(device):
-    """Let a thread pin memory for its process's own GPU; by default, it would open a context on GPU 0."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-
-
 def shift_faces(faces: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
-    """Shift faces, uint8 (N, 112, 96, 3), by whole pixels, int64 (N, 2), down and to the right.
-
-    The border is repeated, because a black edge would reveal the shift.
-    """
+    """Shift faces, uint8 (N, 112, 96, 3), by whole pixels, int64 (N, 2), down and to the right. The border is repeated,
+    because a black edge would reveal the shift."""
     face = torch.arange(len(faces), device=faces.device)[:, None, None]
     row = (torch.arange(HEIGHT, device=faces.device) - shifts[:, :1]).clamp(0, HEIGHT - 1)      # (N, 112)
     column = (torch.arange(WIDTH, device=faces.device) - shifts[:, 1:]).clamp(0, WIDTH - 1)     # (N, 96)

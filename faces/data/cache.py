@@ -7,18 +7,16 @@ template, and another one of the sizes and times of the images: each list has it
 import contextlib
 import hashlib
 import shutil
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from faces import align
 from faces.align import HEIGHT, WIDTH
 from faces.data.casia import TrainingList, list_casia, without_lfw_overlap
 from faces.data.sources import Folder
-from faces.files import CACHE, InputError, atomic_write, check_writable, count_of, locked, path, reading
+from faces.files import CACHE, InputError, atomic_write, check_writable, count_of, locked, path, progress_bar, reading
 from faces.images import summarize
 
 CHUNK = 2048                # faces that are aligned before they are written, 66 MB
@@ -26,12 +24,8 @@ MAX_FAILED = 0.01           # fraction of the list; more failures suggest a wron
 
 
 class AlignedFaces:
-    """Aligned faces with labels: rows `rows`, int64 (N,), of `images`, uint8 (M, 112, 96, 3), RGB, usually a memory
-    map.
-
-    The labels, int64 (N,), are 0..classes-1. `fingerprint` is a hash of what training depends on: names, landmarks and
-    labels.
-    """
+    """Aligned faces: rows `rows`, int64 (N,), of `images`, uint8 (M, 112, 96, 3), RGB, usually a memory map; with
+    labels, int64 (N,), 0..classes-1. `fingerprint` is a hash of what training depends on: names, landmarks, labels."""
 
     def __init__(self, images: np.ndarray, listing: TrainingList, rows: np.ndarray, summary: str = ""):
         self.images, self.rows, self.summary = images, rows, summary
@@ -54,13 +48,10 @@ class AlignedFaces:
 
 
 def load_casia(root, landmarks=None, cache=CACHE, drop_lfw_overlap: bool = False, label_list=None) -> AlignedFaces:
-    """Return the aligned faces of a training set, from its cache, which is built in the folder `cache` on first use.
-
-    Images that can't be used are counted, listed in the cache's failed.txt and left out; people without any image left
-    get no class. str() of the result summarizes the set. For root, landmarks and label_list, see list_casia().
-
-    Raises InputError if the set is malformed, more than 1 % of it can't be used, or the cache does not fit on the disk.
-    """
+    """Return the aligned faces of a training set, see list_casia(), from its cache, which is built in the folder
+    `cache` on first use. Images that can't be used are counted, listed in the cache's failed.txt and left out; people
+    without any image left get no class. str() of the result summarizes the set. Raises InputError if the set is
+    malformed, more than 1 % of it can't be used, or the cache does not fit on the disk."""
     listing = list_casia(root, landmarks, label_list)
     images, failed, folder = build(listing, cache)
     keep = np.ones(len(listing.paths), bool)
@@ -81,7 +72,10 @@ def load_casia(root, landmarks=None, cache=CACHE, drop_lfw_overlap: bool = False
 def build(listing: TrainingList, cache=CACHE) -> tuple[np.ndarray, list[tuple[int, str]], Path]:
     """Build the cache of a training set in the folder of all caches, unless it exists. Return the faces, uint8
     (N, 112, 96, 3), not to be changed; (row, reason) of each unusable image; and the folder of the cache."""
-    folder = _folder(listing, cache)
+    root = Path(listing.source.root).resolve()
+    key = _hash_list([str(root), *listing.paths], listing.points)[:12]
+    versions = hashlib.sha256(listing.source.versions(listing.paths).tobytes()).hexdigest()[:8]
+    folder = path(cache) / f"{root.stem}-{key}-{versions}"
     faces, shape = folder / "faces.u8", (len(listing.paths), HEIGHT, WIDTH, 3)
     if not faces.is_file():
         check_writable(folder, "--cache")
@@ -98,13 +92,6 @@ def build(listing: TrainingList, cache=CACHE) -> tuple[np.ndarray, list[tuple[in
             with contextlib.suppress(OSError):
                 return np.memmap(faces, np.uint8, mode, shape=shape), failed, folder
         return np.fromfile(faces, np.uint8).reshape(shape), failed, folder
-
-
-def _folder(listing, cache):
-    name = Path(listing.source.root).resolve()
-    key = _hash_list([str(name), *listing.paths], listing.points)[:12]
-    versions = hashlib.sha256(listing.source.versions(listing.paths).tobytes()).hexdigest()[:8]
-    return path(cache) / f"{name.stem}-{key}-{versions}"
 
 
 def _hash_list(names, *arrays):
@@ -127,8 +114,7 @@ def _build(listing, folder):
                          "some space or choose a larger disk with --cache.")
     print(f"aligning {count_of(total, 'face~')} of {listing.source} into the cache {folder}")
     centers = np.full((total, 2), np.nan)    # of the landmarks, as fractions of the image
-    with atomic_write(folder / "faces.u8") as file, \
-            tqdm(total=total, unit=" images", unit_scale=True, dynamic_ncols=True, disable=sys.stderr is None) as bar:
+    with atomic_write(folder / "faces.u8") as file, progress_bar(total=total, unit=" images", unit_scale=True) as bar:
         for start in range(0, total, CHUNK):
             part = slice(start, start + CHUNK)
             points = None if listing.points is None else listing.points[part]

@@ -36,10 +36,8 @@ def list_casia(root, landmarks=None, label_list=None) -> TrainingList:
 
     Without a list of landmarks with labels, and without a `label_list` of aligned faces, `path label`, the list is
     casia_landmark.txt in the set, or else what mtcnn/casia_landmark.py wrote for it. Without any list, faces must be
-    aligned, and the person folders are numbered in sorted order. RecordIO and LMDB have labels and take no list. Labels
-    are renumbered from 0 if they have gaps.
-
-    Raises InputError if the set or a list is missing or malformed, is LFW, or has fewer than two people.
+    aligned, and the person folders are numbered in sorted order. RecordIO and LMDB take no list. Gaps between labels
+    are closed. Raises InputError if the set or a list is missing or malformed, is LFW, or has fewer than two people.
     """
     if landmarks is not None and label_list is not None:
         raise InputError(f"{landmarks} and {label_list} can't be combined; pass only one of --landmarks and --list.")
@@ -69,12 +67,9 @@ def person(path: str) -> str:
 
 
 def list_photos(source) -> tuple[list[str], tuple[str, ...]]:
-    """Return the sorted paths of the photos in the person folders of a Folder or Zip, and sentences on what is left
-    out.
-
-    Person folders are all at one level, below `source` or deeper. Photos elsewhere belong to nobody and are left out.
-    Raises InputError if there are fewer than two of them, the set is LFW, or too much would be left out.
-    """
+    """Return the sorted paths of the photos in the person folders of a Folder or Zip, which are all at one level, and
+    sentences on what is left out, such as photos elsewhere. Raises InputError if there are fewer than two people, the
+    set is LFW, or too much would be left out."""
     levels = Counter(path.count("/") for path in source.names())
     level = max(levels, key=levels.get, default=0)
     paths = [path for path in source.names() if path.count("/") == level]

@@ -8,13 +8,11 @@ msgpack; keys that begin with __ are not read (utils/imagelist2lmdb.py in HaiyuW
 """
 import contextlib
 import struct
-import sys
 
 import numpy as np
-from tqdm import tqdm
 
 from faces.data.recordio import Records
-from faces.files import reading
+from faces.files import progress_bar, reading
 from faces.images import MAX_BYTES, UnreadableImage
 
 DATA = "data.mdb"                                    # name of the file if the LMDB is a folder
@@ -34,7 +32,7 @@ class Lmdb(Records):
             values = np.fromiter(self._walk(), np.dtype((np.int64, 3)))
             values = values[values[:, 0].argsort()]
             self.keys, self.offsets, _ = values.T
-            rows = tqdm(values, f"reading labels in {self.path.name}", delay=2, leave=False, disable=sys.stderr is None)
+            rows = progress_bar(values, f"reading labels in {self.path.name}", delay=2, leave=False)
             self.labels = np.fromiter((self._label(*row.tolist()) for row in rows), np.int64)
 
     def open(self, name: str) -> bytes:

@@ -15,14 +15,12 @@ identity/name.jpg`, with a tab, per record (src/visualizations/record.py in mk-m
 import contextlib
 import os
 import struct
-import sys
 import threading
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-from faces.files import InputError, count_of, reading
+from faces.files import InputError, count_of, progress_bar, reading
 from faces.images import MAX_BYTES, UnreadableImage
 from faces.landmarks import read_lines
 
@@ -38,11 +36,9 @@ ADVICE = "copy the set again; its .rec and .idx must be of one set"
 
 
 class Records:
-    """The images of a RecordIO folder, `root`, in the order of its file, `path`.
-
-    `keys` and `offsets`, int64 (N,), are the images' keys and the byte offsets of their records, from train.idx;
-    `labels`, int64 (N,), are from the records, or from a list beside them, which `notes` then says. Raises InputError.
-    """
+    """The images of a RecordIO folder, `root`, in the order of its file, `path`: their `keys` and the byte `offsets` of
+    their records, int64 (N,), from train.idx, and `labels`, int64 (N,), from the records, or from a list beside them,
+    which `notes` then says. Raises InputError."""
 
     def __init__(self, root):
         self.root, self.notes = Path(root), ()
@@ -117,8 +113,8 @@ class Records:
 
     def _read_labels(self):
         labels = np.empty(len(self.keys), np.float32)
-        for row, offset in enumerate(tqdm(self.offsets.tolist(), f"reading labels in {self.path.name}", delay=2,
-                                          leave=False, disable=sys.stderr is None)):
+        bar = progress_bar(self.offsets.tolist(), f"reading labels in {self.path.name}", delay=2, leave=False)
+        for row, offset in enumerate(bar):
             header = self._read(offset, min(HEADER.size, max(0, self.size - offset)))    # the last may be shorter
             magic, word, flag, label, _, _, first_label = HEADER.unpack(header.ljust(HEADER.size, b"\0"))
             if magic != MAGIC or word >> 29 > FIRST:

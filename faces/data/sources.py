@@ -3,18 +3,16 @@ import contextlib
 import io
 import os
 import stat
-import sys
 import zipfile
 from collections import Counter
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from faces.data.lmdb import DATA, Lmdb
 from faces.data.recordio import RECORDS, Records
-from faces.files import InputError, existing_folder, path, reading
+from faces.files import InputError, existing_folder, path, progress_bar, reading
 from faces.images import EXTENSIONS, MAX_BYTES, Scan, UnreadableImage, is_system_name, scan_images, sort_in
 from faces.landmarks import normal_form
 
@@ -35,10 +33,8 @@ def open_source(root, content: str = "one folder of photos per person"):
 
 
 def person_root(folder) -> Path:
-    """Return the folder that holds the person folders: `folder`, or one inside, if it is all that `folder` holds.
-
-    Many sets are unpacked into a folder in a folder, such as lfw-deepfunneled/lfw-deepfunneled/Name/Name_0001.jpg.
-    """
+    """Return the folder that holds the person folders: `folder`, or one inside, if it is all that `folder` holds, as in
+    lfw-deepfunneled/lfw-deepfunneled/Name/Name_0001.jpg."""
     folder = Path(folder)
     while len(inner := _content(folder)) == 1 and (people := _content(inner[0])) and all(map(Path.is_dir, people)):
         folder = inner[0]
@@ -86,8 +82,8 @@ class Folder:
     def versions(self, names: list[str]) -> np.ndarray:
         """Return int64 (N, 2), which changes when one of these photos changes: its size and modification time."""
         versions = np.full((len(names), 2), -1, np.int64)
-        for i, name in enumerate(tqdm(names, "looking for changes", unit=" images", unit_scale=True, delay=2,
-                                      leave=False, disable=sys.stderr is None)):
+        for i, name in enumerate(progress_bar(names, "looking for changes", unit=" images", unit_scale=True, delay=2,
+                                              leave=False)):
             with contextlib.suppress(OSError, ValueError):
                 status = os.stat(self.open(name))
                 versions[i] = status.st_size, status.st_mtime_ns
@@ -99,11 +95,8 @@ class Folder:
 
 
 class Zip:
-    """The photos in a zip, `root`, which is read without unpacking it.
-
-    Names omit the folders around everything, `wrapper`, such as "CASIA-WebFace/". `members` are all files: {normal form
-    of the name: zipfile.ZipInfo}.
-    """
+    """The photos in a zip, `root`, which is read without unpacking it. Names omit the folders around everything,
+    `wrapper`, such as "CASIA-WebFace/". `members` are all files: {normal form of the name: zipfile.ZipInfo}."""
 
     def __init__(self, file):
         self.root = path(file)

@@ -4,6 +4,7 @@ All tensors in it are on the CPU, so torch.load(file, weights_only=True) opens i
 """
 import contextlib
 import copy
+import os
 import platform
 import sys
 from argparse import ArgumentParser, Namespace
@@ -19,14 +20,16 @@ from faces.training.distributed import Processes
 from faces.training.partial_fc import convert
 
 # Options in which a run and its continuation may differ, because they do not change what is computed.
-MAY_DIFFER = {"casia", "landmarks", "list", "cache", "output", "resume", "checkpoint_minutes", "device", "lfw",
-              "lfw_landmarks", "shard_head", "compile"}
+SETS = ("lfw", "lfw_landmarks")
+MAY_DIFFER = {"casia", "landmarks", "list", "cache", "output", "resume", "checkpoint_minutes", "device", *SETS,
+              "shard_head", "compile"}
 EXCHANGED = {"checkpoint_minutes", "shard_head"}     # of these, what processes exchange depends on
 SCHEDULE = ("epochs", "lr", "schedule", "warmup")    # may change when a run is resumed, which is printed
 
 
 def parse_resumed(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
-    """Parse a command line. With --resume, options that it lacks are those of the checkpoint in --output."""
+    """Parse a command line. With --resume, options that it lacks are those of the checkpoint in --output, except for
+    MAY_DIFFER; but without --lfw, the sets and their landmarks are the checkpoint's, too."""
     args = parser.parse_args(argv)
     file = args.output / "checkpoint.pt"
     if args.resume != "never" and file.is_file():
@@ -34,20 +37,24 @@ def parse_resumed(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
         if unknown := state["settings"].keys() - vars(args).keys():
             raise InputError(f"{file} is a run of {state['method']}, which another casia_train.py trains (with "
                              f"--{min(unknown).replace('_', '-')}); use that, or choose another --output.")
+        kept = {name: value for name, value in state["settings"].items()    # SETS were text in older checkpoints
+                if name not in MAY_DIFFER or (name in SETS and not args.lfw and isinstance(value, list))}
         resumed = copy.deepcopy(parser)    # a later call must not find the same defaults
-        resumed.set_defaults(**{name: value for name, value in state["settings"].items() if name not in MAY_DIFFER})
+        resumed.set_defaults(**kept)
         args = resumed.parse_args(argv)
     return args
 
 
 def settings_of(args: Namespace, dtype: torch.dtype) -> dict:
-    """Return the options as a dict that a checkpoint and JSON can hold, with the precision that "auto" stands for."""
+    """Return the options as a dict that a checkpoint and JSON can hold, with the precision that "auto" stands for.
+    Lists hold paths, which become absolute, because a run may be resumed in another folder."""
     plain = {name: value if isinstance(value, (int, float, type(None))) else
-             " ".join(map(str, value)) if isinstance(value, list) else str(value) for name, value in vars(args).items()}
+             list(map(os.path.abspath, value)) if isinstance(value, list) else str(value)
+             for name, value in vars(args).items()}
     return {**plain, "precision": next(name for name in PRECISION if PRECISION[name] == dtype)}
 
 
-class Checkpoints:
+class Checkpoints(contextlib.AbstractContextManager):
     """The file checkpoint.pt in the folder of a run, `output`; a context in which no other run trains into that folder.
 
     `resume` is "always"; "auto", which starts a new run if there is no checkpoint; or "never". `minutes` is the time
@@ -56,8 +63,9 @@ class Checkpoints:
 
     def __init__(self, run: Processes, output: Path, resume: str, minutes: float):
         self.run, self.path, self.resume, self.minutes = run, output / "checkpoint.pt", resume, minutes
-        self.saved_at, self.saved_step, self.writing = 0.0, None, None
+        self.saved_at, self.saved_step = 0.0, None
         self.lock, self.writer = contextlib.ExitStack(), ThreadPoolExecutor(1, "checkpoint")
+        self.writing = self.writer.submit(int)    # its last task; this one does nothing
         run.on_main(self._reserve)
 
     def _reserve(self):
@@ -72,22 +80,14 @@ class Checkpoints:
         for partial in folder.glob(".*.partial"):    # of a run that was killed
             partial.unlink(missing_ok=True)
 
-    def __enter__(self):
-        return self
-
     def __exit__(self, *_):
-        with contextlib.suppress(Exception):
-            self._wait()
-        self.writer.shutdown()
+        self.writer.shutdown()    # after the last task
         self.lock.close()
 
     def load(self, method: str, settings: dict, faces: str, steps: int, sharded: bool) -> dict:
-        """Return the checkpoint, with tensors on the CPU, or {} for a new run; raise InputError if it does not fit.
-
-        `method` names the loss, and `faces` is the fingerprint of the training set. `settings` are those of
-        settings_of(); what processes have to agree on must be equal in all. With `sharded` centers, only rank 0
-        receives them.
-        """
+        """Return the checkpoint, with tensors on the CPU, or {} for a new run. Raise InputError if it does not fit the
+        loss `method`, the `settings` of settings_of(), the fingerprint of the `faces` and the number of `steps`, or if
+        processes differ in what they must agree on. With `sharded` centers, only rank 0 receives them."""
         alike = {name: value for name, value in settings.items() if name not in MAY_DIFFER - EXCHANGED}
         self.run.check_same(**alike, faces=faces)
         state = {}
@@ -130,20 +130,15 @@ class Checkpoints:
         If the disk is full, the previous checkpoint stays, and training continues until the next attempt. The `last`
         one is waited for, and raises InputError if it can't be written; so do weights that are not finite.
         """
-        self._wait()
+        self.writing.result()
         self.saved_at = self.run.clock
         if self.run.rank == 0:
             versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
             state = _on_cpu({"format": CHECKPOINT, **state, "versions": versions})
             self.writing = self.writer.submit(self._write, state, last)
             if last:
-                self._wait()
+                self.writing.result()
         self.run.barrier()
-
-    def _wait(self):
-        writing, self.writing = self.writing, None
-        if writing is not None:
-            writing.result()
 
     def _write(self, state, last):
         kept = "no earlier checkpoint exists" if self.saved_step is None else \

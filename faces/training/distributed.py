@@ -26,13 +26,9 @@ STEP = datetime.timedelta(minutes=10)    # the longest that a process waits for 
 class Processes:
     """This process of a training run. `torchrun` starts one per device; without it there is just this one.
 
-    Args:
-        device: a name for faces.device.pick_device; under torchrun, "auto" and "cuda" are the GPU of this process.
-
-    Attributes:
-        rank, world_size, device: index of this process, number of processes, and torch.device of this process.
-        signal: number of the signal that ended the run, or 0.
-        clock: seconds from the start to the last call of should_stop(), equal in all processes.
+    `device` is a name for pick_device(); under torchrun, "auto" and "cuda" are the GPU of this process. `signal` is the
+    number of the signal that ended the run, or 0; `clock`, equal in all processes, are the seconds from the start to
+    the last call of should_stop().
     """
 
     def __init__(self, device: str = "auto"):
@@ -63,10 +59,8 @@ class Processes:
         return device
 
     def _agree_on_device(self, name, store):
-        """Return this process's device. Raise InputError in all if one process has none, or one of another type.
-
-        A process that ended on its own would leave those of other machines waiting for it.
-        """
+        """Return this process's device. Raise InputError in all if one process has none, or one of another type: a
+        process that ended on its own would leave those of other machines waiting for it."""
         try:
             device = pick_device(torchrun_device(name))
             outcome = f"{device.type}\n"
@@ -135,10 +129,8 @@ class Processes:
             yield
 
     def should_stop(self) -> bool:
-        """Return whether any process received a signal; all processes get the same answer at the same step.
-
-        With several processes, it is the answer of one step ago, so that nobody waits for the network.
-        """
+        """Return whether any process received a signal; all processes get the same answer at the same step. It is the
+        answer of one step ago if there are several, so that nobody waits for the network."""
         now = torch.tensor([self._received, time.monotonic() - self.started], dtype=torch.float64, device="cpu")
         if self.world_size > 1:
             work = distributed.all_reduce(now, distributed.ReduceOp.MAX, group=self.group, async_op=True)
@@ -213,8 +205,7 @@ def should_compile(device: torch.device, images: int) -> bool:
 
 def compile_options() -> dict[str, int]:
     """Return the options with which torch.compile makes a sphere CNN fastest, as far as this PyTorch knows them."""
-    known = torch._inductor.list_options()
-    return {name: value for name, value in FUSE_MORE.items() if name in known}
+    return {name: value for name, value in FUSE_MORE.items() if name in torch._inductor.list_options()}
 
 
 def compile_net(net: nn.Module, faces: int, device: torch.device, dtype: torch.dtype, say=print):
@@ -257,7 +248,7 @@ def _one_pass(net, faces, device, dtype):
 def accumulating(active: bool, *modules: nn.Module):
     """Context in which, if it is active, gradients are only added up and not averaged over the processes."""
     with contextlib.ExitStack() as stack:
-        for module in modules:
-            if active and isinstance(module, DistributedDataParallel):
+        for module in modules if active else ():
+            if isinstance(module, DistributedDataParallel):
                 stack.enter_context(module.no_sync())
         yield

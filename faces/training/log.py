@@ -13,19 +13,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import distributed
-from tqdm import tqdm
 
-from faces.files import ROOT, InputError, atomic_write, reading, write_json
+from faces.files import ROOT, InputError, atomic_write, progress_bar, reading, write_json
 from faces.training.distributed import Processes
 
 EVERY = 20    # steps between two readings of the loss; each makes the host wait for the device once
 
 
-class TrainingLog:
+class TrainingLog(contextlib.AbstractContextManager):
     """Collects the figures of each step; a context manager. Only rank 0 writes, into the folder `output`.
 
-    `steps` and `per_epoch` are the numbers of steps of the whole run and of an epoch, and training begins at step
-    `start`. `sums` are the loss and training accuracy, added up over the steps of the epoch so far, and their number.
+    `steps` and `per_epoch` are the numbers of steps of the whole run and of an epoch. Training begins at step `start`;
+    if nothing is left to train, nothing is written. `sums` are those of a checkpoint: the loss and training accuracy,
+    added up over the steps of the epoch so far, and their number.
     """
 
     def __init__(self, run: Processes, output: Path, batch_size: int, steps: int, per_epoch: int, start: int,
@@ -33,18 +33,19 @@ class TrainingLog:
         self.run, self.output, self.batch_size, self.step = run, output, batch_size, start
         self.steps, self.per_epoch = steps, per_epoch
         self.board = None
-        if run.rank == 0:
+        if run.rank == 0 and start < steps:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
-            write_json(output / "settings.json", _describe(run, start, settings))
+            write_json(output / "settings.json", {
+                "settings": settings, "from_step": start, "git": _revision(), "devices": str(run),
+                "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+                "versions": {"python": platform.python_version(), "torch": str(torch.__version__),
+                             "numpy": np.__version__, "opencv": cv2.__version__}})
             self._forget_after(start)
             self.board = SummaryWriter(output, purge_step=start + 1)
-        self.bar = tqdm(total=steps * batch_size, initial=start * batch_size, unit=" images", unit_scale=True,
-                        dynamic_ncols=True, disable=run.rank > 0)
+        self.bar = progress_bar(total=steps * batch_size, initial=start * batch_size, unit=" images", unit_scale=True,
+                                disable=run.rank > 0)
         self.sums, self.seconds, self.timed_steps = dict(sums or {}), 0.0, 0
         self._clear()
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *_):
         self.bar.close()    # first, so that an error message is the last line
@@ -91,9 +92,9 @@ class TrainingLog:
 
     def end_epoch(self, **figures: float):
         """Print the figures of the epoch, append them to epochs.jsonl and draw training.png."""
-        steps = max(1.0, self.sums.pop("steps", 0))
+        steps = self.sums.pop("steps")
         means = {name: round(total / steps, 5) for name, total in self.sums.items()}
-        rate = self.timed_steps * self.batch_size / max(self.seconds, 1e-9)    # without the evaluation
+        rate = self.timed_steps * self.batch_size / self.seconds    # without the evaluation
         line = {"epoch": round(self.step / self.per_epoch, 3), "step": self.step, **means,
                 "images_per_second": round(rate, 1), **self._memory(),
                 **{name: round(value, 5) for name, value in figures.items()}}
@@ -161,14 +162,6 @@ def _read_epochs(file):
     with reading(file, "log of a run", "move it away"):
         text = file.read_text(encoding="utf-8")
         return [json.loads(line) for line in text.split("\n")[:-1]]
-
-
-def _describe(run, start, settings):
-    """Return what settings.json records about a run."""
-    return {"settings": settings, "from_step": start, "git": _revision(), "devices": str(run),
-            "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-            "versions": {"python": platform.python_version(), "torch": str(torch.__version__),
-                         "numpy": np.__version__, "opencv": cv2.__version__}}
 
 
 def _revision():

@@ -34,7 +34,7 @@ def bootstrap(correct: np.ndarray, identities: np.ndarray, resamples: int = 1000
     return np.concatenate(accuracies).T.astype(np.float64)
 
 
-def interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
-    """Return the percentile interval of R bootstrap values as two floats, low and high; NaN values are ignored."""
-    low, high = np.nanquantile(values, ((1 - level) / 2, (1 + level) / 2))
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """Return the 95 % percentile interval of R bootstrap values, low and high; NaN values are ignored."""
+    low, high = np.nanquantile(values, (0.025, 0.975))
     return float(low), float(high)

@@ -1,39 +1,31 @@
 """Turn aligned faces into embeddings, in batches; each face and its flipped image pass through the network once."""
 import copy
-import sys
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
-from tqdm import tqdm
 
 from faces.cpu.inference import for_inference
 from faces.device import autocast, exact_float32, memory_format, to_input
+from faces.files import progress_bar
 
 FLIP = ("concatenate", "sum", "none")
 
 
 def embed(net: nn.Module, faces: np.ndarray, device: torch.device | str, batch_size: int | None = None,
           flip: str = "concatenate", dtype: torch.dtype = torch.float32, progress: bool = True) -> np.ndarray:
-    """Embed aligned faces in eval mode, with an optimized copy of the network; the network itself is left unchanged.
+    """Embed aligned faces, uint8 (N, 112, 96, 3), RGB, N >= 1, with a copy of a network, (B, 3, 112, 96) to (B, D), in
+    eval mode. Returns float32 (N, D), or (N, 2 D) if concatenated; not normalized.
 
-    Args:
-        net: module, (B, 3, 112, 96) to (B, D).
-        faces: uint8 (N, 112, 96, 3), RGB, N >= 1; may be a memory map.
-        batch_size: None for default_batch_size(); it changes the result by rounding only.
-        flip: "concatenate" appends the embedding of the flipped image, "sum" adds it, "none" does not compute it.
-        dtype: torch.float32, or the type for autocast.
-
-    Returns float32 (N, D), or (N, 2 D) if concatenated; not normalized.
+    `batch_size` changes the result by rounding only; by default, a CPU gets as many faces as fit its caches, other
+    devices enough to be busy. `flip` is one of FLIP: "concatenate" appends the embedding of the flipped image, "sum"
+    adds it, "none" does not compute it. `dtype` is torch.float32, or the type for autocast.
     """
-    if flip not in FLIP:
-        raise ValueError(f"flip must be one of {', '.join(FLIP)}, not {flip!r}")
-    batch_size = batch_size or default_batch_size(device)
+    batch_size = batch_size or (32 if torch.device(device).type == "cpu" else 256)
     net, parts = optimized_copy(net, device, dtype, len(faces)), []
     with torch.inference_mode(), autocast(device, dtype), exact_float32(device), \
-            tqdm(total=len(faces), desc="embedding", unit=" faces", leave=False,
-                 disable=not progress or sys.stderr is None) as bar:
+            progress_bar(total=len(faces), desc="embedding", unit=" faces", leave=False, disable=not progress) as bar:
         for start in range(0, len(faces), batch_size):
             pixels = torch.from_numpy(np.array(faces[start:start + batch_size]))
             batch = to_input(pixels.to(device))    # the device receives one byte per value
@@ -46,17 +38,10 @@ def embed(net: nn.Module, faces: np.ndarray, device: torch.device | str, batch_s
     return np.concatenate(parts)
 
 
-def default_batch_size(device: torch.device | str) -> int:
-    """Return how many faces to embed at a time: on a CPU as many as fit its caches, else enough to fill the device."""
-    return 32 if torch.device(device).type == "cpu" else 256
-
-
 def optimized_copy(net: nn.Module, device: torch.device | str, dtype: torch.dtype = torch.float32,
                    images: int = 10**6) -> nn.Module:
-    """Return a copy of a network on a device, in eval mode, that computes the same embeddings faster.
-
-    It is optimized as far as its layers are named as in net.py, to embed about `images` images in `dtype`.
-    """
+    """Return a copy of a network on a device, in eval mode, that computes the same embeddings faster, as far as its
+    layers are named as in net.py. It is optimized to embed about `images` images in `dtype`."""
     fast = fold_batch_norm(copy.deepcopy(net).eval())
     if torch.device(device).type == "cpu" and dtype == torch.float32:
         for_inference(fast, images)

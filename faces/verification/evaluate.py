@@ -9,7 +9,7 @@ from faces.device import pick_device, pick_dtype, tune_cpu
 from faces.files import InputError, at_least, check_writable, command, count_of, path, script_parser
 from faces.verification import report
 from faces.verification.bootstrap import bootstrap, interval
-from faces.verification.embed import FLIP, default_batch_size, embed
+from faces.verification.embed import FLIP, embed
 from faces.verification.lfw import Lfw, find_sets, load_sets, set_name
 from faces.verification.metrics import Verification, identify, operating_point, verify
 from faces.verification.threshold import Threshold, choose_threshold, save_threshold, threshold_path
@@ -29,7 +29,8 @@ def evaluate_epoch(net: nn.Module, sets: list[Lfw], device, dtype: torch.dtype, 
     if not sets:
         return {}, threshold
     results, figures = [_verify(embed(net, lfw.faces, device, dtype=dtype), lfw.pairs) for lfw in sets], {}
-    for name, result in zip(_names([lfw.source for lfw in sets]) if len(sets) > 1 else ["lfw"], results):
+    names = report.folder_names([set_name(lfw.source) for lfw in sets]) if len(sets) > 1 else ["lfw"]
+    for name, result in zip(names, results):
         figures |= {name: result.accuracy, f"{name}_std": result.std}
     if len(sets) > 1:
         figures["mean_accuracy"] = sum(result.accuracy for result in results) / len(sets)
@@ -38,10 +39,8 @@ def evaluate_epoch(net: nn.Module, sets: list[Lfw], device, dtype: torch.dtype, 
 
 @command
 def main(nets: dict, method: str, find_landmarks=None, argv: list[str] | None = None):
-    """Run lfw_eval.py with `nets`, a dict from a network's name to its constructor.
-
-    `method` is "CosFace" or "SphereFace", for files that do not name theirs; find_landmarks: see load_lfw().
-    """
+    """Run lfw_eval.py with `nets`, a dict from a network's name to its constructor. `method` is "CosFace" or
+    "SphereFace", for files that do not name theirs; find_landmarks: see load_lfw()."""
     args = _parse(nets, argv)
     sets, device = find_sets(args.lfw), pick_device(args.device)
     if args.save_threshold and len(sets) > 1:
@@ -49,18 +48,17 @@ def main(nets: dict, method: str, find_landmarks=None, argv: list[str] | None = 
     if args.group and len(sets) == 1:
         raise InputError("--group compares two sets or more; pass them with --lfw.")
     tune_cpu(device)
-    args.batch_size = args.batch_size or default_batch_size(device)
     models = [load_net(file, nets, name, args.channels) for file, name in zip(args.model, args.net)]
     for file, (_, loaded) in zip(args.model, models):
         if args.save_threshold:
             check_writable(threshold_path(file).parent, "--model")
         announce(file, loaded)
         loaded["method"] = loaded["method"] or method
-    args.title = args.title or _titles(args.model, models)
+    titles = args.title or _titles(args.model, models)
+    args.title = [title if titles.count(title) == 1 else f"{i}: {title}" for i, title in enumerate(titles, 1)]
     loading = load_sets(sets, args.pairs, args.landmarks, aligned=args.aligned, view=args.view, device=device,
                         find_landmarks=find_landmarks, identification="identification" in args.protocol)
-    names, results = _names(sets), []
-    several = len(sets) > 1
+    names, results, several = report.folder_names(list(map(set_name, sets))), [], len(sets) > 1
     if several:
         for title, file, (_, loaded) in zip(args.title, args.model, models):
             print(f"{title}: {file} ({loaded['method']}, {loaded['net']}), flipped image: {args.flip}")
@@ -100,10 +98,6 @@ def _evaluate_set(args, device, models, lfw, name, several):
             save_threshold(file, loaded["fingerprint"], best)
             print(f"threshold with the highest accuracy, {best.value:.4f}: {threshold_path(file)}")
     return measured
-
-
-def _names(sets):
-    return report.folder_names([set_name(file) for file in sets])
 
 
 def _titles(paths, models):
@@ -163,8 +157,6 @@ def _parse(nets, argv):
     if args.save_threshold and (args.flip != "concatenate" or args.subtract_mean):
         parser.error("--save-threshold is for compare.py, which appends the flipped image's embedding and subtracts no "
                      "mean; leave out --flip and --subtract-mean")
-    if args.aligned and args.landmarks:
-        parser.error("--aligned faces have no use for --landmarks; leave one of them out")
     if args.output:
         check_writable(args.output)    # now, so that a mistake does not surface after the work
     return args
@@ -184,7 +176,7 @@ def _add_options(parser, nets):
     group.add_argument("--model", type=path, required=True, action="append", metavar="FILE|DIR",
                        help=f"{MODEL_HELP}; repeat it to compare further models with the first")
     add_options(group, nets, action="append")
-    group.add_argument("--title", action="append", metavar="TEXT", help="name in pictures and --output; once per model")
+    group.add_argument("--title", action="append", metavar="TEXT", help="name in tables and pictures; once per model")
     add = parser.add_argument_group("protocol").add_argument
     add("--group", action=BooleanOptionalAction, default=False,
         help="the sets are groups of people, such as RFW's: print how much their errors differ")

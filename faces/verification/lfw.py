@@ -38,10 +38,8 @@ def is_bin(file) -> bool:
 
 
 def find_sets(roots: list) -> list[Path]:
-    """Return the paths of the sets at some paths: a folder of .bin files stands for these, in the order of ORDER.
-
-    Raises InputError if there is nothing at a path.
-    """
+    """Return the paths of the sets at some paths, at each of which there must be something: a folder of .bin files
+    stands for these, in the order of ORDER."""
     sets = []
     for root in map(path, roots):
         if not root.is_file():
@@ -52,10 +50,8 @@ def find_sets(roots: list) -> list[Path]:
 
 
 def load_sets(roots: list, pairs: list = (), landmarks: list = (), **options) -> Iterator[Lfw]:
-    """Load one set after the other, from paths as for find_sets(), with further arguments of load_lfw().
-
-    Lists of pairs and landmarks: none, or one for each of the sets that are no .bin files, in their order.
-    """
+    """Load one set after the other, from paths as for find_sets(), with further arguments of load_lfw(). Lists of pairs
+    and landmarks: none, or one for each of the sets that are no .bin files, in their order."""
     sets = find_sets(roots)
     takers = [len(sets) == 1 or not is_bin(file) for file in sets]
     for files, kind in ((pairs, "list~ of pairs"), (landmarks, "landmark list~")):
@@ -72,15 +68,11 @@ def load_lfw(root, file=None, landmarks=None, aligned: bool = False, view: int |
              device="cpu", identification: bool = False) -> Lfw:
     """Read the pairs of LFW, or of a similar set, and align the images that they name.
 
-    Args:
-        root: folder or zip of `Name/Name_0001.jpg`, or InsightFace's lfw.bin or the like, which is aligned.
-        file, view: which pairs to read, see read_pairs().
-        landmarks: list; None uses the one in the folder or of mtcnn/lfw_landmark.py, or else `find_landmarks`.
-        aligned: whether the images are already aligned, 112x96 or 112x112.
-        find_landmarks: function such as mtcnn.landmark_lists.find_landmarks, which gets `device`.
-        identification: also take all other images of people with two images or more; a .bin file has none.
-
-    Raises InputError if anything is missing, malformed or unreadable; no pair is ever left out.
+    `root` is a folder or zip of `Name/Name_0001.jpg`, or InsightFace's lfw.bin or the like. For `file`, `view` and
+    `identification` see read_pairs(). The landmarks are those of a list, by default the one in the folder or of
+    mtcnn/lfw_landmark.py, or else of `find_landmarks`, such as mtcnn.landmark_lists.find_landmarks, on `device`; images
+    that are `aligned`, 112x96 or 112x112, need none. Raises InputError if anything is missing, malformed or unreadable;
+    no pair is ever left out.
     """
     root = path(root)
     if root.is_file() and root.suffix.lower() not in (".zip", *PARTS):

@@ -46,14 +46,10 @@ def verify(embeddings: np.ndarray, pairs: np.ndarray, same: np.ndarray, folds: n
            subtract_mean: bool = False) -> Verification:
     """Run the k-fold protocol of LFW (Huang et al. 2007, view 2): the threshold of a fold is the best on all others.
 
-    Args:
-        embeddings: float (N, D), one row per distinct image; not normalized.
-        pairs, same: int (P, 2), rows of `embeddings`; bool (P,), true for a genuine pair, with both kinds.
-        folds: int (P,), 0 .. K-1; -1 for pairs that only choose thresholds, as in view 1. One fold needs such pairs.
-        subtract_mean: subtract from every embedding the mean over the distinct images in the pairs of the training
-            folds. Each fold has its own mean, which does not depend on the fold under test.
-
-    Raises ValueError if an embedding is not finite, or is zero after the mean is subtracted.
+    `embeddings` are float (N, D), not normalized; `pairs` are rows of them, int (P, 2); `same`, bool (P,), is true for
+    a genuine pair, with both kinds; `folds` are int (P,), 0 .. K-1, or -1 for pairs that only choose thresholds, as in
+    view 1, which one fold needs. `subtract_mean` subtracts from the embeddings the mean over the distinct images in the
+    training folds, for each fold its own. Raises ValueError as similarities() does.
     """
     same, folds = np.asarray(same, bool), np.asarray(folds)
     count = folds.max(initial=-1) + 1
@@ -145,11 +141,8 @@ def operating_point(similarity: np.ndarray, same: np.ndarray, far: float) -> Ope
 
 
 def identify(embeddings: np.ndarray, identities: np.ndarray, seed: int = 0) -> Identification:
-    """Find each probe's person in a gallery by cosine similarity; ties count against the probe.
-
-    `embeddings` are float (N, D), not zero; `identities` int (N,), of which two or more have two images. For `seed`,
-    see choose_gallery().
-    """
+    """Find each probe's person in a gallery by cosine similarity; ties count against the probe. `embeddings` are float
+    (N, D), not zero; `identities` int (N,), of which two or more have two images. For `seed`, see choose_gallery()."""
     gallery, probes = choose_gallery(identities, seed)
     unit = np.asarray(embeddings, np.float32)
     unit = unit / np.linalg.norm(unit, axis=1, keepdims=True)

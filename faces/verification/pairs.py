@@ -45,24 +45,18 @@ class Pairs(NamedTuple):
 
 
 def read_pairs(source, file=None, view: int | None = None, identification: bool = False) -> Pairs:
-    """Read the pairs and find their images.
+    """Read the pairs of a source, the path of a folder or zip of images or what open_source() made of it, and find
+    their images. Raises InputError if a file or an image is missing, or a line is malformed.
 
-    Args:
-        source: path of a folder or zip of images, such as `Name/Name_0001.jpg`, or what open_source() made of it.
-        file: list of pairs, for view 1 one of its two; None searches in the folder or zip and beside it.
-        view: 1 or 2; None determines it from the names of the files, and prefers 2.
-        identification: add all other images of everyone who has two images or more.
-
-    Raises InputError if a file or an image is missing, or a line is malformed.
+    `file` is the list, for view 1 one of its two; None searches in the folder or zip and beside it. `view` is 1 or 2;
+    None determines it from the names of the files, and prefers 2. With `identification`, all other images of everyone
+    who has two images or more are added.
     """
     source, file = source if isinstance(source, (Folder, Zip)) else open_source(source, CONTENT), file and path(file)
     view_2 = (*VIEW_2_FILES, f"{source.root.name}_pairs.txt")    # the last one is RFW's
     if view is None:
         found = file or _find(source, view_2) or _find(source, VIEW_1_FILES)
         view = 1 if found and found.name in VIEW_1_FILES else 2
-    if view == 1 and file and file.name not in VIEW_1_FILES:
-        raise InputError(f"{file} does not belong to view 1, which consists of {' and '.join(VIEW_1_FILES)}; pass one "
-                         "of them with --pairs, or use --view 2.")
     files = []
     for names in [[name] for name in VIEW_1_FILES] if view == 1 else [view_2]:
         files.append((file.with_name(names[0]) if view == 1 else file) if file else _find(source, names))
@@ -134,8 +128,7 @@ def linked(count: int, links: np.ndarray) -> np.ndarray:
 
     def root(i):
         while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
+            parent[i] = i = parent[parent[i]]
         return i
 
     for a, b in links.tolist():

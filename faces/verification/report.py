@@ -28,11 +28,8 @@ class Measured(NamedTuple):
 
 
 def table(figures: dict) -> str:
-    """Return the figures of one model, see Measured, as a table in text.
-
-    If "folds" is among the protocols, the summary line comes first: mean accuracy, its standard deviation over the
-    folds (ddof=0), and mean threshold.
-    """
+    """Return the figures of one model, see Measured, as a table in text. With the protocol "folds", a line of mean
+    accuracy, its standard deviation over the folds (ddof=0), and mean threshold comes first."""
     settings, counts, found, lines = figures["settings"], figures["counts"], figures["identification"], []
     rows = [("model", f"{settings['model']} ({figures['method']}, {settings['net']})"), ("set", settings["lfw"])]
     if "folds" in settings["protocol"]:
@@ -85,11 +82,9 @@ def mean_line(row: dict) -> str:
 
 
 def means(results: list[list[Measured]], group: bool = False) -> list[dict]:
-    """Return the mean accuracy over several sets of each model, with its 95 % interval; see compare() for `results`.
-
-    If the sets are groups of people, also the standard deviation over the groups (ddof=1), the ratio of the largest to
-    the smallest error (None if that is 0), and which intervals overlap.
-    """
+    """Return the mean accuracy over several sets of each model, with its 95 % interval; see compare() for `results`. If
+    the sets are groups of people, also the standard deviation over the groups (ddof=1), the ratio of the largest to the
+    smallest error (None if that is 0), and which intervals overlap."""
     rows = []
     for models in zip(*results):
         accuracies = [model.result.accuracy for model in models]
@@ -126,18 +121,16 @@ def _cells(results):
 
 
 def compare(results: list[list[Measured]]) -> list[dict]:
-    """Return the differences in accuracy between each further model and the first, with paired 95 % intervals.
-
-    `results` has a list per set, with the Measured of each model. The mean over several sets is compared as well.
-    """
+    """Return the differences in accuracy between each further model and the first, with paired 95 % intervals, on each
+    set and in the mean of several. `results` has a list per set, with the Measured of each model."""
     rows = []
     for k in range(1, len(results[0])):
         gains = [(models[k].figures["set"], models[k].result.accuracy - models[0].result.accuracy,
                   models[k].draws - models[0].draws) for models in results]
         if len(gains) > 1:
             gains.append(("mean", float(np.mean([gain[1] for gain in gains])), np.mean([gain[2] for gain in gains], 0)))
-        model, first = (results[0][i].figures["settings"]["model"] for i in (k, 0))
-        rows += [{"model": model, "against": first, "set": name, "difference": gain, "interval_95": interval(draws)}
+        title, first = (results[0][i].figures["title"] for i in (k, 0))
+        rows += [{"title": title, "against": first, "set": name, "difference": gain, "interval_95": interval(draws)}
                  for name, gain, draws in gains]
     return rows
 
@@ -145,7 +138,7 @@ def compare(results: list[list[Measured]]) -> list[dict]:
 def comparison_line(row: dict) -> str:
     """Return a dict of compare() as text."""
     low, high = row["interval_95"]
-    return (f"{row['model']} minus {row['against']}, {row['set']}: accuracy {row['difference']:+.4f}, 95 % interval "
+    return (f"{row['title']} minus {row['against']}, {row['set']}: accuracy {row['difference']:+.4f}, 95 % interval "
             f"{low:+.4f} to {high:+.4f} (paired, over identities), which "
             f"{'contains' if low <= 0 <= high else 'excludes'} 0")
 
@@ -159,10 +152,8 @@ def write_all(folder: Path, results: list[list[Measured]], comparison: list, mea
 
 
 def write_set(folder: Path, models: list[Measured], lfw: Lfw):
-    """Write results.json, scores.tsv and the pictures of a set into a folder.
-
-    Several models get a subfolder each, named by its title, and the folder gets pictures with the curves of all.
-    """
+    """Write results.json, scores.tsv and the pictures of a set into a folder. Several models get a subfolder each,
+    named by its title, and the folder gets pictures with the curves of all."""
     pairs, names = lfw.pairs.judged(), folder_names([model.figures["title"] for model in models])
     for name, model in zip(names if len(models) > 1 else [""], models):
         inner, result = folder / name, model.result
@@ -180,7 +171,7 @@ def write_set(folder: Path, models: list[Measured], lfw: Lfw):
 
 
 def folder_names(titles: list[str]) -> list[str]:
-    """Return a file name for each of several models' titles; equal ones get a number."""
+    """Return a file name for each title of a model or name of a set; equal ones get a number."""
     names = []
     for i, title in enumerate(titles, 1):
         name = re.sub(r"[^\w.-]+", "-", title).strip("-.") or f"model-{i}"
@@ -189,22 +180,18 @@ def folder_names(titles: list[str]) -> list[str]:
 
 
 def _draw_curves(folder, models):
-    titles = [model.figures["title"] for model in models]
-    names = [title if titles.count(title) == 1 else f"{i}: {title}" for i, title in enumerate(titles, 1)]
     plots.picture(folder / "roc.png", (6, 4.5), plots.draw_roc, {
-        f"{name}, AUC {m.result.auc:.4f}": (m.result.far, m.result.tar) for name, m in zip(names, models)})
+        f"{m.figures['title']}, AUC {m.result.auc:.4f}": (m.result.far, m.result.tar) for m in models})
     if models[0].figures["identification"]:
-        curves = [model.figures["identification"]["cmc"] for model in models]
+        curves = {model.figures["title"]: model.figures["identification"]["cmc"] for model in models}
         plots.picture(folder / "cmc.png", (6, 4), plots.draw_cmc, MAX_CMC_RANK, {
-            f"{name}, rank 1 {cmc[0]:.4f}": cmc for name, cmc in zip(names, curves)})
+            f"{title}, rank 1 {cmc[0]:.4f}": cmc for title, cmc in curves.items()})
 
 
 def error_sheet(file, faces: np.ndarray, pairs, similarities: np.ndarray, correct: np.ndarray, count: int = 10):
-    """Draw the hardest pairs as the network sees them: a wrong label, a wrong alignment or the network's error?
-
-    Up to `count` Pairs of each kind are drawn, with their aligned faces, uint8 (N, HEIGHT, WIDTH, 3), RGB, and their
-    similarities, float (P,). `correct`, bool (P,), says which pairs were classified correctly.
-    """
+    """Draw the hardest Pairs, up to `count` of each kind, as the network sees them: a wrong label, a wrong alignment or
+    the network's error? The aligned faces are uint8 (N, HEIGHT, WIDTH, 3), RGB, the similarities float (P,). `correct`,
+    bool (P,), says which pairs were classified correctly."""
     shown = [hardest(similarities, pairs.same, genuine, count) for genuine in (True, False)]
     rows = [-(-len(indices) // PAIRS_PER_ROW) for indices in shown]    # rounded up
     figure = plots.Figure((PAIRS_PER_ROW * 2.15, 0.5 + 1.9 * sum(rows)), layout="constrained")

@@ -75,43 +75,38 @@ IGNORED = [_ignored(*name.rsplit(".", 1)) for name in """numpy.core.multiarray.s
 
 def load_net(file, nets: dict[str, Callable], name: str | None = None,
              channels: str | None = None) -> tuple[nn.Module, dict]:
-    """Return the network whose weights a file holds, on the CPU; it takes RGB, whatever the file's channel order.
+    """Return the network whose weights a file holds, on the CPU, and a dict about the file, see _load().
 
     Args:
         file: a checkpoint of this project, a safetensors file, the folder of either, a .caffemodel, or a public state
             dict in one of LAYOUTS, nested under KEYS or not. Half precision becomes float32.
         nets: dict from a network's name to its constructor.
-        name: the network that the file should hold; None accepts any.
+        name: the network that the file should hold; None accepts any. If it holds another, that is an InputError.
         channels: "rgb" or "bgr", with which the weights were trained; None takes what the file states, or else "rgb"
-            for checkpoints of this project and MuggleWang's layout, "bgr" for all others.
-
-    Returns the network, and a dict about the file, see _load(). Raises InputError if the file can't be read safely, or
-    has other weights.
+            for checkpoints of this project and MuggleWang's layout, "bgr" for all others. The network takes RGB.
     """
-    content = _read(file, name)
+    *content, name = _read(file, name)
     with torch.device("cpu"):    # whatever the defaults of the process are
-        net = nets[content.net]().float()
-    return net, _load(content, net, channels)
+        net = nets[name]().float()
+    return net, _load(net, *content, name, channels)
 
 
 def initial_net(make: Callable[[], nn.Module], file=None) -> nn.Module:
-    """Return a network to train: make(), with the weights in a file if one is given; see load_net().
-
-    They may be those of a network with fewer layers: each residual unit that it lacks starts as the identity.
-    """
+    """Return a network to train: make(), with the weights in a file if one is given; see load_net(). They may be those
+    of a network with fewer layers: each residual unit that it lacks starts as the identity."""
     net = make()
     if file is not None:
-        announce(file, _load(_read(file, architecture(net.state_dict()), deeper=True), net, None, train=True))
+        announce(file, _load(net, *_read(file, architecture(net.state_dict()), deeper=True), train=True))
     return net
 
 
 def net_in(file) -> str:
     """Return the name of the network whose weights a file holds; see load_net()."""
-    return _read(file).net
+    return _read(file)[-1]
 
 
 def announce(file, loaded: dict):
-    """Print which layout a public file has, on one line of stderr; checkpoints of this project need no announcement."""
+    """Print what was loaded, on one line of stderr; checkpoints of this project need no announcement."""
     if loaded["format"] != CHECKPOINT or loaded["added"]:
         rather = f" rather than {', '.join(loaded['others'])}" if loaded["others"] else ""
         print(f"{file}: {loaded['net']} in the layout {loaded['layout']}; channel order {loaded['channels'].upper()}"
@@ -174,10 +169,8 @@ def model_file(model) -> Path:
 
 def find_weights(content) -> tuple[list[Found], list[str]]:
     """Return the weights in what torch.load() returned, the preferred ones first, and the names of all other tensors.
-
-    They are a state dict, or under one of KEYS at any of MAX_DEPTH levels. Names may have any prefix, such as
-    "backbone.". Without weights in a known layout, the list is empty.
-    """
+    Weights in a known layout are a state dict, or under one of KEYS at any of MAX_DEPTH levels. Their names may have
+    any prefix, such as "backbone."."""
     tensors = dict(_tensors(content))
     prefixes = [(name.removesuffix(layout.first), layout) for layout in LAYOUTS for name in tensors
                 if f".{name}".endswith(f".{layout.first}")]
@@ -212,17 +205,9 @@ def _our_name(name):
     return re.sub(r"^fc\.", "fc5.", name)
 
 
-class _Content(NamedTuple):
-    file: Path
-    stated: dict     # what the file says about itself, with its "format"
-    net: str         # name of the network
-    found: list      # of Found, at least one
-    ignored: list    # names of tensors that do not belong to the network, such as training heads
-
-
 def _read(model, expected=None, deeper=False):
-    """Return the _Content of a file of weights; raise InputError if its network is not `expected`, or, with `deeper`,
-    the same with fewer layers."""
+    """Return the path of a file of weights, what it says about itself, with its "format", and what find_weights() and
+    architecture() say of it. Its network must be `expected`, or, with `deeper`, may be the same with fewer layers."""
     file = model_file(model)
     with reading(file, "file of weights", "export or download it again"), torch.serialization.safe_globals(IGNORED):
         with open(file, "rb") as data:
@@ -249,49 +234,48 @@ def _read(model, expected=None, deeper=False):
     if name != (expected or name) and not shallower:
         raise InputError(f"{file} contains the weights of {name}, not of {expected}; pass --net {name} or leave out "
                          "--net.")
-    return _Content(file, stated, name, found, ignored)
+    return file, stated, found, ignored, name
 
 
-def _load(content, net, channels, train=False):
+def _load(net, file, stated, found, ignored, name, channels=None, train=False):
     """Load the first of the weights in a file into a network, and describe the file: "format", "method", "net",
     "layout", "channels"; "source", where the weights were, "others", where more were, and "ignored", names left out;
     "added", how many residual units the file lacks; "fingerprint" of the network; "step" and "threshold" of the last
     evaluation in training. None is unknown."""
-    stated, (layout, tensors, source), method = content.stated, content.found[0], content.stated.get("method")
+    (layout, tensors, source), *others = found
     stated_channels = str(stated.get("colour_order")).lower()
     channels = channels or (stated_channels if stated_channels in CHANNELS else layout.channels)
     expected, modules = net.state_dict(), dict(net.named_modules())
     # In public files, residual convolutions may have biases that the network does not have yet.
-    biases = {name: nn.Parameter(layer.weight.new_zeros(layer.out_channels)) for name in tensors
-              if name not in expected and isinstance(layer := modules.get(name.removesuffix(".bias")), nn.Conv2d)}
+    biases = {key: nn.Parameter(layer.weight.new_zeros(layer.out_channels)) for key in tensors
+              if key not in expected and isinstance(layer := modules.get(key.removesuffix(".bias")), nn.Conv2d)}
     expected |= biases
     added = _added(_units(tensors), expected, train)
     tensors |= added
-    with reading(content.file, "checkpoint of ordinary tensors", "pass another checkpoint"):
-        for name in [*expected, *tensors]:
-            file_name, value = tensors.get(name, (name, None))
-            found, wanted = _kind(value), _kind(expected.get(name))
-            if found != wanted and not name.endswith("num_batches_tracked"):
-                raise InputError(f"the weights in {content.file} do not fit {content.net} ({file_name} is {found}, not "
-                                 f"{wanted}); {PAGE}.")
-        weights = {name: value for name, (_, value) in tensors.items()}
+    with reading(file, "checkpoint of ordinary tensors", "pass another checkpoint"):
+        for key in [*expected, *tensors]:
+            file_name, value = tensors.get(key, (key, None))
+            kind, wanted = _kind(value), _kind(expected.get(key))
+            if kind != wanted and not key.endswith("num_batches_tracked"):
+                raise InputError(f"the weights in {file} do not fit {name} ({file_name} is {kind}, not {wanted}); "
+                                 f"{PAGE}.")
+        weights = {key: value for key, (_, value) in tensors.items()}
         first = weights["conv1_1.weight"].flip(1) if channels == "bgr" else weights["conv1_1.weight"]
         # Both inputs are zero at x = 127.5 and in the padding, so scaling the weight is exact.
         weights["conv1_1.weight"] = (first.double() * (128 / layout.divisor)).float()
-        for name, bias in biases.items():
-            modules[name.removesuffix(".bias")].bias = bias
+        for key, bias in biases.items():
+            modules[key.removesuffix(".bias")].bias = bias
         net.load_state_dict({**expected, **weights})
-    return {"format": stated["format"], "method": None if method == "unknown" else method, "net": content.net,
-            "layout": layout.title, "channels": channels, "source": source, "ignored": content.ignored,
-            "others": [other.source for other in content.found[1:]], "added": len(added) // 4,
+    method = stated.get("method")
+    return {"format": stated["format"], "method": None if method == "unknown" else method, "net": name,
+            "layout": "of this project" if "net" in stated else layout.title, "channels": channels, "source": source,
+            "others": [other.source for other in others], "ignored": ignored, "added": len(added) // 4,
             "fingerprint": fingerprint(net), "step": stated.get("step"), "threshold": stated.get("threshold")}
 
 
 def _added(units, expected, train):
-    """Return weights, as in Found.tensors, for the residual units that a file with these `units` lacks.
-
-    They make each unit the identity. To be trained further, its first convolution keeps its initial weights.
-    """
+    """Return weights, as in Found.tensors, for the residual units that a file with these `units` lacks. They make each
+    unit the identity. To be trained further, its first convolution keeps its initial weights."""
     added = {}
     for name, value in expected.items() if units in UNITS else ():
         kind, stage, layer = re.match(r"(conv|relu|fc)(\d)_?(\d*)", name).groups()

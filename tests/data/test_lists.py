@@ -1,6 +1,7 @@
 """Lists as people have them: separators, encodings, absolute paths, wrong orders; and whether they fit the photos."""
 import os
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -46,21 +47,17 @@ def test_absolute_paths_below_the_folder_by_any_of_its_names(tmp_path):
             read_labels(written(tmp_path, f"0.jpg 0\n{name}/0.jpg 1"), root)
 
 
-@pytest.mark.parametrize("text, message", [
-    ("a.png 0\nd.png\n", "line 2: expected a path, a label"), ("a.png 0\nd.png 1.0\n", "line 2: expected a path"),
-    (f"a.png 0\nd.png {10**30}\n", "line 2: expected a path"), ("a.png 0\na.png 1\n", "lists a.png twice"),
-    ("a.png 0\n../b.png 1\n", "line 2: the path .* leaves"), ("\n", "is an empty list"), ("\0", "not a text file"),
-    ("x" * 10**6, "not a text file")])
-def test_malformed_lists(tmp_path, text, message):
+@pytest.mark.parametrize("read, text, message", [
+    *((read_labels, f"a.png 0\n{line}\n", "line 2: expected a path, a label") for line in (
+        "d.png", "d.png 1.0", f"d.png {10**30}")),
+    *((partial(read_landmarks, labeled=True), f"b.jpg 0 {POINTS}\n{line}\n", "line 2: expected .*ten finite numbers")
+      for line in (f"a.jpg\t0\t{POINTS} 1".replace(" ", "\t"), f"a.jpg {POINTS}", f"a.jpg 0 {POINTS[:-7]}nan")),
+    (read_labels, "a.png 0\na.png 1\n", "lists a.png twice"), (read_labels, "a.png 0\n../b.png 1\n", "2: .* leaves"),
+    (read_labels, "\n", "is an empty list"), (read_labels, "\0", "not a text file"),
+    (read_labels, "x" * 10**6, "not a text file")])
+def test_malformed_lists(tmp_path, read, text, message):
     with pytest.raises(InputError, match=f"list.txt.*{message}"):
-        read_labels(written(tmp_path, text))
-
-
-@pytest.mark.parametrize("line", [f"a.jpg\t0\t{POINTS} 1".replace(" ", "\t"), f"a.jpg {POINTS}",
-                                  f"a.jpg 0 {POINTS[:-7]}nan"])
-def test_malformed_landmark_lists(tmp_path, line):
-    with pytest.raises(InputError, match="line 2: expected a path, a label .*, ten finite numbers"):
-        read_landmarks(written(tmp_path, f"b.jpg 0 {POINTS}\n{line}\n"), True)
+        read(written(tmp_path, text))
 
 
 @pytest.mark.parametrize("change, message", [

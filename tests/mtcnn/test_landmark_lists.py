@@ -1,5 +1,4 @@
 """The choice of a face, and the scripts that write landmark lists and drawings."""
-import importlib
 import json
 import os
 import shutil
@@ -8,17 +7,15 @@ import sys
 import numpy as np
 import pytest
 import skimage.data
-from conftest import write_image
+from conftest import ASTRONAUT, write_image
 
 from faces.data.sources import Folder
 from faces.images import read_image
 from faces.landmarks import photos_digest, read_landmarks
+from mtcnn import casia_landmark, detector, lfw_landmark
 from mtcnn.detector import Faces
-from mtcnn.landmark_lists import find_landmarks
 from mtcnn.search import choose
 
-# Landmarks of the face in skimage.data.astronaut(), read off by eye.
-LANDMARKS = np.array([(203.8, 101.6), (246.8, 104.6), (224.5, 130.3), (200.8, 139.0), (244.4, 141.7)])
 CPU = ("--device", "cpu")
 
 
@@ -35,33 +32,22 @@ def people(tmp_path_factory):
     return root
 
 
-def run(script, *args):
-    """Run a script's main() in this process, which saves seconds of importing; return its exit status."""
-    try:
-        importlib.import_module(f"mtcnn.{script}").main(list(map(str, args)))
-    except SystemExit as stop:
-        return stop.code
-    return 0
-
-
 def test_select_rules():
     boxes = np.array([[0, 0, 50, 50], [80, 80, 110, 110], [10, 100, 40, 140]], np.float32)
-    faces = Faces(boxes, np.array([0.8, 0.9, 0.99], np.float32), np.tile(LANDMARKS.astype(np.float32) - 100, (3, 1, 1)))
-    assert [choose(faces, (200, 200), rule) for rule in ("center", "largest", "score")] == [1, 0, 2]
+    faces = Faces(boxes, np.array([0.8, 0.9, 0.99], np.float32), np.tile(ASTRONAUT.astype(np.float32) - 100, (3, 1, 1)))
+    assert [choose(faces, (200, 200), rule)[0] for rule in ("center", "largest", "score")] == [1, 0, 2]
     faces.landmarks[1] = faces.landmarks[1, [1, 0, 2, 4, 3]]  # a flipped face can't be aligned
-    assert choose(faces, (200, 200), "center") == 2
-    assert choose(faces, (200, 200), "score", corner=(50, 10)) == 2    # an image of 100 columns and 180 rows
-    assert choose(faces, (200, 200), "score", corner=(99, 10)) is None
-    assert choose(Faces(boxes[:0], faces.scores[:0], faces.landmarks[:0]), (200, 200), "center") is None
+    assert choose(faces, (200, 200), "center") == [2, 0]
+    assert choose(faces, (90, 90), "center") == []    # the landmarks are outside
 
 
-def test_lfw_landmark(people, tmp_path, capsys):
-    assert run("lfw_landmark", "--lfw", people, "--output", tmp_path / "list.txt", *CPU) == 0
-    listed, output = read_landmarks(tmp_path / "list.txt", labeled=False), capsys.readouterr().out
+def test_lfw_landmark(people, tmp_path, call):
+    status, output, _ = call(lfw_landmark, "--lfw", people, "--output", tmp_path / "list.txt", *CPU)
+    listed = read_landmarks(tmp_path / "list.txt", labeled=False)
     points = dict(zip(listed.paths, listed.points))
-    assert listed.paths == sorted(points) and len(points) == 7
-    np.testing.assert_allclose(points["Ann/Ann_0001.png"] + (100, 0), LANDMARKS, atol=3)
-    np.testing.assert_allclose(points["Zoe/Zoe_0003.png"] + (183, 72), LANDMARKS, atol=4)
+    assert status == 0 and listed.paths == sorted(points) and len(points) == 7
+    np.testing.assert_allclose(points["Ann/Ann_0001.png"] + (100, 0), ASTRONAUT, atol=3)
+    np.testing.assert_allclose(points["Zoe/Zoe_0003.png"] + (183, 72), ASTRONAUT, atol=4)
     sizes = {"Ann/Ann_0001.png": (250, 250), "Ann/Ann_0002.png": (240, 240), "Zoe/Zoe_0001.png": (220, 200),
              "Zoe/Zoe_0002.png": (512, 512), "Zoe/Zoe_0003.png": (80, 108)}
     median = np.median([points[name] / size for name, size in sizes.items()], axis=0) * (200, 100)
@@ -70,85 +56,74 @@ def test_lfw_landmark(people, tmp_path, capsys):
     failed = (tmp_path / "list.failed.txt").read_text().splitlines()
     assert [line[-16:] for line in failed if line.startswith("no face")] == ["Ann/Ann_0003.png", "Bob/Bob_0001.png"]
     assert json.loads((tmp_path / "list.json").read_text())["photos"] == photos_digest(Folder(people))
-    assert not (tmp_path / ".list.txt.partial").exists()
-    found, missed = find_landmarks(people, listed.paths, "cpu")
-    np.testing.assert_allclose(found, listed.points, atol=0.03)
-    assert missed == 2
 
 
-def test_casia_landmark_leaves_out_images_without_a_face(people, tmp_path, capsys):
+def test_casia_landmark_leaves_out_images_without_a_face(people, tmp_path, call):
     """The person folders are where training finds them, also below another folder."""
     shutil.copytree(people, tmp_path / "unpacked" / "CASIA")
-    assert run("casia_landmark", "--casia", tmp_path / "unpacked", "--output", tmp_path / "list.txt", *CPU) == 0
-    listed, output = read_landmarks(tmp_path / "list.txt", labeled=True), capsys.readouterr().out
+    output = call(casia_landmark, "--casia", tmp_path / "unpacked", "--output", tmp_path / "list.txt", *CPU)[1]
+    listed = read_landmarks(tmp_path / "list.txt", labeled=True)
     assert listed.paths == ["Ann/Ann_0001.png", "Ann/Ann_0002.png", *(f"Zoe/Zoe_000{i}.png" for i in (1, 2, 3))]
     assert listed.labels.tolist() == [0, 0, 1, 1, 1]
     assert "no face found, left out: 2" in output and "2 people; people without any image left: 1 Bob" in output
 
 
 @pytest.mark.parametrize("change", [(), ("--min-face-size", 40), ("--select", "score"), "photo"], ids=str)
-def test_a_killed_run_is_continued_with_the_same_photos_and_options_only(people, tmp_path, capsys, monkeypatch, change):
+def test_a_killed_run_is_continued_with_the_same_photos_and_options_only(people, tmp_path, call, monkeypatch, change):
     shutil.copytree(people / "Zoe", tmp_path / "set" / "Zoe")
-    whole, again, partial = (tmp_path / name for name in ("whole.txt", "again.txt", ".again.txt.partial"))
+    whole, again = tmp_path / "whole.txt", tmp_path / "again.txt"
     args = ["--lfw", tmp_path / "set", *CPU, "--output"]
-    assert run("lfw_landmark", *args, whole) == 0
+    assert call(lfw_landmark, *args, whole)[0] == 0
     with monkeypatch.context() as patch:
         patch.setattr("mtcnn.landmark_lists.write_landmarks", lambda *_, **__: sys.exit(9))
-        assert run("lfw_landmark", *args, again) == 9 and not again.exists()
+        assert call(lfw_landmark, *args, again)[0] == 9 and not again.exists()
+    partial, = tmp_path.glob(".again.txt.*.rows")
     partial.write_bytes(partial.read_bytes()[:-5])    # it was killed while it wrote the last row
     if change == "photo":
         shutil.copy(people / "Bob" / "Bob_0001.png", tmp_path / "set" / "Zoe" / "Zoe_0001.png")
-    capsys.readouterr()
-    assert run("lfw_landmark", *args, again, *(() if change == "photo" else change)) == 0
-    output = capsys.readouterr().out
-    assert ("photos or the options have changed" in output) == bool(change)
+    status, output, _ = call(lfw_landmark, *args, again, *(() if change == "photo" else change))
+    assert status == 0 and ("photos or the options have changed" in output) == bool(change)
     assert ("continuing: 2 of 3 images" in output) == (not change)
     assert (change or again.read_text() == whole.read_text()) and not partial.exists()
 
 
-def test_detector_draws_photos_in_folders_and_skips_unreadable_ones(people, tmp_path, capsys, monkeypatch):
+def test_detector_draws_photos_in_folders_and_skips_unreadable_ones(people, tmp_path, call, monkeypatch):
     for name in ("in/a.png", "in/a-2.png", "in/b/a.png"):
         write_image(tmp_path / name, read_image(people / "Ann/Ann_0001.png"))
     (tmp_path / "bad.jpg").write_bytes(b"<html>")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert run("detector", tmp_path / "in", tmp_path / "bad.jpg", "~/in/a.png", "--output=~/out", *CPU) == 0
-    shown, out = capsys.readouterr(), tmp_path / "out"
-    assert "3 faces in 3 photos, 1 skipped" in shown.out and f"skipped {tmp_path}/bad.jpg: not an image" in shown.err
-    listed = json.loads((out / "faces.json").read_text())
+    _, out, err = call(detector, tmp_path / "in", tmp_path / "bad.jpg", "~/in/a.png", "--output=~/out", *CPU)
+    assert "3 faces in 3 photos, 1 skipped" in out and f"skipped {tmp_path}/bad.jpg: not an image" in err
+    listed = json.loads((tmp_path / "out/faces.json").read_text())
     assert [entry["photo"] for entry in listed] == [f"{tmp_path}/in/{name}" for name in ("a-2.png", "a.png", "b/a.png")]
-    np.testing.assert_allclose(listed[0]["faces"][0]["landmarks"] + np.array((100, 0)), LANDMARKS, atol=3)
+    np.testing.assert_allclose(listed[0]["faces"][0]["landmarks"] + np.array((100, 0)), ASTRONAUT, atol=3)
     assert len({entry["drawing"] for entry in listed}) == 3
-    assert read_image(out / listed[2]["drawing"]).shape == (250, 250, 3)
-    assert run("detector", tmp_path / "in" / "a.png", "--output", tmp_path / "in", *CPU) == 2
-    assert "would overwrite the photo" in capsys.readouterr().err
+    assert read_image(tmp_path / "out" / listed[2]["drawing"]).shape == (250, 250, 3)
+    status, _, err = call(detector, tmp_path / "in" / "a.png", "--output", tmp_path / "in", *CPU)
+    assert status == 2 and "would overwrite the photo" in err
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other file systems take only UTF-8")
-def test_names_that_a_list_can_not_hold_and_names_that_it_can(people, tmp_path, capsys):
+def test_names_that_a_list_can_not_hold_and_names_that_it_can(people, tmp_path, call):
     names = ["a b/0.png", os.fsdecode(b"c/Jos\xe9.png"), "d/\u5973\u00a0.png"]
     args = ["--casia", tmp_path / "set", "--output", tmp_path / "list.txt", *CPU]
     for name in [*names, "d/tab\t.png"]:
         (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(people / "Zoe/Zoe_0003.png", tmp_path / "set" / name)
-    assert run("casia_landmark", *args) == 2
-    assert "1 of 4 images" in (error := capsys.readouterr().err) and "tab\t.png: its name" in error
+    status, _, err = call(casia_landmark, *args)
+    assert status == 2 and "1 of 4 images" in err and "tab\t.png: its name" in err
     (tmp_path / "set" / "d/tab\t.png").unlink()
-    assert run("casia_landmark", *args) == 0
+    assert call(casia_landmark, *args)[0] == 0
     assert read_landmarks(tmp_path / "list.txt", labeled=True).paths == names
 
 
-@pytest.mark.parametrize("names, script, sentence", [
-    (None, "lfw_landmark", "does not exist"), ([], "lfw_landmark", "found in 0 images"),
-    (["Ann/bad.jpg"], "lfw_landmark", "1 of 1 image in"), (["Ann/1.png"], "lfw_landmark", "no face was found"),
-    (["1.png"], "casia_landmark", "because they are not in folders; pass a folder"),
-    (["A/1.png", "A/2.png"], "casia_landmark", "has 2 photos of 1 person; pass a folder")], ids=str)
-def test_bad_input_is_one_sentence_and_status_2(names, script, sentence, tmp_path, capsys):
-    root = tmp_path / "set"
-    if names is not None:
-        root.mkdir()
-    for name in names or []:
-        write_image(root / name, np.zeros((50, 50, 3), np.uint8))
-        if "bad" in name:
-            (root / name).write_bytes(b"no image")
-    assert run(script, f"--{script.split('_')[0]}", root, "--output", tmp_path / "list.txt", *CPU) == 2
-    assert sentence in capsys.readouterr().err and not (tmp_path / "list.txt").exists()
+@pytest.mark.parametrize("name, sentence", [(None, "does not exist"), ("list.txt", "found in 0 images"),
+                                            ("bad.jpg", "1 of 1 image in"), ("blank.png", "no face was found")])
+def test_bad_input_is_one_sentence_and_status_2(name, sentence, tmp_path, call):
+    if name:
+        write_image(tmp_path / "set/blank.png", np.zeros((50, 50, 3), np.uint8))
+        (tmp_path / "set/blank.png").rename(tmp_path / "set" / name)
+    if name in ("list.txt", "bad.jpg"):
+        (tmp_path / "set" / name).write_bytes(b"no image")
+    status, _, err = call(lfw_landmark, "--lfw", tmp_path / "set", "--output", tmp_path / "list.txt", *CPU)
+    assert status == 2 and sentence in err and not (tmp_path / "list.txt").exists()

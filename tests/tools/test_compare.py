@@ -5,7 +5,6 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
 from conftest import draw_face, run_lfw_eval, write_image, write_model
 
 from faces.files import InputError
@@ -14,48 +13,33 @@ from faces.verification.metrics import best_threshold
 from tools import compare
 from tools.embedder import Embedder
 
-pytest_plugins = "helpers"
-
-
-@pytest.fixture
-def scores(tmp_path):
-    """Write scores of 300 genuine and 200 impostor pairs with many ties; return (path, similarities, same)."""
-    same = np.arange(500) < 300
-    similarity = np.random.default_rng(3).normal(np.where(same, 0.5, 0.2), 0.15).clip(-1, 1).round(2)
-    lines = [f"a.jpg\tb.jpg\t{int(s)}\t0\t{x:.6f}\n" for x, s in zip(similarity, same)]
-    (tmp_path / "scores.tsv").write_text("".join(["left\tright\tsame\tfold\tsimilarity\n", *lines]))
-    return tmp_path / "scores.tsv", similarity, same
-
 
 def test_similarity_is_the_cosine_of_the_embeddings_of_both_crops(model, photos):
     embedder = Embedder(model, "cpu")
     result = compare.compare(embedder, photos / "face.png", photos / "brighter.png")
-    assert result.face_counts == (1, 1)
-    x = torch.tensor((result.crops.astype(np.float32) - 127.5) / 128).permute(0, 3, 1, 2)
-    with torch.no_grad():
-        a, b = torch.cat((embedder.net.eval()(x), embedder.net(x.flip(3))), 1).double()
-    assert result.similarity == pytest.approx(float(a @ b / a.norm() / b.norm()), abs=1e-5)
-    same = compare.compare(embedder, photos / "face.png", (photos / "face.png").read_bytes())
-    assert same.similarity == pytest.approx(1, abs=1e-6)
+    a, b = embedder(photos / "face.png"), embedder(photos / "brighter.png")
+    expected = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+    assert result.face_counts == (1, 1) and abs(result.similarity - expected) < 1e-4
 
 
-def test_the_command_prints_verdict_and_error_rates_and_draws_the_picture(model, photos, scores, tmp_path, call):
-    path, similarity, same = scores
+def test_the_command_prints_verdict_and_error_rates_and_draws_the_picture(model, photos, tmp_path, call):
+    same, path = np.arange(500) < 300, tmp_path / "scores.tsv"
+    similarity = np.random.default_rng(3).normal(np.where(same, 0.5, 0.2), 0.15).clip(-1, 1).round(2)    # many ties
+    path.write_text("same\tsimilarity\n" + "".join(f"{int(s)}\t{x:.6f}\n" for x, s in zip(similarity, same)))
     status, out, _ = call(compare, photos / "face.png", photos / "two.png", "--model", model, "--scores", path,
                           "--output", tmp_path / "out", "--device", "cpu")
     threshold = best_threshold(similarity, same)
     accepted = int((similarity[~same] > threshold).sum())
     assert status == 0 and "same person: " in out and f"> threshold {threshold:.4f}" in out
-    assert f"from {path}, which does not say whether it is of this model:" in out
     assert f"false accept  {accepted / 200:8.3%}  {accepted} of 200 impostor pairs" in out
     assert "two.png: 2 faces" in out and "face.png: 2 faces" not in out
     assert read_image(tmp_path / "out" / "comparison.png").std() > 20
 
 
 def test_the_command_runs_with_and_without_a_threshold(model, photos, call):
-    pair = photos / "face.png", photos / "face.png", "--model", model, "--device", "cpu"
+    pair = photos / "face.png", photos / "two.png", "--model", model, "--device", "cpu"
     out = call(compare, *pair, "--threshold", "1")[1]
-    assert "different people: 1.0000 <= threshold 1.0000\nthe error rates at this threshold are unknown" in out
+    assert "<= threshold 1.0000\nthe error rates at this threshold are unknown" in out
     assert "--save-threshold` once" in call(compare, *pair)[1] and call(compare, *pair, "--threshold", "60")[0] == 2
     status, _, err = call(compare, photos / "face.png", photos / "coffee.png", *pair[2:])
     assert status == 2 and "coffee.png: no face was found" in err
@@ -78,17 +62,6 @@ def test_thresholds_of_an_evaluation_are_used_but_not_for_other_weights(photos, 
     shutil.copy(tmp_path / "a/checkpoint.pt.threshold.json", tmp_path / "b")
     status, _, err = call(compare, *command, other)
     assert status == 2 and "belongs to other weights" in err
-
-
-def test_the_threshold_of_the_evaluation_during_training_is_used(photos, scores, tmp_path, call):
-    stored = {"value": 0.31, "accepted": 3, "impostor": 200, "rejected": 4, "genuine": 300,
-              "source": "500 pairs of LFW", "step": 7}
-    model = write_model(tmp_path / "checkpoint.pt", step=9, threshold=stored)
-    command = photos / "face.png", photos / "face.png", "--device", "cpu", "--model", model
-    out = call(compare, *command)[1]
-    assert "same person: 1.0000 > threshold 0.3100\n" in out and "3 of 200 impostor pairs" in out
-    assert "from 500 pairs of LFW, evaluated during training at step 7 (the weights are those of step 9):" in out
-    assert "during training" not in call(compare, *command, "--scores", scores[0])[1]
 
 
 def test_unsuitable_scores_are_refused(tmp_path):

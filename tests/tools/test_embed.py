@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import write_image
+from conftest import write_image, write_model
 from PIL import Image
 
 from cosFace.net import NETS
@@ -18,10 +18,7 @@ from faces.verification.embed import embed
 from faces.verification.weights import load_net
 from mtcnn.detector import Detector
 from tools import embed as embed_tool
-from tools.compare import compare
 from tools.embedder import Embedder, find_faces
-
-pytest_plugins = "helpers"
 
 
 @pytest.fixture(scope="module")
@@ -57,40 +54,14 @@ def test_the_largest_face_is_used_or_all_faces(embedder, photos):
     np.testing.assert_allclose(two, embedder.embed(np.stack([face.crop for face in found])), atol=1e-4)
 
 
-def test_faces_at_a_border_and_in_a_panorama_are_found_in_the_photos_own_coordinates(embedder, photos):
-    image = read_image(photos / "face.png")
-    (whole,), = find_faces([image], embedder.detector)
-    x1, y1, x2, y2 = whole.box.astype(int) + (8, 8, -8, -8)
-    (cut,), = find_faces([image[y1:y2, x1:x2]], embedder.detector)
-    np.testing.assert_allclose(cut.landmarks + (x1, y1), whole.landmarks, atol=8)
-    wide = np.pad(image, ((0, 0), (32_600, 0), (0, 0)))
-    (far,), = find_faces([wide], embedder.detector)
-    np.testing.assert_allclose(far.landmarks - (32_600, 0), whole.landmarks, atol=3)
-    assert abs(far.crop.astype(int) - whole.crop).mean() < 8
-
-
 @pytest.mark.parametrize("wrong, aligned, message", [
-    ("coffee.png", False, "can't embed .*coffee.png: no face was found"),
-    ("missing.png", False, "can't embed .*missing.png: No such file"),
-    ("face.png", True, "can't embed .*face.png: an image of 200 rows and 260 columns is not an aligned face"),
-    (None, False, "can't embed None; pass a photo"), ([None], False, "photo 1 of 1: .*NoneType"),
-    ([], False, "nothing to embed"), (b"image", False, "photo 1 of 1: not an image"),
+    ("coffee.png", False, "coffee.png: no face was found"), ("missing.png", False, "missing.png: No such file"),
+    ("face.png", True, "face.png: an image of 200 rows and 260 columns is not an aligned face"),
+    (None, False, "can't embed None"), ([], False, "nothing to embed"),
     (np.zeros((200, 200)), False, r"photo 1 of 1: .* not float64 \(200, 200\)")])
 def test_what_can_not_be_embedded_is_named(embedder, photos, wrong, aligned, message):
     with pytest.raises(InputError, match=message):
         embedder(photos / wrong if isinstance(wrong, str) else wrong, aligned)
-
-
-def test_the_settings_of_the_callers_process_do_not_matter_and_stay(model, photos, monkeypatch):
-    torch.set_default_dtype(torch.float64)
-    try:
-        with monkeypatch.context() as patch:
-            patch.setattr(sys, "stdout", None)
-            patch.setattr(sys, "stderr", None)
-            similarity = compare(Embedder(model, "cpu"), *2 * [photos / "face.png"]).similarity
-        assert similarity == pytest.approx(1, abs=1e-6) and torch.get_default_dtype() == torch.float64
-    finally:
-        torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture
@@ -166,3 +137,5 @@ def test_mistakes_are_one_sentence_errors(run, photos, tmp_path):
                                    ("face.png", "faces.csv", "is not the name of a .npz file")):
         status, _, err = run(photos / photo, "--output", tmp_path / output)
         assert status == 2 and message in err and not (tmp_path / output).exists()
+    nan = ("--model", write_model(tmp_path / "nan.pt", nan=True), "--output", tmp_path / "faces.npz")
+    assert "nan.pt is not finite or is zero" in run(photos / "face.png", *nan)[2]

@@ -13,8 +13,6 @@ from faces.files import InputError
 from faces.verification.weights import fingerprint, load_net
 from tools import export
 
-pytest_plugins = "helpers"
-
 
 def open_exported(format, path):
     """Open an exported file the way a deployment would; return a function of a batch, and the metadata."""

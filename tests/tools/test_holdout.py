@@ -11,8 +11,6 @@ from faces.landmarks import read_landmarks, write_landmarks
 from faces.verification.binset import read_bin
 from tools import holdout
 
-pytest_plugins = "helpers"
-
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):

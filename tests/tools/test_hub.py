@@ -12,7 +12,6 @@ from faces.verification.threshold import Threshold, load_threshold, save_thresho
 from faces.verification.weights import initial_net, load_net
 from tools import export
 
-pytest_plugins = "helpers"
 FIGURES = {"set": "my: set", "accuracy": 0.987654, "std": 0.01, "auc": 0.99, "interval_95": [0.9, 1],
            "counts": {"pairs": 6000}, "settings": {"flip": "sum", "weights": {"fingerprint": "of another model"}}}
 

@@ -19,8 +19,6 @@ from faces.verification.ijb import FARS, FPIRS, RANKS, form_templates, identify,
 from faces.verification.weights import load_net
 from tools import ijb_eval
 
-pytest_plugins = "helpers"
-
 
 def write_set(root, prefix, subjects=20):
     """Write a set: for each subject a template in one of two galleries, and one to three probes, in random order."""
@@ -202,14 +200,11 @@ def test_a_protocol_whose_lists_are_missing_is_left_out(run, tmp_path):
 
 
 @pytest.mark.parametrize("name, old, new, message", [
-    ("face_tid_mid.txt", "\n5.jpg ", "\n5.jpg x", "not a list of images (could not convert string 'x"),
+    ("face_tid_mid.txt", "\n5.jpg ", "\n5.jpg x", "not a list of images"),
     ("face_tid_mid.txt", "\n5.jpg ", "\n55.jpg ", "do not list the same images"),
-    ("name_5pts_score.txt", "\n7.jpg ", "\n7.jpg 1 ", "requires 12 columns but 13 were found at row 7"),
-    ("template_pair_label.txt", " 1\n", "\n", "not a list of template pairs"),
     ("template_pair_label.txt", " 1\n", " 2\n", "two templates and 0 or 1"),
     ("template_pair_label.txt", "\n", "\n901 902 0\n", "template 901 has no images"),
     ("1N_probe_mixed.csv", "SUBJECT", "PERSON", "do not start with TEMPLATE_ID,SUBJECT_ID"),
-    ("1N_probe_mixed.csv", ",7001,", ",x,", "could not convert string 'x' to int64"),
     ("1N_gallery_G1.csv", ",7002,", ",7001,", "two templates of one subject")])
 def test_malformed_lists_are_one_sentence(ijbc, run, tmp_path, name, old, new, message):
     (tmp_path / "meta").mkdir()

@@ -1,17 +1,8 @@
-"""Checkpoints when processes are killed and disks are full. A tiny network makes the steps fast;
-tests/methods/test_casia_train.py kills and resumes a run of the real one.
-"""
-import multiprocessing
-import os
-import random
-import signal
-import sys
-import time
-
+"""Full disks, compiling, and float16. A tiny network makes the steps fast."""
 import pytest
 import tiny_train
 import torch
-from conftest import ROOT, file_size_limit, options, saved_step, tensors
+from conftest import file_size_limit, options, saved_step, tensors
 from torch import nn
 
 import cosFace.net
@@ -25,50 +16,6 @@ from faces.training.distributed import should_compile
 def tiny(monkeypatch):
     """Replace faceNet by TinyNet."""
     monkeypatch.setitem(cosFace.net.NETS, "faceNet", tiny_train.TinyNet)
-
-
-def train(args):
-    """Train TinyNet silently, and end this process with the exit status."""
-    sys.stdout = sys.stderr = open(os.devnull, "w")
-    sys.exit(tiny_train.main(list(map(str, args))))
-
-
-@pytest.fixture
-def start(monkeypatch):
-    """Return a function that starts train() in a new process, forked from one that has already imported everything."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests/training"))))
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_checkpoint", "torch._dynamo", "torch.utils.tensorboard", "faces.plots"])
-
-    def start(args):
-        process = context.Process(target=train, args=(args,))
-        process.start()
-        return process
-    return start
-
-
-def test_a_run_killed_ten_times_equals_an_uninterrupted_one(start, casia, tmp_path):
-    """Each kill follows a random step by a random delay, so that on slow machines too it lands within the run."""
-    settings = ["--batch-size", "2", "--epochs", "4", "--shift", "2"]
-    uninterrupted = start([*options(casia, tmp_path, "uninterrupted"), *settings])
-    uninterrupted.join()
-    assert uninterrupted.exitcode == 0
-    rng, run = random.Random(0), tmp_path / "run"
-    for step in sorted(rng.sample(range(50), 10)):              # the run has 96 steps
-        process = start([*options(casia, tmp_path), *settings, "--resume", "auto"])
-        while process.is_alive() and saved_step(run) < step:    # fails if a kill left a truncated file
-            time.sleep(0.005)
-        process.join(rng.uniform(0, 0.02))
-        process.kill()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
-    last = start([*options(casia, tmp_path), *settings, "--resume"])
-    last.join()
-    assert last.exitcode == 0 and saved_step(run) == 96
-    expected, actual = (tensors(torch.load(tmp_path / run / "checkpoint.pt", weights_only=True))
-                        for run in ("uninterrupted", "run"))
-    assert actual.keys() == expected.keys() and len(expected) > 10
-    assert not [name for name in expected if not torch.equal(actual[name], expected[name])]
 
 
 def test_a_full_disk_keeps_the_last_checkpoint_and_training_continues(tiny, main, casia, tmp_path, monkeypatch):
@@ -92,17 +39,6 @@ def test_a_run_fails_if_the_disk_stays_full(tiny, main, casia, tmp_path):
     with file_size_limit(50_000):
         status, output = main("cosFace", *options(casia, tmp_path, "full"), "--epochs", "0.4")
     assert status == 2 and "The last steps are lost; no earlier checkpoint exists." in output.err
-
-
-def test_a_file_that_is_not_a_checkpoint_is_one_sentence(tiny, main, casia, tmp_path):
-    (tmp_path / "run").mkdir()
-    for content in (b"", b"PK\x03\x04 not really"):
-        (tmp_path / "run/checkpoint.pt").write_bytes(content)
-        status, output = main("cosFace", *options(casia, tmp_path), "--resume")
-        assert status == 2 and "checkpoint.pt is damaged or not a" in output.err and "Traceback" not in output.err
-    torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "run/checkpoint.pt")
-    status, output = main("cosFace", *options(casia, tmp_path), "--resume")
-    assert status == 2 and "is not a training checkpoint of this project" in output.err
 
 
 def test_compile_without_a_compiler_prints_one_sentence_and_continues(tiny, main, casia, tmp_path, monkeypatch):

@@ -1,11 +1,14 @@
 """The log of a training run, without a network: scalars, epochs, picture and settings."""
+import itertools
 import json
+import sys
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from faces.files import progress_bar
 from faces.images import read_image
 from faces.training.log import EVERY, TrainingLog
 
@@ -60,3 +63,13 @@ def test_a_resumed_run_logs_every_step_once(tmp_path):
 def test_only_rank_0_writes(tmp_path):
     train(tmp_path, 0, 30, rank=1)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("terminal, updates", [(False, 300 // 30), (True, 300)])
+def test_progress_in_a_file_is_updated_every_30_seconds(monkeypatch, capsys, terminal, updates):
+    clock = itertools.count()
+    monkeypatch.setattr("tqdm.std.time", lambda: float(next(clock)))    # a second later at each look
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    assert list(progress_bar(range(300), "aligning")) == list(range(300))
+    shown = capsys.readouterr().err.split("\r")
+    assert updates <= len(shown) <= updates + 4 and "aligning: 100%" in shown[-1]

@@ -8,7 +8,6 @@ from faces.verification import metrics
 from faces.verification.bootstrap import bootstrap, interval
 from faces.verification.embed import embed
 from faces.verification.metrics import auc, best_threshold, choose_gallery, identify, operating_point, roc, verify
-from faces.verification.pairs import ten_folds
 from faces.verification.report import hardest
 
 
@@ -83,7 +82,8 @@ def test_roc_metrics_agree_with_scikit_learn_and_brute_force(decimals):
     assert metrics.equal_error_rate(far, tar) == pytest.approx(on_step[0] if on_step else grid[crossing], abs=1e-6)
 
 
-def test_the_threshold_of_each_fold_comes_from_the_other_folds():
+def test_the_threshold_of_each_fold_comes_from_the_other_folds(monkeypatch):
+    monkeypatch.setattr(metrics, "CHUNK", 7)    # of 100 pairs
     embeddings, pairs, same, folds = random_embeddings()
     result = verify(embeddings, pairs, same, folds)
     np.testing.assert_allclose(result.similarities, cosines(embeddings, pairs), atol=1e-6)
@@ -95,27 +95,6 @@ def test_the_threshold_of_each_fold_comes_from_the_other_folds():
     flipped = same.copy()
     flipped[folds == 2] ^= True
     assert verify(embeddings, pairs, flipped, folds).thresholds[2] == result.thresholds[2]
-
-
-def test_accuracy_differs_from_arcface_torch_by_its_grid_of_thresholds_only():
-    """Naive version of recognition/arcface_torch/eval/verification.py: thresholds on squared distances, 0 to 4."""
-    rng = np.random.default_rng(0)
-    people = rng.normal(size=(300, 16))
-    same = np.arange(600) % 2 == 0
-    pairs = np.arange(1200).reshape(-1, 2)
-    e = np.repeat(people, 4, 0) + 0.9 * rng.normal(size=(1200, 16))    # image 4 k + 2 starts an impostor pair
-    e[3::4] = np.roll(e[3::4], 4, 0)
-    result = verify(e, pairs, same, ten_folds(600))
-    unit = e / np.linalg.norm(e, axis=1, keepdims=True)
-    distance = ((unit[0::2] - unit[1::2]) ** 2).sum(1)
-    for k, ours in enumerate(result.thresholds):
-        test = np.arange(600) // 60 == k
-        grid = max(np.arange(0, 4, 0.01), key=lambda t: ((distance < t) == same)[~test].mean())    # the first best
-        accuracy = ((distance < grid) == same)[test].mean()
-        between = (((distance < grid) != (distance < 2 - 2 * ours))[test]).mean()
-        assert abs(accuracy - result.accuracies[k]) <= between + 1e-12 and between < 0.05
-        assert ((distance < grid) == same)[~test].mean() <= ((distance < 2 - 2 * ours) == same)[~test].mean()
-    assert 0.7 < result.accuracy < 0.99
 
 
 def test_the_subtracted_mean_comes_from_the_training_folds():
@@ -149,13 +128,6 @@ def test_invalid_input_raises_value_error():
         invalid[pairs[0, 0]] = value
         with pytest.raises(ValueError, match="not finite|is zero"):
             verify(invalid, pairs, same, folds)
-
-
-def test_similarities_do_not_depend_on_how_many_pairs_are_in_memory(monkeypatch):
-    embeddings, pairs, _, _ = random_embeddings()
-    expected = metrics.similarities(embeddings, pairs, embeddings[:3] / 2)
-    monkeypatch.setattr(metrics, "CHUNK", 7)
-    assert len(pairs) > 7 and np.array_equal(metrics.similarities(embeddings, pairs, embeddings[:3] / 2), expected)
 
 
 def test_the_hardest_pairs():
@@ -196,21 +168,12 @@ def test_bootstrap_counts_the_copies_of_each_pair():
     np.testing.assert_allclose(bootstrap(correct, identities, 30, 7), np.transpose(expected), atol=1e-6)
 
 
-def test_interval_accounts_for_pairs_that_share_a_person():
-    people = np.repeat(np.arange(200), 10)
-    identities = np.stack((people, people), 1)
+def test_intervals_of_draws():
     rng = np.random.default_rng(0)
-    independent = rng.random(2000) < 0.8               # each pair is correct or not, regardless of the person
-    shared = np.repeat(rng.random(200) < 0.8, 10)      # all ten pairs of a person are correct, or all are wrong
-    binomial_std = np.sqrt(0.8 * 0.2 / 2000)
-    draws = bootstrap(np.stack((independent, shared, shared)), identities, 2000, 1)
-    assert draws[0].std() == pytest.approx(binomial_std, rel=0.15)
-    assert draws[1].std() == pytest.approx(binomial_std * 10 ** 0.5, rel=0.15)
-    low, high = interval(draws[1])
-    assert low < shared.mean() < high and high - low == pytest.approx(3.92 * draws[1].std(), rel=0.1)
-    assert interval(draws[1] - draws[2]) == (0, 0)
-    assert (bootstrap(independent[None], identities, 50, 1) == draws[0, :50]).all()  # draws depend on the seed only
-    assert (bootstrap(independent[None], identities, 50, 2) != draws[0, :50]).any()
+    draws = bootstrap(rng.random((2, 2000)) < 0.8, rng.integers(0, 200, (2000, 2)), 500, 1)
+    low, high = interval(draws[0])
+    assert np.mean((low < draws[0]) & (draws[0] < high)) == pytest.approx(0.95, abs=0.01)
+    assert interval(draws[1] - draws[1]) == (0, 0)
 
 
 class ColumnSums(torch.nn.Module):
@@ -231,5 +194,3 @@ def test_the_network_gets_scaled_faces_and_their_flipped_images():
     np.testing.assert_allclose(plain, expected, atol=1e-3)
     np.testing.assert_allclose(concatenated, np.hstack((expected, expected[:, ::-1])), atol=1e-3)
     np.testing.assert_allclose(summed, expected + expected[:, ::-1], atol=1e-3)
-    with pytest.raises(ValueError, match="flip"):
-        embed(net, faces, "cpu", flip="add")

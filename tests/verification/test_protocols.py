@@ -117,13 +117,13 @@ def test_the_command_works_in_its_own_folder(lfw, models, tmp_path, folder, opti
 
 
 def test_two_models_with_every_protocol(lfw, models, tmp_path, capsys):
-    status, out, err = run_lfw_eval(capsys, "--model", models[0], "--model", models[1], "--lfw", lfw,
-                                    "--aligned", "--flip", "none", "--protocol", "folds", "tar", "identification",
-                                    "--far", 1e-3, 0.25, "--resamples", 200, "--output", tmp_path)
+    status, out, err = run_lfw_eval(capsys, "--model", models[0], "--model", models[1], "--title", "my", "--title",
+                                    "my", "--lfw", lfw, "--aligned", "--flip", "none", "--protocol", "folds", "tar",
+                                    "identification", "--far", 1e-3, 0.25, "--resamples", 200, "--output", tmp_path)
     assert status == 0, err
     results = json.loads((tmp_path / "results.json").read_text())
     for i, result in enumerate(results["results"]):
-        folder = tmp_path / "ab"[i]    # a.pt and b.pt
+        folder = tmp_path / f"{i + 1}-my"    # equal titles get a number
         assert json.loads((folder / "results.json").read_text()) == result
         assert result["settings"]["model"] == str(models[i]) and f"LFWACC={result['accuracy']:.4f} std=" in out
         low, high = result["interval_95"]
@@ -139,7 +139,7 @@ def test_two_models_with_every_protocol(lfw, models, tmp_path, capsys):
     comparison, = results["comparison"]
     first, second = (result["accuracy"] for result in results["results"])
     assert comparison["difference"] == pytest.approx(second - first)
-    assert f"{models[1]} minus {models[0]}, {lfw.name}: accuracy {comparison['difference']:+.4f}, 95 % interval " in out
+    assert f"2: my minus 1: my, {lfw.name}: accuracy {comparison['difference']:+.4f}, 95 % interval " in out
     low, high = comparison["interval_95"]
     assert low <= comparison["difference"] <= high
     assert (tmp_path / "roc.png").exists() and (tmp_path / "cmc.png").exists()
@@ -180,7 +180,7 @@ def test_a_single_protocol_and_a_bin_set(lfw, models, tmp_path, capsys):
     (("--net", "faceNet", "--net", "sphere20a"), "--net was given 2 times for 1 model"),
     (("--title", "a", "--title", "b"), "--title was given 2 times for 1 model"),
     (("--far", "0", "--protocol", "tar"), "must be greater than 0"),
-    (("--protocol", "roc"), "invalid choice"), (("--view", "1", "--pairs", "pairs.txt"), "does not belong to view 1"),
+    (("--protocol", "roc"), "invalid choice"), (("--view", "1", "--pairs", "pairs.txt"), "pairsDevTrain.txt: No such"),
     (("--net", "sphere20a"), "pass --net faceNet"), (("--device", "cuda:99"), "--device cuda:99"),
     (("--output", __file__), "can't write"), (("--model", "missing.pt"), "missing.pt: No such file"),
     (("--model", __file__), "is damaged or not a file of tensors"), (("--model", "nan.pt"), "are not finite"),

@@ -73,7 +73,7 @@ def test_the_same_faces_give_the_same_figures_in_every_layout(sets, models, tmp_
         expected = [mean["accuracy"] if name == "mean" else results[mean["title"], name]["accuracy"]
                     for mean in stored["means"]]
         assert row["set"] == name and row["difference"] == pytest.approx(expected[1] - expected[0])
-        assert f"{models[1]} minus {models[0]}, {name}: accuracy {row['difference']:+.4f}, 95 % interval " in out
+        assert f"b minus a, {name}: accuracy {row['difference']:+.4f}, 95 % interval " in out
     with open(tmp_path / "table.csv", newline="") as file:
         heading, *rows = csv.reader(file)
     assert heading == ["model", "network", *names, "mean"]
