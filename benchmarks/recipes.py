@@ -1,0 +1,175 @@
+"""Compare training recipes on held-out people, and draw what common mistakes do, with a network small enough for a CPU.
+
+    python tools/holdout.py --casia DIR --output runs/holdout
+    python benchmarks/recipes.py --casia DIR --holdout runs/holdout
+
+Each trial runs casia_train.py on the people that holdout.py left, with half the channels at half the resolution: two
+cores see 400 faces/s. The table has the AUC over all pairs of the held-out photos, with a 95 % interval over people.
+The same command continues an interrupted run.
+"""
+import contextlib
+import multiprocessing
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tqdm import tqdm
+
+import cosFace.casia_train
+import sphereFace.casia_train
+from faces import plots
+from faces.data.cache import load_casia
+from faces.data.casia import list_casia
+from faces.device import count_cpus
+from faces.files import CACHE, RUNS, at_least, atomic_write, command, path, script_parser
+from faces.verification.embed import embed
+
+METHODS = {"cosFace": cosFace, "sphereFace": sphereFace}
+STEPS = "--batch-size 64 --lr 0.1 --warmup 100 --schedule cosine --epochs"
+COSFACE = f"cosFace {STEPS} 5 --margin-warmup 800"
+RECIPES = [f"{recipe} --net {net}".replace("--lr 0.1", f"--lr {rate}") for recipe in (
+    f"{COSFACE} --scale 64 --margin 0.35", f"{COSFACE} --scale 30 --margin 0.35", f"{COSFACE} --scale 30 --margin 0.4",
+    f"sphereFace {STEPS} 5 --loss sphereface", f"sphereFace {STEPS} 5 --loss sphereface-r")
+    for net, rate in (("faceNet", 0.1), ("sphere20a", 0.03))]    # 0.1 is too much without batch normalization
+GOOD = f"cosFace {STEPS} 3 --margin-warmup 400 --scale 30"
+MISTAKES = {"no mistake": GOOD, "BGR in training": GOOD, "wrong crop in training": GOOD, "shuffled labels": GOOD,
+            "learning rate x 20": GOOD.replace("0.1", "2"),
+            "no warmup": GOOD.replace("--warmup 100", "--warmup 0").replace("400", "0")}
+
+
+def small(module, batch_norm, mistake):
+    """Return the SphereNet of a net.py with half the channels for half the resolution, to be trained with a mistake."""
+    class Small(module.SphereNet):
+        def forward(self, x):
+            if mistake.startswith("BGR") and self.training:
+                x = x.flip(1)
+            if mistake.startswith("wrong crop") and self.training:    # the face fills two thirds of what it should
+                x = F.interpolate(F.pad(x, (24,) * 4), (112, 96), mode="bilinear")
+            return super().forward(F.avg_pool2d(x, 2))
+
+    module.CHANNELS = 32, 64, 128, 256
+    net = Small(batch_norm)
+    net.fc5 = torch.nn.Linear(256 * 4 * 3, 512)
+    torch.nn.init.xavier_uniform_(net.fc5.weight)
+    torch.nn.init.zeros_(net.fc5.bias)
+    return net
+
+
+def shuffled(faces):
+    """Return AlignedFaces with permuted labels."""
+    faces.labels = np.random.default_rng(0).permutation(faces.labels)
+    return faces
+
+
+def run_trial(trial):
+    """Train, and write embeddings.npy, float32 (N, 1024), of the held-out faces."""
+    args, folder, recipe, seed, mistake = trial
+    if (folder / "embeddings.npy").exists():
+        return
+    method, *options = recipe.split()
+    script, module = METHODS[method].casia_train, METHODS[method].net
+    script.NETS = {"faceNet": lambda: small(module, True, mistake), "sphere20a": lambda: small(module, False, mistake)}
+    if mistake == "shuffled labels":
+        script.load_casia = lambda *options: shuffled(load_casia(*options))
+    torch.set_num_threads(1)
+    folder.mkdir(parents=True, exist_ok=True)
+    options += ("--seed", seed, "--resume", "auto", "--device", "cpu", "--output", folder, "--cache", args.cache,
+                "--casia", args.casia, "--landmarks", args.holdout / "train.txt", "--lfw", args.holdout / "heldout.bin")
+    with open(folder / "log.txt", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        try:
+            status = script.main([str(option) for option in options])
+        except SystemExit as exit:    # a pool would wait forever
+            status = exit.code
+        if status:
+            raise RuntimeError(f"a trial ended with status {status}, see {folder / 'log.txt'}")
+        state = torch.load(folder / "checkpoint.pt", weights_only=True)
+        net = script.NETS[state["net"]]()
+        net.load_state_dict(state["weights"])
+        with atomic_write(folder / "embeddings.npy") as file:
+            np.save(file, embed(net, held_out(args)[0], "cpu"))
+
+
+def held_out(args):
+    """Return the faces, uint8 (N, 112, 96, 3), that are not in train.txt, and their people, int (N,)."""
+    train = set(list_casia(args.casia, args.holdout / "train.txt").paths)
+    faces, names = load_casia(args.casia, cache=args.cache), list_casia(args.casia).paths
+    return faces.batch(np.array([i for i, row in enumerate(faces.rows) if names[row] not in train]))
+
+
+def draws_of_auc(folder, people, counts):
+    """Return the AUC over all pairs, float (R,), where each person counts as often as in `counts`, int (R, people)."""
+    x = np.load(folder / "embeddings.npy")
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    left, right = np.triu_indices(len(x), 1)
+    order = np.argsort((x @ x.T)[left, right])
+    left, right = people[left[order]], people[right[order]]
+    genuine, values = left == right, []
+    for count in counts.astype(np.float32):
+        weight = np.where(genuine, count[left], count[left] * count[right])    # as in faces/verification/bootstrap.py
+        below = np.cumsum(np.where(genuine, 0, weight), dtype=np.float64)      # impostor pairs that are less alike
+        own = np.where(genuine, weight, 0)
+        values.append((own * below).sum() / own.sum(dtype=np.float64) / below[-1])
+    return np.array(values)
+
+
+def print_table(args, trials, pool):
+    """Print each recipe's AUC by seed, their mean, and the difference from the best, both with an interval."""
+    people = np.unique(held_out(args)[1], return_inverse=True)[1]
+    rng, n = np.random.default_rng(0), people.max() + 1
+    counts = np.stack((np.ones(n, int), *(np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(200))))
+    aucs = np.array(pool.starmap(draws_of_auc, [(folder, people, counts) for _, folder, *_ in trials]))
+    aucs = aucs.reshape(args.seeds, len(RECIPES), -1)
+    means = aucs.mean(0)
+    best = means[means[:, 0].argmax()]
+    for recipe, seeds, mean in sorted(zip(RECIPES, aucs[:, :, 0].T, means), key=lambda row: -row[2][0]):
+        low, high = np.quantile(mean[1:], (0.025, 0.975))
+        lower, upper = np.quantile((mean - best)[1:], (0.025, 0.975))
+        print(f"{recipe}: {' '.join(f'{value:.4f}' for value in seeds)}, mean {mean[0]:.4f} ({low:.4f} to {high:.4f}), "
+              f"{mean[0] - best[0]:+.4f} ({lower:+.4f} to {upper:+.4f}) from the best")
+
+
+def draw_mistakes(args, trials):
+    """Draw the loss, the training accuracy and the accuracy on held-out pairs, without and with each mistake."""
+    figure, axes = plots.new_figure((12, 3.4), 3)
+    for (_, folder, *_, mistake), color, style in zip(trials, plots.COLORS, plots.LINES):
+        events = EventAccumulator(str(folder)).Reload()
+        for panel, name in zip(axes, ("loss", "train_accuracy", "lfw")):
+            steps, values = zip(*((event.step, event.value) for event in events.Scalars(name)))
+            panel.plot(steps, values, color=color, linestyle=style, label=mistake, marker="o" * (name == "lfw"))
+    for panel, title in zip(axes, ("training loss", "training accuracy", "accuracy on pairs of held-out people")):
+        panel.set(xlabel="steps", xlim=(0, None), ylim=(0.5 * (panel is axes[2]), None))
+        panel.set_title(title, fontsize=10)
+    axes[1].legend(frameon=False, fontsize=9)
+    plots.save(figure, args.output / "mistakes.png")
+
+
+@command
+def main(argv=None):
+    args = _parse(argv)
+    trials = [(args, args.output / f"{recipe} seed {seed}".replace("--", "").replace(" ", "_"), recipe, seed, "")
+              for seed in range(args.seeds) for recipe in RECIPES]
+    mistakes = [(args, args.output / mistake.replace(" ", "_"), recipe, 0, mistake)
+                for mistake, recipe in MISTAKES.items()]
+    with multiprocessing.get_context("spawn").Pool(count_cpus(), maxtasksperchild=1) as pool:    # each patches modules
+        for _ in tqdm(pool.imap_unordered(run_trial, trials + mistakes), total=len(trials + mistakes), unit=" trials"):
+            pass
+        print_table(args, trials, pool)
+    draw_mistakes(args, mistakes)
+
+
+def _parse(argv):
+    parser = script_parser(__doc__)
+    parser.add_argument("--casia", type=path, required=True, metavar="DIR", help="training set, as for casia_train.py")
+    parser.add_argument("--holdout", type=path, required=True, metavar="DIR", help="--output of tools/holdout.py")
+    parser.add_argument("--cache", type=path, default=CACHE, metavar="DIR", help="folder for aligned faces")
+    parser.add_argument("--seeds", type=at_least(1), default=2, metavar="N", help="runs of each recipe")
+    parser.add_argument("--output", type=path, default=RUNS / "recipes", metavar="DIR", help="folder of the runs")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
