@@ -74,7 +74,8 @@ def main(argv=None):
     embedder = make_embedder(args, args.flip)
     embedder.net = optimized_copy(embedder.net, embedder.device, images=len(photos))    # not anew for each part
     width = embedder.net.fc5.out_features * (2 if args.flip == "concatenate" else 1)
-    versions = [(photo, status.st_size, status.st_mtime_ns) for photo, status in zip(photos, map(os.stat, photos))]
+    versions = [(photo, os.path.exists(photo) and (os.path.getsize(photo), os.path.getmtime(photo)))
+                for photo in photos]
     depends = (embedder.loaded["fingerprint"], args.select, args.flip, args.aligned, args.all_faces, args.min_face_size,
                versions)
     check_writable(args.output.parent)

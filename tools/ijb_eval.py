@@ -53,7 +53,7 @@ def embed_images(args, net, fingerprint: str, found: ijb.Ijb, device) -> np.ndar
     folder, dtype, width = Folder(found.folder), pick_dtype(args.precision, device), net.fc5.out_features
     versions, extent = folder.versions(found.images), np.ptp(found.points, 1).max(1)
     _refuse([(name, "no such file" if size < 0 else "its landmarks coincide") for name, (size, _), pixels
-             in zip(found.images, versions, extent) if size < 0 or not pixels > 0], folder)
+             in zip(found.images, versions, extent) if size < 0 or not 0 < pixels < np.inf], folder)
     depends = repr((fingerprint, args.flip, dtype, found.images)).encode(), found.points.tobytes(), versions.tobytes()
     digest, count = hashlib.sha256(b"".join(depends)).hexdigest(), len(found.images)
     file = args.output / f"{found.prefix}.{digest[:16]}.rows"

@@ -18,11 +18,10 @@ def embed(net: nn.Module, faces: np.ndarray, device: torch.device | str, batch_s
     """Embed aligned faces, uint8 (N, 112, 96, 3), RGB, N >= 1, with a copy of a network, (B, 3, 112, 96) to (B, D), in
     eval mode. Returns float32 (N, D), or (N, 2 D) if concatenated; not normalized.
 
-    `batch_size` changes the result by rounding only; by default, a CPU gets as many faces as fit its caches, other
-    devices enough to be busy. `flip` is one of FLIP: "concatenate" appends the embedding of the flipped image, "sum"
-    adds it, "none" does not compute it. `dtype` is torch.float32, or the type for autocast.
+    `batch_size` changes the result by rounding only. `flip` is one of FLIP: "concatenate" appends the embedding of the
+    flipped image, "sum" adds it, "none" does not compute it. `dtype` is torch.float32, or the type for autocast.
     """
-    batch_size = batch_size or (32 if torch.device(device).type == "cpu" else 256)
+    batch_size = batch_size or default_batch_size(device)
     net, parts = optimized_copy(net, device, dtype, len(faces)), []
     with torch.inference_mode(), autocast(device, dtype), exact_float32(device), \
             progress_bar(total=len(faces), desc="embedding", unit=" faces", leave=False, disable=not progress) as bar:
@@ -36,6 +35,11 @@ def embed(net: nn.Module, faces: np.ndarray, device: torch.device | str, batch_s
             parts.append(output.cpu().numpy())
             bar.update(len(output))
     return np.concatenate(parts)
+
+
+def default_batch_size(device: torch.device | str) -> int:
+    """Return how many faces to embed at a time: on a CPU as many as fit its caches, else enough to fill the device."""
+    return 32 if torch.device(device).type == "cpu" else 256
 
 
 def optimized_copy(net: nn.Module, device: torch.device | str, dtype: torch.dtype = torch.float32,

@@ -9,7 +9,7 @@ from faces.device import pick_device, pick_dtype, tune_cpu
 from faces.files import InputError, at_least, check_writable, command, count_of, path, script_parser
 from faces.verification import report
 from faces.verification.bootstrap import bootstrap, interval
-from faces.verification.embed import FLIP, embed
+from faces.verification.embed import FLIP, default_batch_size, embed
 from faces.verification.lfw import Lfw, find_sets, load_sets, set_name
 from faces.verification.metrics import Verification, identify, operating_point, verify
 from faces.verification.threshold import Threshold, choose_threshold, save_threshold, threshold_path
@@ -48,6 +48,7 @@ def main(nets: dict, method: str, find_landmarks=None, argv: list[str] | None = 
     if args.group and len(sets) == 1:
         raise InputError("--group compares two sets or more; pass them with --lfw.")
     tune_cpu(device)
+    args.batch_size = args.batch_size or default_batch_size(device)
     models = [load_net(file, nets, name, args.channels) for file, name in zip(args.model, args.net)]
     for file, (_, loaded) in zip(args.model, models):
         if args.save_threshold:
@@ -157,6 +158,8 @@ def _parse(nets, argv):
     if args.save_threshold and (args.flip != "concatenate" or args.subtract_mean):
         parser.error("--save-threshold is for compare.py, which appends the flipped image's embedding and subtracts no "
                      "mean; leave out --flip and --subtract-mean")
+    if args.aligned and args.landmarks:
+        parser.error("--aligned faces have no use for --landmarks; leave one of them out")
     if args.output:
         check_writable(args.output)    # now, so that a mistake does not surface after the work
     return args

@@ -57,6 +57,9 @@ def read_pairs(source, file=None, view: int | None = None, identification: bool 
     if view is None:
         found = file or _find(source, view_2) or _find(source, VIEW_1_FILES)
         view = 1 if found and found.name in VIEW_1_FILES else 2
+    if view == 1 and file and file.name not in VIEW_1_FILES:
+        raise InputError(f"{file} does not belong to view 1, which consists of {' and '.join(VIEW_1_FILES)}; pass one "
+                         "of them with --pairs, or use --view 2.")
     files = []
     for names in [[name] for name in VIEW_1_FILES] if view == 1 else [view_2]:
         files.append((file.with_name(names[0]) if view == 1 else file) if file else _find(source, names))
@@ -128,7 +131,8 @@ def linked(count: int, links: np.ndarray) -> np.ndarray:
 
     def root(i):
         while parent[i] != i:
-            parent[i] = i = parent[parent[i]]
+            parent[i] = parent[parent[i]]
+            i = parent[i]
         return i
 
     for a, b in links.tolist():

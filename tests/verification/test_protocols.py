@@ -180,7 +180,7 @@ def test_a_single_protocol_and_a_bin_set(lfw, models, tmp_path, capsys):
     (("--net", "faceNet", "--net", "sphere20a"), "--net was given 2 times for 1 model"),
     (("--title", "a", "--title", "b"), "--title was given 2 times for 1 model"),
     (("--far", "0", "--protocol", "tar"), "must be greater than 0"),
-    (("--protocol", "roc"), "invalid choice"), (("--view", "1", "--pairs", "pairs.txt"), "pairsDevTrain.txt: No such"),
+    (("--protocol", "roc"), "invalid choice"), (("--view", "1", "--pairs", "pairs.txt"), "does not belong to view 1"),
     (("--net", "sphere20a"), "pass --net faceNet"), (("--device", "cuda:99"), "--device cuda:99"),
     (("--output", __file__), "can't write"), (("--model", "missing.pt"), "missing.pt: No such file"),
     (("--model", __file__), "is damaged or not a file of tensors"), (("--model", "nan.pt"), "are not finite"),
