@@ -27,7 +27,7 @@ from faces.training.distributed import Processes, accumulating, compile_net, dat
 from faces.training.log import TrainingLog
 from faces.training.partial_fc import PartialFC
 from faces.verification.evaluate import evaluate_epoch
-from faces.verification.lfw import load_sets
+from faces.verification.lfw import find_sets, load_sets
 from faces.verification.weights import initial_net, net_in
 from mtcnn.landmark_lists import find_landmarks
 
@@ -86,8 +86,8 @@ def train(args: Namespace, run: Processes, part: int, checkpoints: Checkpoints) 
     """Train until the last step or a signal; return the exit status."""
     dtype = pick_dtype(args.precision, run.device)                    # of the network: bfloat16, float16 or float32
     settings = settings_of(args, dtype)
-    sets = run.on_main(lambda: list(load_sets(args.lfw, landmarks=args.lfw_landmarks, find_landmarks=find_landmarks,
-                                              device=run.device)), share=False)    # None but in rank 0
+    sets = run.on_main(lambda: list(load_sets(find_sets(args.lfw), landmarks=args.lfw_landmarks, device=run.device,
+                                              find_landmarks=find_landmarks)), share=False)    # None but in rank 0
     faces = load_casia(args.casia, args.landmarks, args.cache, args.drop_lfw_overlap, args.list)    # memory-mapped
     per_epoch = len(faces) // args.batch_size
     steps = round(args.epochs * per_epoch if args.epochs else 28_000 * 512 / args.batch_size)

@@ -49,10 +49,9 @@ def find_sets(roots: list) -> list[Path]:
     return sets
 
 
-def load_sets(roots: list, pairs: list = (), landmarks: list = (), **options) -> Iterator[Lfw]:
-    """Load one set after the other, from paths as for find_sets(), with further arguments of load_lfw(). Lists of pairs
-    and landmarks: none, or one for each of the sets that are no .bin files, in their order."""
-    sets = find_sets(roots)
+def load_sets(sets: list[Path], pairs: list = (), landmarks: list = (), **options) -> Iterator[Lfw]:
+    """Load one set of find_sets() after the other, with further arguments of load_lfw(). Lists of pairs and landmarks:
+    none, or one for each of the sets that are no .bin files, in their order."""
     takers = [len(sets) == 1 or not is_bin(file) for file in sets]
     for files, kind in ((pairs, "list~ of pairs"), (landmarks, "landmark list~")):
         if sets and len(files) not in (0, sum(takers)):

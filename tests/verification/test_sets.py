@@ -84,8 +84,8 @@ def test_the_same_faces_give_the_same_figures_in_every_layout(sets, models, tmp_
 
 def test_each_set_has_its_own_list_even_if_two_have_the_same_images(sets, tmp_path):
     (tmp_path / "short.txt").write_text("\n".join((sets / "list.txt").read_text().splitlines()[:20]))
-    folder = sets / "images"
-    loaded = load_sets([folder, sets / "bins", folder], [sets / "pairs.txt", tmp_path / "short.txt"], aligned=True)
+    found = find_sets([sets / "images", sets / "bins", sets / "images"])
+    loaded = load_sets(found, [sets / "pairs.txt", tmp_path / "short.txt"], aligned=True)
     assert [len(lfw.pairs.same) for lfw in loaded] == [42, 42, 42, 20]
 
 
