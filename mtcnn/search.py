@@ -112,12 +112,15 @@ def choose(faces: Faces, shape: tuple, select: str) -> list[int]:
     from_center = (faces.boxes[:, :2] + faces.boxes[:, 2:] - shape[::-1]) / 2
     values = {"center": -(from_center ** 2).sum(1), "largest": (faces.boxes[:, 2:] - faces.boxes[:, :2]).prod(1),
              "score": faces.scores}[select]
-    def can_be_aligned(points):
-        try:
-            check_inside(points, shape)
-            return similarity_transform(points) is not None
-        except ValueError:
-            return False
-
-    rows = [row for row, points in enumerate(faces.landmarks) if can_be_aligned(points)]
+    rows = [row for row, points in enumerate(faces.landmarks) if can_be_aligned(points, shape)]
     return sorted(rows, key=lambda row: -values[row])
+
+
+def can_be_aligned(points: np.ndarray, shape: tuple) -> bool:
+    """Return whether landmarks, float (5, 2), are inside an image and have a similarity transform to the template."""
+    try:
+        check_inside(points, shape)
+        similarity_transform(points)
+    except ValueError:
+        return False
+    return True

@@ -57,8 +57,8 @@ def embed_photos(embedder: Embedder, photos: list[str], rows: Rows, args) -> dic
     results = in_processes(work, parts, workers, embedder.device) if min(workers, len(parts)) > 1 else map(work, parts)
     with files.progress_bar(desc="embedding", total=len(photos), initial=len(done), unit=" photos") as bar:
         for indices, found in results:
-            skipped |= {photos[i]: faces for i, faces in zip(indices, found) if isinstance(faces, str)}
-            faces = [(i, face) for i, faces in zip(indices, found) if not isinstance(faces, str) for face in faces]
+            skipped |= {photos[i]: reason for i, reason in zip(indices, found) if isinstance(reason, str)}
+            faces = [(i, face) for i, some in zip(indices, found) if not isinstance(some, str) for face in some]
             if faces:
                 embeddings = embedder.embed(np.stack([face.crop for _, face in faces]))
                 rows.append(np.array([(i, embedding, *(() if args.aligned else face[1:]))

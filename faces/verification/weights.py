@@ -85,10 +85,10 @@ def load_net(file, nets: dict[str, Callable], name: str | None = None,
         channels: "rgb" or "bgr", with which the weights were trained; None takes what the file states, or else "rgb"
             for checkpoints of this project and MuggleWang's layout, "bgr" for all others. The network takes RGB.
     """
-    *content, name = _read(file, name)
+    content = _read(file, name)
     with torch.device("cpu"):    # whatever the defaults of the process are
-        net = nets[name]().float()
-    return net, _load(net, *content, name, channels)
+        net = nets[content.net]().float()
+    return net, _load(net, content, channels)
 
 
 def initial_net(make: Callable[[], nn.Module], file=None) -> nn.Module:
@@ -96,13 +96,13 @@ def initial_net(make: Callable[[], nn.Module], file=None) -> nn.Module:
     of a network with fewer layers: each residual unit that it lacks starts as the identity."""
     net = make()
     if file is not None:
-        announce(file, _load(net, *_read(file, architecture(net.state_dict()), deeper=True), train=True))
+        announce(file, _load(net, _read(file, architecture(net.state_dict()), deeper=True), train=True))
     return net
 
 
 def net_in(file) -> str:
     """Return the name of the network whose weights a file holds; see load_net()."""
-    return _read(file)[-1]
+    return _read(file).net
 
 
 def announce(file, loaded: dict):
@@ -205,9 +205,17 @@ def _our_name(name):
     return re.sub(r"^fc\.", "fc5.", name)
 
 
+class _Content(NamedTuple):
+    file: Path
+    stated: dict     # what the file says about itself, with its "format"
+    found: list      # of Found, at least one
+    ignored: list    # names of tensors that do not belong to the network, such as training heads
+    net: str         # name of the network
+
+
 def _read(model, expected=None, deeper=False):
-    """Return the path of a file of weights, what it says about itself, with its "format", and what find_weights() and
-    architecture() say of it. Its network must be `expected`, or, with `deeper`, may be the same with fewer layers."""
+    """Return the _Content of a file of weights. Its network must be `expected`, or, with `deeper`, may be the same with
+    fewer layers."""
     file = model_file(model)
     with reading(file, "file of weights", "export or download it again"), torch.serialization.safe_globals(IGNORED):
         with open(file, "rb") as data:
@@ -234,15 +242,15 @@ def _read(model, expected=None, deeper=False):
     if name != (expected or name) and not shallower:
         raise InputError(f"{file} contains the weights of {name}, not of {expected}; pass --net {name} or leave out "
                          "--net.")
-    return file, stated, found, ignored, name
+    return _Content(file, stated, found, ignored, name)
 
 
-def _load(net, file, stated, found, ignored, name, channels=None, train=False):
+def _load(net, content, channels=None, train=False):
     """Load the first of the weights in a file into a network, and describe the file: "format", "method", "net",
     "layout", "channels"; "source", where the weights were, "others", where more were, and "ignored", names left out;
     "added", how many residual units the file lacks; "fingerprint" of the network; "step" and "threshold" of the last
     evaluation in training. None is unknown."""
-    (layout, tensors, source), *others = found
+    file, stated, ((layout, tensors, source), *others), ignored, name = content
     stated_channels = str(stated.get("colour_order")).lower()
     channels = channels or (stated_channels if stated_channels in CHANNELS else layout.channels)
     expected, modules = net.state_dict(), dict(net.named_modules())
