@@ -93,8 +93,9 @@ def train(args: Namespace, run: Processes, part: int, checkpoints: Checkpoints) 
     steps = round(args.epochs * per_epoch if args.epochs else 28_000 * 512 / args.batch_size)
     peak = args.lr or 0.1 * args.batch_size / 512
     if not per_epoch or not steps:
-        raise InputError(f"{len(faces):,} faces are less than a step; choose a smaller --batch-size or more --epochs.")
+        raise InputError(f"{len(faces):,} faces make no step of {args.batch_size}; choose a smaller --batch-size.")
 
+    torch.set_float32_matmul_precision("high" if run.device.type == "cuda" and dtype != torch.float32 else "highest")
     torch.manual_seed(args.seed)
     net = initial_net(NETS[args.net], args.init).to(run.device, memory_format=memory_format(run.device))
     make_loss, sharded = partial(CosFace, s=args.scale, m=args.margin), args.shard_head or bool(args.sample_centers)
@@ -122,7 +123,6 @@ def train(args: Namespace, run: Processes, part: int, checkpoints: Checkpoints) 
         head = loss_of if sharded else DistributedDataParallel(loss_of)
     run.print(f"{faces}\ntraining CosFace ({args.net}, {settings['precision']}) on {run}: {steps:,} steps of "
               f"{args.batch_size} faces, {steps / per_epoch:.2f} epochs, learning rate {peak:g}, output {args.output}")
-
     batches = Batches(faces, args.batch_size, steps, run.device, step, args.seed, args.flip, args.shift, run.rank,
                       run.world_size)
     with TrainingLog(run, args.output, args.batch_size, steps, per_epoch, step, settings, sums) as log, run.signals():
@@ -140,8 +140,9 @@ def train(args: Namespace, run: Processes, part: int, checkpoints: Checkpoints) 
                 log.record(loss, predicted, label, embedding, None if sharded else loss_of.weight)
             scaler.step(optimizer)
             if sharded:
-                loss_of.update(rate, scaler.get_scale())
-            scaler.update()
+                loss_of.update(rate, scaler)                          # SGD of its own, and scaler.update()
+            else:
+                scaler.update()
             step += 1
             log.end_step(learning_rate=rate, margin=args.margin * ramp)
 

@@ -75,11 +75,14 @@ class PartialFC(nn.Module):
         return loss, predicted[self.rank * count:(self.rank + 1) * count]
 
     @torch.no_grad()
-    def update(self, learning_rate: float, grad_scale: float = 1.0):
-        """Do a step of SGD on the centers that the last forward pass used; `grad_scale` is the factor of the loss."""
+    def update(self, learning_rate: float, scaler: torch.amp.GradScaler):
+        """Update the scale of float16, and unless the network's step overflowed, which lowers it, do a step of SGD on
+        the centers that the last forward pass used."""
+        scale = scaler.get_scale()
+        scaler.update()
         weight, rows = (self.loss.weight, slice(None)) if self.drawn is None else (self.sampled, self.drawn)
-        if grad_scale == 1 or torch.isfinite(weight.grad).all():    # fp16 skips a step that overflowed
-            velocity = self.velocity[rows].mul_(self.factor).add_(weight.grad, alpha=1 / grad_scale)
+        if scaler.get_scale() >= scale:
+            velocity = self.velocity[rows].mul_(self.factor).add_(weight.grad, alpha=1 / scale)
             weight.add_(velocity.add_(weight, alpha=self.decay), alpha=-learning_rate)
             if self.drawn is not None:
                 self.velocity[rows], self.loss.weight[rows] = velocity, weight

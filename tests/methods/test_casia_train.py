@@ -21,7 +21,6 @@ from faces.verification.lfw import load_lfw
 from faces.verification.metrics import verify
 from faces.verification.threshold import choose_threshold, load_threshold
 from faces.verification.weights import load_net
-from sphereFace.net import SphereFace
 
 
 def interrupt(method, args, signal_number, folder, step):
@@ -98,7 +97,7 @@ def test_invalid_input_is_explained_in_one_sentence(main, casia, tmp_path):
     assert "has 0 photos of 0 people; pass a folder with" in error_of(main, "--casia", tmp_path / "empty", *common)
     absent = "--landmarks", tmp_path / "absent.txt"
     assert "can't read the landmark list" in error_of(main, "--casia", casia, *absent, *common)
-    assert "48 faces are less than a step" in error_of(main, "--casia", casia, "--batch-size", "50", *common)
+    assert "48 faces make no step of 50" in error_of(main, "--casia", casia, "--batch-size", "50", *common)
     assert "--batch-size must be a multiple" in error_of(main, "--casia", casia, "--accumulate", "5", *common)
     assert "must be greater than 0, not -1; --help" in error_of(main, "--casia", casia, "--epochs", "-1", *common)
     assert not (tmp_path / "run/checkpoint.pt").exists()
@@ -244,27 +243,12 @@ def test_the_loss_can_be_sphereface_r(main, casia, tmp_path):
     assert "is a run of SphereFaceR" in error_of(main, *options(casia, tmp_path), "--resume", method="cosFace")
 
 
-@pytest.mark.parametrize("option, expected", [([], 5), (["--lambda-min", "1"], 1)])
-def test_lambda_min_reaches_the_head(main, casia, tmp_path, monkeypatch, option, expected):
-    annealing, forward, received = SphereFace.annealing, SphereFace.forward, []
-
-    def annealing_at_a_late_step(step, *minimum):
-        return annealing(step + 10**6, *minimum)
-
-    def record_lambda(head, embedding, label, lam):
-        received.append(lam)
-        return forward(head, embedding, label, lam)
-    monkeypatch.setattr(SphereFace, "annealing", annealing_at_a_late_step)
-    monkeypatch.setattr(SphereFace, "forward", record_lambda)
-    args = [*options(casia, tmp_path), "--net", "sphere20a", "--epochs", "0.17", *option]
-    assert main("sphereFace", *args)[0] == 0 and received == [expected]
-
-
-def test_two_processes_train_the_same_model_as_one(casia, tmp_path):
+@pytest.mark.parametrize("method, extra", [("cosFace", []), ("sphereFace", ["--shard-head"])])
+def test_two_processes_train_the_same_model_as_one(main, casia, tmp_path, method, extra):
     """Each of the two processes takes half of the batch, in two micro-batches."""
     args = ["--net", "sphere20a", "--epochs", "0.5", "--no-flip"]
-    one = script("cosFace/casia_train.py", *options(casia, tmp_path, "one"), *args)
-    assert one.returncode == 0, one.stderr
-    two = torchrun("cosFace", *options(casia, tmp_path, "two"), *args, "--accumulate", "2")
+    assert main(method, *options(casia, tmp_path, "one"), *args)[0] == 0
+    two = torchrun(method, *options(casia, tmp_path, "two"), *args, "--accumulate", "2", *extra)
     assert two.returncode == 0 and "FutureWarning" not in two.stderr, two.stderr
-    assert_same_model(tmp_path / "one", tmp_path / "two")
+    one, two = assert_same_model(tmp_path / "one", tmp_path / "two")
+    assert one["step"] == two["step"] and two["head"]["weight"].shape == (6, 512)
