@@ -16,7 +16,7 @@ from skimage import data
 
 from faces import plots
 from faces.align import TEMPLATE, align
-from faces.files import path, read_json, script_parser
+from faces.files import command, path, read_json, script_parser
 from faces.plots import COLORS
 from faces.verification.metrics import auc, best_threshold, roc
 from mtcnn.detector import Detector
@@ -130,6 +130,7 @@ def _formulas(figure, x, title, lines):
         figure.text(x, y, line, fontsize=size, math_fontfamily="stix", va="center")
 
 
+@command
 def main(argv=None):
     parser = script_parser(__doc__)
     parser.add_argument("--output", type=path, default=HERE, metavar="DIR", help="folder for the pictures")

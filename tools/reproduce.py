@@ -22,10 +22,11 @@ import cosFace.casia_train
 import sphereFace.casia_train
 from faces import files
 from faces.data.casia import list_casia
-from faces.data.sources import open_source
-from faces.files import ROOT, RUNS, at_least, command, path, script_parser
+from faces.data.sources import open_photos
+from faces.files import ROOT, RUNS, InputError, at_least, command, path, script_parser
 from faces.landmarks import found_list
 from faces.verification.binset import read_bin
+from faces.verification.lfw import find_sets, is_bin
 from faces.verification.pairs import CONTENT, read_pairs
 from tools.embedder import crop_faces
 
@@ -42,10 +43,13 @@ def plan(args, options: list[str]) -> list[tuple]:
     casia = list_casia(args.casia, first.landmarks, first.list)
     if casia.points is None and not first.list and not are_aligned(casia.source, casia.paths):
         commands.append((["mtcnn/casia_landmark.py", "--casia", args.casia, *device], None))
-    if args.lfw.is_file() and args.lfw.suffix.lower() != ".zip":
-        read_bin(args.lfw)    # so that a mistake is noticed now
+    sets = find_sets([args.lfw])
+    if len(sets) > 1:
+        raise InputError(f"{args.lfw} holds {len(sets)} sets; pass one of them, such as LFW={sets[0]}.")
+    if is_bin(sets[0]):
+        read_bin(sets[0])    # so that a mistake is noticed now
     else:
-        images = open_source(args.lfw, CONTENT)
+        images = open_photos(args.lfw, CONTENT)
         pairs = read_pairs(images, identification=True)
         evaluation += ["identification"] * (pairs.named and pairs.people_with_several() > 1)
         if first.lfw_landmarks:

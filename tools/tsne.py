@@ -12,18 +12,20 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
+from cosFace.net import NETS
 from faces.data.casia import TrainingList, list_casia, person
-from faces.data.sources import open_source
+from faces.data.sources import open_photos
 from faces.files import RUNS, InputError, at_least, check_writable, command, path, script_parser, write_json
 from faces.landmarks import found_list, read_landmarks
 from faces.plots import tsne_panels
 from faces.verification.lfw import load_faces
-from tools.embedder import Embedder, add_model_options
+from faces.verification.weights import add_model_options
+from tools.embedder import Embedder
 
 
 def list_lfw(root: Path, landmarks: Path | None = None) -> TrainingList:
     """List LFW like a training set, with labels by person folder; without a landmark list, the faces are aligned."""
-    source = open_source(root)
+    source = open_photos(root)
     landmarks = landmarks or found_list(source, "lfw_landmark.txt")
     names, _, points = read_landmarks(landmarks, False, source.root) if landmarks else (source.names(), None, None)
     names = [name.removeprefix(source.wrapper) for name in names]
@@ -80,7 +82,7 @@ def main(argv=None):
 def _parse(argv):
     parser = script_parser(__doc__)
     option = parser.add_argument
-    add_model_options(parser, action="append")
+    add_model_options(parser, NETS, action="append")
     option("--title", action="append", metavar="TEXT", help="title of a panel, once per --model")
     data = parser.add_mutually_exclusive_group(required=True)
     data.add_argument("--faces", type=path, metavar="DIR", help="training set, as for casia_train.py")

@@ -41,7 +41,7 @@ def list_casia(root, landmarks=None, label_list=None) -> TrainingList:
     """
     if landmarks is not None and label_list is not None:
         raise InputError(f"{landmarks} and {label_list} can't be combined; pass only one of --landmarks and --list.")
-    source, file = open_source(root, "CASIA-WebFace"), label_list or landmarks
+    source, file = open_source(root), label_list or landmarks
     if isinstance(source, Records):
         if file is not None:
             raise InputError(f"{source.path} already contains labels and aligned faces; leave out {file}.")

@@ -17,19 +17,23 @@ from faces.images import EXTENSIONS, MAX_BYTES, Scan, UnreadableImage, is_system
 from faces.landmarks import normal_form
 
 PARTS = (".z01", ".001")
-MAX_ZIP_LIST = 64 << 20    # bytes of a zip's list of files; that of a zip of CASIA has 50 million
+MAX_ZIP_LIST = 512 << 20    # bytes of a zip's list of files; that of a zip of CASIA has 50 million
 
 
-def open_source(root, content: str = "one folder of photos per person"):
-    """Return the Folder, Zip, Records or Lmdb at a path; `content` is what a folder should hold, for the error message.
-    Raises InputError if there is nothing at the path, or it can't be read."""
+def open_source(root):
+    """Return the Folder, Zip, Records or Lmdb of a training set at a path; for errors, see open_photos()."""
     root = path(root)
-    if root.is_file() and root.suffix.lower() in (".zip", *PARTS):
-        return Zip(root)
     if (root / DATA).is_file() or root.is_file() and root.suffix.lower() in (".lmdb", ".mdb"):
         return Lmdb(root)
-    root = existing_folder(root, content)
-    return Records(root) if any((root / name).is_file() for name in RECORDS) else Folder(root)
+    return Records(root) if any((root / name).is_file() for name in RECORDS) else open_photos(root)
+
+
+def open_photos(root, content: str = "one folder of photos per person"):
+    """Return the Folder or Zip at a path; `content` is what a folder should hold, for the error message. Raises
+    InputError if there is nothing at the path, or it can't be read."""
+    root = path(root)
+    is_zip = root.is_file() and root.suffix.lower() in (".zip", *PARTS)
+    return Zip(root) if is_zip else Folder(existing_folder(root, content))
 
 
 def person_root(folder) -> Path:
@@ -100,8 +104,10 @@ class Zip:
 
     def __init__(self, file):
         self.root = path(file)
+        if self.root.suffix.lower() in PARTS or self.root.with_suffix(PARTS[0]).exists():
+            raise InputError(f"{self.root} is a part of a split zip; join the parts into one zip first, as with `zip "
+                             f"-s 0 {self.root.stem}.zip --out whole.zip`.")
         with reading(self.root, "zip", "download it again"):
-            _refuse_part(self.root)
             self.archive = zipfile.ZipFile(_Reader(open(self.root, "rb", buffering=0)))
         members = [(_name(info), info) for info in self.archive.infolist() if not info.filename.endswith(("/", "\\"))]
         if any(info.flag_bits & 1 for _, info in members):
@@ -159,17 +165,6 @@ class _Reader(io.BufferedReader):
         if size is not None and size > MAX_ZIP_LIST:
             raise ValueError(f"its list of files has over {MAX_ZIP_LIST >> 20} MiB")
         return super().read(size)
-
-
-def _refuse_part(file):
-    with open(file, "rb") as data:
-        data.seek(max(0, os.path.getsize(file) - (1 << 16) - 22))    # the file ends with a record and a comment
-        tail = data.read()
-    record = tail.rfind(b"PK\5\6")
-    number = tail[record + 4:record + 6] if record >= 0 else b""
-    if file.suffix in PARTS or number not in (b"", b"\0\0", b"\xff\xff"):
-        raise InputError(f"{file} is a part of a split zip; join the parts into one zip first, as with `zip -s 0 "
-                         f"{file.stem}.zip --out whole.zip`.")
 
 
 def _name(info):

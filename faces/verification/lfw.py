@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from faces.align import align_all, position_problem
-from faces.data.sources import PARTS, open_source
+from faces.data.sources import PARTS, open_photos
 from faces.files import InputError, count_of, existing_folder, path, shorten
 from faces.images import summarize
 from faces.landmarks import found_list, normal_form, read_landmarks
@@ -79,7 +79,7 @@ def load_lfw(root, file=None, landmarks=None, aligned: bool = False, view: int |
             raise InputError(f"{root} contains its pairs and aligned faces; leave out --pairs, --landmarks and --view.")
         pairs, images = read_bin(root)
         return Lfw(pairs, load_faces(images, pairs.paths), f"none, the faces in {root.name} are aligned", str(root))
-    source, points, found = open_source(root, CONTENT), None, "none, the images are aligned"
+    source, points, found = open_photos(root, CONTENT), None, "none, the images are aligned"
     pairs = read_pairs(source, file, view, identification)
     listed = None if aligned else path(landmarks) if landmarks else found_list(source, "lfw_landmark.txt")
     if listed:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from faces.data.sources import Folder, Zip, open_source
+from faces.data.sources import Folder, Zip, open_photos
 from faces.files import InputError, count_of, path, reading, shorten
 from faces.landmarks import normal_form, read_lines
 
@@ -45,14 +45,14 @@ class Pairs(NamedTuple):
 
 
 def read_pairs(source, file=None, view: int | None = None, identification: bool = False) -> Pairs:
-    """Read the pairs of a source, the path of a folder or zip of images or what open_source() made of it, and find
+    """Read the pairs of a source, the path of a folder or zip of images or what open_photos() made of it, and find
     their images. Raises InputError if a file or an image is missing, or a line is malformed.
 
     `file` is the list, for view 1 one of its two; None searches in the folder or zip and beside it. `view` is 1 or 2;
     None determines it from the names of the files, and prefers 2. With `identification`, all other images of everyone
     who has two images or more are added.
     """
-    source, file = source if isinstance(source, (Folder, Zip)) else open_source(source, CONTENT), file and path(file)
+    source, file = source if isinstance(source, (Folder, Zip)) else open_photos(source, CONTENT), file and path(file)
     view_2 = (*VIEW_2_FILES, f"{source.root.name}_pairs.txt")    # the last one is RFW's
     if view is None:
         found = file or _find(source, view_2) or _find(source, VIEW_1_FILES)
@@ -90,8 +90,8 @@ def read_list(file) -> tuple[list, np.ndarray, np.ndarray]:
         if sized or not any(field.isdecimal() or "/" in field or "." in field for field in header):    # or column names
             del lines[0]
         if per_image:
-            lines = [(number, [left, right, "10"[fold == other == "0"]]) for (number, (left, fold)), (_, (right, other))
-                     in zip(lines[::2], lines[1::2], strict=True)]
+            lines = [(number, [left, right, "10"[fold == "0"]] if fold == other else []) for (number, (left, fold)),
+                     (_, (right, other)) in zip(lines[::2], lines[1::2], strict=True)]
         rows = [_pair(number, fields) for number, fields in lines]
         same = np.array([row[2] for row in rows], bool)
         size = 2 * int(header[-1]) if sized else 0
@@ -116,7 +116,8 @@ def _pair(number, fields):
         case [left, right, ("0" | "1") as same] | [("0" | "1") as same, left, right]:
             names, same = (left, right), same == "1"
         case _:
-            raise ValueError(f"line {number}: expected `Name i j`, `Name1 i Name2 j` or `path path 0|1`")
+            raise ValueError(f"line {number}: expected `Name i j`, `Name1 i Name2 j`, `path path 0|1` or two "
+                             "lines `path fold` with the same number")
     return *(normal_form(name.replace("\\", "/")) for name in names), same
 
 
@@ -126,18 +127,9 @@ def ten_folds(count: int) -> np.ndarray:
 
 
 def linked(count: int, links: np.ndarray) -> np.ndarray:
-    """Return int64 (count,): the same number for items that are linked, int (L, 2), directly or through others."""
-    parent = list(range(count))
-
-    def root(i):
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-
-    for a, b in links.tolist():
-        parent[root(a)] = root(b)
-    return np.unique([root(i) for i in range(count)], return_inverse=True)[1]
+    """Return int (count,): the same number for items that are linked, int (L, 2), directly or through others."""
+    from scipy.sparse import coo_array, csgraph  # slow to import
+    return csgraph.connected_components(coo_array((np.ones(len(links)), links.T), (count, count)), directed=False)[1]
 
 
 def finder(source: Folder | Zip) -> Callable[[str], str | None]:

@@ -31,6 +31,9 @@ def photos(tmp_path):
     for name, people in (("casia", 3), ("lfw", 2)):
         for person, i in [(person, i) for person in range(people) for i in (1, 2)]:
             write_image(tmp_path / name / f"P{person}/P{person}_{i:04d}.png", draw_face(person, i)[0])
+    (tmp_path / "bins").mkdir()
+    for name in ("lfw.bin", "cfp_fp.bin", "train.rec"):    # as in faces_webface_112x112
+        (tmp_path / "bins" / name).touch()
     (tmp_path / "lfw/pairs.txt").write_text("2 1\nP0 1 2\nP0 1 P1 1\nP1 1 2\nP0 2 P1 2\n")
     return tmp_path / "casia", tmp_path / "lfw"
 
@@ -107,8 +110,10 @@ def test_landmarks_are_found_only_for_photos_without_a_list(photos, tmp_path, ca
 
 @pytest.mark.parametrize("options, message", [
     (["--casia", "nowhere"], "nowhere does not exist"), (["--lfw", "nowhere"], "nowhere does not exist"),
+    (["--lfw", "bins"], "bins holds 2 sets; pass one of them, such as LFW="),
     (["--bach-size", "3"], "--bach-size"), (["--margin-warmup", "3"], "--margin-warmup")])
-def test_a_mistake_is_reported_before_anything_runs(options, message, photos, tmp_path, call):
+def test_a_mistake_is_reported_before_anything_runs(options, message, photos, tmp_path, call, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     sets = ["--casia", photos[0], "--lfw", photos[1]]
     status, _, err = call(reproduce, *sets, "--output", tmp_path / "out", "--device", "cpu", *options)
     assert status == 2 and message in err and not (tmp_path / "out/cosFace").exists()

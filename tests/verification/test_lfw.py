@@ -80,6 +80,9 @@ def test_pairs_in_other_formats_give_the_same_pairs(lfw, tmp_path):
         assert [[pairs.paths[i] for i in pair] for pair in pairs.pairs] == paths, name
         assert (pairs.same == expected.same).all() and pairs.named, name
         assert pairs.folds.tolist() == [0] * 4 + [1] * 4 if name == "short_header.txt" else list(range(8)), name
+    (tmp_path / "shifted.txt").write_text("a.png 1\nb.png 1\nc.png 2\nd.png 0\n")
+    with pytest.raises(InputError, match="line 3: expected .* with the same number"):
+        read_pairs(lfw, tmp_path / "shifted.txt")
 
 
 def test_photos_in_one_folder_are_people_as_their_pairs_say(tmp_path):
