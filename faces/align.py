@@ -3,8 +3,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import cv2
 import numpy as np
+from joblib import cpu_count
 
-from faces.device import count_cpus
 from faces.files import progress_bar
 from faces.images import one_opencv_thread, read_image
 
@@ -173,7 +173,7 @@ def align_all(source, names: list[str], points: np.ndarray | None = None, any_po
     every = range(len(names))
     blocks = [every[start:start + BLOCK] for start in every[::BLOCK]]
     # The pool has a thread per CPU, with which OpenCV's own would compete.
-    with one_opencv_thread(), ThreadPoolExecutor(count_cpus()) as pool:
+    with one_opencv_thread(), ThreadPoolExecutor(cpu_count()) as pool:
         results = progress_bar(pool.map(load_block, blocks), "aligning", len(blocks), unit=f" x {BLOCK} faces",
                                leave=False, disable=not progress)
         return faces, centers, [failure for failures in results for failure in failures]

@@ -1,12 +1,11 @@
 """Devices: which one to use, which number format is fastest there, and how aligned faces become network input on it."""
 import contextlib
 import ctypes
-import math
-import os
 import warnings
 from pathlib import Path
 
 import torch
+from joblib import cpu_count
 
 from faces.files import InputError
 
@@ -19,14 +18,11 @@ def pick_device(name: str = "auto") -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"--device {name} is not a device; choose auto, cpu, cuda, cuda:1 or mps.") from None
-    try:
-        return torch.ones(1, device=device).device    # runs a kernel, which this PyTorch may lack for an old GPU
+        return torch.ones(1, device=name).device    # runs a kernel, which this PyTorch may lack for an old GPU
     except Exception as error:  # each backend reports its absence by an exception of its own
         reason = str(error).splitlines()[0]
-        raise InputError(f"--device {name} is not available here ({reason}); pass --device cpu.") from None
+        raise InputError(f"--device {name} is not available here ({reason}); choose auto, cpu, cuda, cuda:1 or "
+                         "mps.") from None
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
@@ -118,35 +114,10 @@ def _is_amd():
         return False
 
 
-def count_cpus() -> int:
-    """Return the number of CPUs this process may use: taskset and the quota of a container can allow fewer."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min([cpus, *_quotas()])
-
-
-def _quotas():
-    """Yield the CPU quota, rounded up, of each cgroup that this process is in, of version 2 or 1."""
-    try:
-        groups = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
-    except OSError:    # not Linux
-        return
-    for _, controllers, group in groups:
-        version1 = "cpu" in controllers.split(",")
-        if controllers and not version1:
-            continue
-        own = Path("/sys/fs/cgroup/cpu" if version1 else "/sys/fs/cgroup", group.lstrip("/"))
-        for folder in (own, *own.parents):    # inside a container, the group's path may not exist, but the root does
-            with contextlib.suppress(OSError, ValueError):    # no such file, or "max"
-                quota, period = ([(folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period")]
-                                 if version1 else (folder / "cpu.max").read_text().split())
-                if int(quota) > 0:
-                    yield math.ceil(int(quota) / int(period))
-
-
 def tune_cpu(device: torch.device):
     """Use no more threads than a container's quota allows; on a CPU, let glibc reuse large blocks of memory, which
     saves 6 % of a training step. This changes the whole process, so only scripts call it."""
-    torch.set_num_threads(min(torch.get_num_threads(), count_cpus()))
+    torch.set_num_threads(min(torch.get_num_threads(), cpu_count()))
     if device.type != "cpu":
         return
     with contextlib.suppress(AttributeError, OSError, TypeError):  # other C libraries have no mallopt
@@ -158,6 +129,7 @@ def tune_cpu(device: torch.device):
 def to_input(faces: torch.Tensor, flip: torch.Tensor | None = None) -> torch.Tensor:
     """Turn aligned faces, uint8 (N, 112, 96, 3), RGB, into network input, float32 (N, 3, 112, 96) in the memory format
     of the device, (x - 127.5) / 128; `flip`, bool (N,), says which faces to flip left to right, None flips none."""
-    x = faces.permute(0, 3, 1, 2).float().sub_(127.5).div_(128)        # in channels_last memory format
-    x = x.contiguous(memory_format=memory_format(faces.device))
-    return x if flip is None else torch.where(flip[:, None, None, None], x.flip(3), x)
+    x = faces.permute(0, 3, 1, 2)                                      # in channels_last memory format
+    if flip is not None:
+        x = torch.where(flip[:, None, None, None], x.flip(3), x)       # of uint8, a quarter of the memory traffic
+    return x.float().sub_(127.5).div_(128).contiguous(memory_format=memory_format(faces.device))

@@ -126,7 +126,7 @@ class _Parser(argparse.ArgumentParser):
 class _Help(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action):
         default = action.default
-        if default in (None, False, argparse.SUPPRESS) or "default" in action.help:
+        if default is False or default in (None, [], argparse.SUPPRESS) or "default" in action.help:
             return action.help
         if isinstance(default, Path) and default.is_relative_to(ROOT):
             default = default.relative_to(ROOT)
@@ -177,19 +177,15 @@ def atomic_write(file, mode: str = "wb", **kwargs):
         kwargs = {"encoding": "utf-8", "errors": "surrogateescape", **kwargs}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.", suffix=".partial")
+        temporary = file.with_name(f".{file.name}.{os.getpid()}.partial")
         try:
-            with os.fdopen(handle, mode, **kwargs) as output:
+            with open(temporary, mode, **kwargs) as output:
                 yield output
                 output.flush()
                 os.fsync(output.fileno())
-            with contextlib.suppress(OSError):    # some disks have no permissions
-                umask = os.umask(0)
-                os.umask(umask)
-                os.chmod(temporary, 0o666 & ~umask)    # mkstemp makes the file readable by its owner only
             os.replace(temporary, file)
         except BaseException:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
     except OSError as error:
         raise InputError(f"can't write {file}: {error.strerror or error}; free some space or choose another "
@@ -240,12 +236,13 @@ def load_tensors(file):
 
 
 @contextlib.contextmanager
-def locked(file, activity: str, wait: bool = True):
+def locked(file, activity: str, wait: bool = True, option: str = "--output"):
     """Hold the lock file `file`. If another process holds it, wait, or raise InputError if `wait` is false. `activity`
-    is what the holder is doing, for the message, such as "building the cache DIR"."""
+    is what the holder is doing, for the message, such as "building the cache DIR". The file's folder is created; if it
+    can't be written, that is an InputError, which names the option."""
+    check_writable(path(file).parent, option)
     lock = FileLock(file)
     try:
-        path(file).parent.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(timeout=0)
         except Timeout:

@@ -16,9 +16,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cv2
 import numpy as np
 import torch
+from joblib import cpu_count
 
 from faces import files
-from faces.device import count_cpus, exact_float32, pick_device, to_input
+from faces.device import exact_float32, pick_device, to_input
 from faces.files import InputError, at_least, atomic_write, command, count_of, path, script_parser, write_json
 from faces.images import UnreadableImage, is_image, read_image, scan_images
 from mtcnn.boxes import nms, nms_of_smaller, regress, squares
@@ -189,7 +190,7 @@ def add_detector_options(parser):
 
 def make_detector(args) -> Detector:
     """Return the Detector that the options ask for."""
-    torch.set_num_threads(min(torch.get_num_threads(), count_cpus()))
+    torch.set_num_threads(min(torch.get_num_threads(), cpu_count()))
     # oneDNN keeps the convolutions of 1,024 sizes of images, which is no faster than 64 and fragments the memory.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     return Detector(args.min_face_size, device=args.device)

@@ -8,7 +8,7 @@ import torch
 
 from faces import files
 from faces.data.sources import Folder
-from faces.files import InputError, at_least, atomic_write, check_writable, count_of, locked, path, shorten
+from faces.files import InputError, at_least, atomic_write, count_of, locked, path, shorten
 from faces.images import summarize
 from faces.landmarks import default_list, photos_digest, write_landmarks
 from faces.rows import Rows
@@ -52,7 +52,6 @@ def make_list(source: Folder, paths: list[str], name: str, args: argparse.Namesp
     if args.device == "auto" and not torch.cuda.is_available():
         args.device = "cpu"    # many processes are faster than MPS
     detector, output = make_detector(args), args.output or default_list(source.root, name)
-    check_writable(output.parent)
     with locked(output.with_name(f".{output.name}.lock"), f"making {output}", wait=False):
         digest = photos_digest(source)
         # Devices round differently.

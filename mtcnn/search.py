@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
+from joblib import cpu_count
 
 from faces.align import check_inside, similarity_transform
-from faces.device import count_cpus
 from faces.images import UnreadableImage, read_image
 from mtcnn.detector import Detector, Faces, groups
 from mtcnn.processes import in_processes
@@ -42,7 +42,7 @@ def search(root: Path | str, items: list[tuple[int, str]], detector: Detector, s
     time, in order, and {index: reason} of those that can't be read. `select` is which face of several, see choose();
     `workers` the number of processes: None is one per core, but at most GPU_PROCESSES with CUDA and none with MPS."""
     if workers is None:
-        workers = {"cpu": count_cpus(), "cuda": min(count_cpus(), GPU_PROCESSES)}.get(detector.device.type, 0)
+        workers = {"cpu": cpu_count(), "cuda": min(cpu_count(), GPU_PROCESSES)}.get(detector.device.type, 0)
     if workers > 1 and len(items) > BATCH:
         batches = (items[start:start + BATCH] for start in range(0, len(items), BATCH))
         for results in in_processes(partial(_search_all, root, detector, select), batches, workers, detector.device):

@@ -167,6 +167,13 @@ def model(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("model") / "checkpoint.pt")
 
 
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """Return the checkpoints of two untrained networks, and of one with a NaN."""
+    folder = tmp_path_factory.mktemp("models")
+    return [write_model(folder / f"{name}.pt", seed, name == "nan") for seed, name in enumerate(("a", "b", "nan"))]
+
+
 @contextlib.contextmanager
 def file_size_limit(size):
     """Simulate a full disk: writing beyond `size` bytes in any file of this process raises OSError."""

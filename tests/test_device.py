@@ -1,19 +1,16 @@
 """Devices: what is not there is one sentence, precision follows the GPU, threads follow a container's quota."""
-import os
-from pathlib import Path
-
 import pytest
 import torch
 
 from faces import device
-from faces.device import count_cpus, exact_float32, fast_dtype, memory_format, pick_device, pick_dtype
+from faces.device import exact_float32, fast_dtype, memory_format, pick_device, pick_dtype
 from faces.files import InputError
 
 
 def test_missing_devices_and_precisions_are_one_sentence():
     assert pick_device("cpu") == torch.device("cpu")
-    for name, problem in (("cuda:99", "is not available here"), ("gpu99", "is not a device; choose auto, cpu, cuda")):
-        with pytest.raises(InputError, match=f"--device {name} {problem}"):
+    for name in ("cuda:99", "gpu99"):
+        with pytest.raises(InputError, match=f"--device {name} is not available here .*; choose auto, cpu, cuda"):
             pick_device(name)
     with pytest.raises(InputError, match="fp16 needs loss scaling, which mps can't do"):
         pick_dtype("fp16", torch.device("mps"))
@@ -30,23 +27,11 @@ def test_the_precision_is_that_of_the_chosen_gpu(monkeypatch):
     assert [memory_format(gpu) for gpu in gpus] == [torch.channels_last] * 3 + [torch.contiguous_format]
 
 
-@pytest.mark.parametrize("files, expected", [
-    ({"/proc/self/cgroup": "0::/job\n", "/sys/fs/cgroup/cpu.max": "150000 100000\n"}, 2),
-    ({"/proc/self/cgroup": "0::/job\n", "/sys/fs/cgroup/cpu.max": "max 100000\n"}, 8),
-    ({"/proc/self/cgroup": "0::/a/b\n", "/sys/fs/cgroup/a/cpu.max": "300000 100000\n"}, 3),
-    ({"/proc/self/cgroup": "3:cpu,cpuacct:/\n0::/\n", "/sys/fs/cgroup/cpu/cpu.cfs_quota_us": "100000\n",
-      "/sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n"}, 1)])
-def test_the_quota_of_a_container_counts(monkeypatch, files, expected):
-    def read_text(path):
-        if str(path) not in files:
-            raise FileNotFoundError
-        return files[str(path)]
-    monkeypatch.setattr(Path, "read_text", read_text)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
-    assert count_cpus() == expected
+def test_the_quota_of_a_container_counts(monkeypatch):
+    monkeypatch.setattr(device, "cpu_count", lambda: 1)
     monkeypatch.setattr(torch, "set_num_threads", threads := [].append)
     device.tune_cpu(torch.device("cuda"))
-    assert threads.__self__ == [min(torch.get_num_threads(), expected)]
+    assert threads.__self__ == [1]
 
 
 @pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="this PyTorch has the older settings")

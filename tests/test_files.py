@@ -1,6 +1,7 @@
 """Writes are whole or not at all, mistakes are one sentence, signals and lost output end no script badly."""
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, file_size_limit
 
-from faces.files import InputError, atomic_write, command, load_tensors, locked, reading
+from faces.files import InputError, atomic_write, command, load_tensors, locked, reading, script_parser
 
 PROGRAM = """
 import sys, time
@@ -76,7 +77,7 @@ def test_a_reader_turns_any_exception_into_one_sentence(tmp_path):
         load_tensors(tmp_path / "absent.pt")
 
 
-def test_a_write_is_whole_or_leaves_what_was_there(tmp_path, monkeypatch):
+def test_a_write_is_whole_or_leaves_what_was_there(tmp_path):
     file = tmp_path / "a.txt"
     with atomic_write(file, "w") as output:
         output.write("old")
@@ -87,12 +88,12 @@ def test_a_write_is_whole_or_leaves_what_was_there(tmp_path, monkeypatch):
         output.write(bytes(20))
     assert file.read_text() == "old" and os.listdir(tmp_path) == ["a.txt"]
 
-    def chmod(*_):
-        raise PermissionError(errno.EPERM, "Operation not permitted")    # as on exFAT and some network disks
-    monkeypatch.setattr(os, "chmod", chmod)
-    with atomic_write(file, "w") as output:
-        output.write("new")
-    assert file.read_text() == "new"
+
+def test_help_shows_every_default_that_says_something():
+    parser = script_parser("What it does.")
+    for name, default in (("--zero", 0), ("--none", None), ("--off", False), ("--empty", []), ("--half", 0.5)):
+        parser.add_argument(name, default=default, help="an option")
+    assert re.findall(r"--(\w+).*an option \(default: (.*)\)", parser.format_help()) == [("zero", "0"), ("half", "0.5")]
 
 
 def test_a_disk_without_locks_is_no_error(tmp_path, monkeypatch, capsys):

@@ -21,10 +21,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
+from joblib import cpu_count
 
 from faces import files
-from faces.device import count_cpus
-from faces.files import InputError, at_least, atomic_write, check_writable, command, count_of, path, script_parser
+from faces.files import InputError, at_least, atomic_write, command, count_of, path, script_parser
 from faces.images import summarize
 from faces.rows import Rows
 from faces.verification.embed import FLIP, optimized_copy
@@ -52,7 +52,7 @@ def embed_photos(embedder: Embedder, photos: list[str], rows: Rows, args) -> dic
     missing = [i for i in range(len(photos)) if i not in done]
     parts, workers = [missing[i:i + PART] for i in range(0, len(missing), PART)], args.workers
     if workers is None:
-        workers = count_cpus() if embedder.device.type == "cpu" else 0
+        workers = cpu_count() if embedder.device.type == "cpu" else 0
     work = partial(find, photos, None if args.aligned else embedder.detector, args.select, args.all_faces)
     results = in_processes(work, parts, workers, embedder.device) if min(workers, len(parts)) > 1 else map(work, parts)
     with files.progress_bar(desc="embedding", total=len(photos), initial=len(done), unit=" photos") as bar:
@@ -78,7 +78,6 @@ def main(argv=None):
                 for photo in photos]
     depends = (embedder.loaded["fingerprint"], args.select, args.flip, args.aligned, args.all_faces, args.min_face_size,
                versions)
-    check_writable(args.output.parent)
     with files.locked(args.output.with_name(f".{args.output.name}.lock"), f"writing {args.output}", wait=False):
         kind = [("photo", "i8"), ("embeddings", "f4", width), *([] if args.aligned else FACE)]
         rows = Rows(args.output, depends, np.dtype(kind))

@@ -14,10 +14,10 @@ import torch
 from cosFace.net import NETS
 from faces.align import align, crop_aligned
 from faces.device import pick_device
-from faces.files import InputError, path
+from faces.files import InputError
 from faces.images import is_image, read_image
 from faces.verification.embed import embed
-from faces.verification.weights import MODEL_HELP, add_options, announce, load_net
+from faces.verification.weights import add_model_options, announce, load_net
 from mtcnn import search
 from mtcnn.detector import Detector, add_detector_options, make_detector
 from mtcnn.search import ATTEMPTS, RULES, image_or_reason
@@ -124,15 +124,9 @@ def crop_faces(photos) -> list[list[Face] | str]:
     return results
 
 
-def add_model_options(parser, **options):
-    """Add --model with further `options`, --net and --channels, for Embedder or load_net()."""
-    parser.add_argument("--model", type=path, required=True, metavar="FILE|DIR", help=MODEL_HELP, **options)
-    add_options(parser, NETS)
-
-
 def add_photo_options(parser):
     """Add the options for make_embedder()."""
-    add_model_options(parser)
+    add_model_options(parser, NETS)
     parser.add_argument("--select", choices=RULES, default="largest",
                         help="which of several faces in a photo: the largest, nearest to the center, or surest")
     add_detector_options(parser)

@@ -23,9 +23,8 @@ from cosFace.net import NETS
 from faces.align import HEIGHT, TEMPLATE, WIDTH
 from faces.device import to_input
 from faces.files import InputError, atomic_write, check_writable, command, path, script_parser
-from faces.verification.weights import announce, load_net, model_file
+from faces.verification.weights import add_model_options, announce, load_net, model_file
 from tools import hub
-from tools.embedder import add_model_options
 
 TOLERANCE = 1e-4      # accepted difference between embedding values, relative to the largest value if that exceeds 1
 
@@ -109,7 +108,7 @@ def make_config(loaded: dict) -> dict:
 @command
 def main(argv=None):
     parser = script_parser(__doc__)
-    add_model_options(parser)
+    add_model_options(parser, NETS)
     parser.add_argument("--format", choices=tuple(FORMATS), required=True,
                         help="onnx for other runtimes (`pip install onnx onnxruntime`), torchscript, safetensors, hub")
     parser.add_argument("--output", type=path, required=True, metavar="FILE|DIR", help="file to write; hub: new folder")

@@ -5,7 +5,6 @@
 IJBC is the folder of InsightFace's release, with loose_crop/ and meta/. The same command continues a run that was
 killed. See docs/evaluation.md for what the options and figures mean.
 """
-import hashlib
 import sys
 import time
 from argparse import BooleanOptionalAction
@@ -22,11 +21,11 @@ from faces.data.sources import Folder
 from faces.device import pick_device, pick_dtype, tune_cpu
 from faces.files import RUNS, InputError, at_least, check_writable, command, path, script_parser, write_json
 from faces.images import summarize
+from faces.rows import Rows
 from faces.verification import ijb
 from faces.verification.embed import embed, optimized_copy
-from faces.verification.weights import announce, load_net
+from faces.verification.weights import add_model_options, announce, load_net
 from mtcnn.search import prefetch
-from tools.embedder import add_model_options
 
 PART = 1024    # images at a time; a killed run repeats the last part
 
@@ -54,22 +53,20 @@ def embed_images(args, net, fingerprint: str, found: ijb.Ijb, device) -> np.ndar
     versions, extent = folder.versions(found.images), np.ptp(found.points, 1).max(1)
     _refuse([(name, "no such file" if size < 0 else "its landmarks coincide") for name, (size, _), pixels
              in zip(found.images, versions, extent) if size < 0 or not 0 < pixels < np.inf], folder)
-    depends = repr((fingerprint, args.flip, dtype, found.images)).encode(), found.points.tobytes(), versions.tobytes()
-    digest, count = hashlib.sha256(b"".join(depends)).hexdigest(), len(found.images)
-    file = args.output / f"{found.prefix}.{digest[:16]}.rows"
-    with open(file, "ab") as rows:
-        first = count if rows.tell() == 4 * width * count else rows.tell() // (4 * width * PART) * PART
-        rows.truncate(4 * width * first)
-        net = optimized_copy(net, device, dtype, count)    # not anew for each part
-        with files.progress_bar(desc="embedding", total=count - first, unit=" images", disable=first == count) as bar:
-            for faces in prefetch(aligned_parts(folder, found, first)):
-                part = embed(net, faces, device, args.batch_size, args.flip, dtype, progress=False)
-                if not np.isfinite(part).all():
-                    raise InputError(f"the embeddings of {args.model} are not finite; its training must have failed.")
-                rows.write(part.tobytes())
-                rows.flush()
-                bar.update(len(part))
-    return np.memmap(file, np.float32, "r", shape=(count, width))
+    depends = fingerprint, args.flip, str(dtype), found.images, found.points.tobytes(), versions.tobytes()
+    rows, count = Rows(args.output / found.prefix, depends, np.dtype((np.float32, width))), len(found.images)
+    first = len(rows.read())
+    first -= first % PART if first < count else 0
+    rows.truncate(first)
+    net = optimized_copy(net, device, dtype, count)    # not anew for each part
+    with files.progress_bar(desc="embedding", total=count - first, unit=" images", disable=first == count) as bar:
+        for faces in prefetch(aligned_parts(folder, found, first)):
+            part = embed(net, faces, device, args.batch_size, args.flip, dtype, progress=False)
+            if not np.isfinite(part).all():
+                raise InputError(f"the embeddings of {args.model} are not finite; its training must have failed.")
+            rows.append(part)
+            bar.update(len(part))
+    return rows.read()
 
 
 def table(figures: dict) -> str:
@@ -115,7 +112,7 @@ def main(argv=None):
 
 def _parse(argv):
     parser = script_parser(__doc__)
-    add_model_options(parser)
+    add_model_options(parser, NETS)
     add = parser.add_argument
     add("--ijb", type=path, required=True, metavar="DIR", help="folder IJBB or IJBC of InsightFace's release")
     add("--output", type=path, metavar="DIR", help="folder for results.json and embeddings (default: one in runs/ijb)")
@@ -127,7 +124,8 @@ def _parse(argv):
     add("--batch-size", type=at_least(1), metavar="N", help="faces at a time (default: 256, or 32 on a CPU)")
     add("--precision", choices=("float32", "bf16"), default="float32", help="bf16 is faster on GPUs, but less exact")
     args = parser.parse_args(argv)
-    name = (args.model.absolute().parent if args.model.stem == "checkpoint" else args.model).stem
+    model = args.model.absolute().parent if args.model.stem == "checkpoint" else args.model.absolute()
+    name = model.name if model.is_dir() else model.stem    # the name of a folder may have dots, too
     args.output = args.output or RUNS / "ijb" / f"{name}-{args.ijb.absolute().name}"
     check_writable(args.output)    # now, so that a mistake does not surface after the work
     return args

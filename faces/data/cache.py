@@ -16,7 +16,7 @@ from faces import align
 from faces.align import HEIGHT, WIDTH
 from faces.data.casia import TrainingList, list_casia, without_lfw_overlap
 from faces.data.sources import Folder
-from faces.files import CACHE, InputError, atomic_write, check_writable, count_of, locked, path, progress_bar, reading
+from faces.files import CACHE, InputError, atomic_write, count_of, locked, path, progress_bar, reading
 from faces.images import summarize
 
 CHUNK = 2048                # faces that are aligned before they are written, 66 MB
@@ -78,8 +78,7 @@ def build(listing: TrainingList, cache=CACHE) -> tuple[np.ndarray, list[tuple[in
     folder = path(cache) / f"{root.stem}-{key}-{versions}"
     faces, shape = folder / "faces.u8", (len(listing.paths), HEIGHT, WIDTH, 3)
     if not faces.is_file():
-        check_writable(folder, "--cache")
-        with locked(folder / ".lock", f"aligning the faces of {listing.source} into {folder}"):
+        with locked(folder / ".lock", f"aligning the faces of {listing.source} into {folder}", option="--cache"):
             if not faces.is_file():    # another process may have built it while this one waited
                 _build(listing, folder)
     with reading(faces, "cache of aligned faces", f"delete {folder} and start again"):

@@ -3,7 +3,6 @@
 All tensors in it are on the CPU, so torch.load(file, weights_only=True) opens it on any machine.
 """
 import contextlib
-import copy
 import os
 import platform
 import sys
@@ -15,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from faces.device import PRECISION
-from faces.files import CHECKPOINT, InputError, atomic_write, check_writable, load_tensors, locked
+from faces.files import CHECKPOINT, InputError, atomic_write, load_tensors, locked
 from faces.training.distributed import Processes
 from faces.training.partial_fc import convert
 
@@ -34,14 +33,11 @@ def parse_resumed(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
     file = args.output / "checkpoint.pt"
     if args.resume != "never" and file.is_file():
         state = _load(file)
-        if unknown := state["settings"].keys() - vars(args).keys():
-            raise InputError(f"{file} is a run of {state['method']}, which another casia_train.py trains (with "
-                             f"--{min(unknown).replace('_', '-')}); use that, or choose another --output.")
+        if not state["settings"].keys() <= vars(args).keys():
+            raise InputError(f"{file} is a run of {state['method']}; use its casia_train.py or another --output.")
         kept = {name: value for name, value in state["settings"].items()    # SETS were text in older checkpoints
                 if name not in MAY_DIFFER or (name in SETS and not args.lfw and isinstance(value, list))}
-        resumed = copy.deepcopy(parser)    # a later call must not find the same defaults
-        resumed.set_defaults(**kept)
-        args = resumed.parse_args(argv)
+        args = parser.parse_args(argv, Namespace(**kept))    # what it already holds are the defaults
     return args
 
 
@@ -75,7 +71,6 @@ class Checkpoints(contextlib.AbstractContextManager):
             raise InputError(f"there is no {self.path} to resume; check --output, or leave out --resume to start a run "
                              "(--resume auto does either).")
         folder = self.path.parent
-        check_writable(folder)
         self.lock.enter_context(locked(folder / ".lock", f"training into {folder}", wait=False))
         for partial in folder.glob(".*.partial"):    # of a run that was killed
             partial.unlink(missing_ok=True)

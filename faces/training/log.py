@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import distributed
 
-from faces.files import ROOT, InputError, atomic_write, progress_bar, reading, write_json
+from faces.files import ROOT, InputError, atomic_write, progress_bar, write_json
 from faces.training.distributed import Processes
 
 EVERY = 20    # steps between two readings of the loss; each makes the host wait for the device once
@@ -32,7 +32,7 @@ class TrainingLog(contextlib.AbstractContextManager):
                  settings: dict, sums: dict | None = None):
         self.run, self.output, self.batch_size, self.step = run, output, batch_size, start
         self.steps, self.per_epoch = steps, per_epoch
-        self.board = None
+        self.board, self.lines = None, []    # of epochs.jsonl
         if run.rank == 0 and start < steps:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
             write_json(output / "settings.json", {
@@ -40,7 +40,9 @@ class TrainingLog(contextlib.AbstractContextManager):
                 "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
                 "versions": {"python": platform.python_version(), "torch": str(torch.__version__),
                              "numpy": np.__version__, "opencv": cv2.__version__}})
-            self._forget_after(start)
+            if (output / "epochs.jsonl").exists():    # without the epochs that a killed run did after its checkpoint
+                text = (output / "epochs.jsonl").read_text(encoding="utf-8")
+                self.lines = [line for line in map(json.loads, text.splitlines()) if line["step"] <= start]
             self.board = SummaryWriter(output, purge_step=start + 1)
         self.bar = progress_bar(total=steps * batch_size, initial=start * batch_size, unit=" images", unit_scale=True,
                                 disable=run.rank > 0)
@@ -112,8 +114,9 @@ class TrainingLog(contextlib.AbstractContextManager):
             for name, value in figures.items():
                 self.board.add_scalar(name, value, self.step)
             if line:
-                with open(self.output / "epochs.jsonl", "a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
+                self.lines.append(line)
+                with atomic_write(self.output / "epochs.jsonl", "w") as file:
+                    file.writelines(json.dumps(line) + "\n" for line in self.lines)
                 self._draw()
         except (OSError, InputError) as error:
             self.bar.write(f"step {self.step:,}: the log can't be written ({error}); training continues.",
@@ -143,25 +146,9 @@ class TrainingLog(contextlib.AbstractContextManager):
 
     def _draw(self):
         from faces import plots  # slow to import as well
-        lines = _read_epochs(self.output / "epochs.jsonl")
         columns = [(line["step"] * self.batch_size, line["loss"],
-                    line.get("mean_accuracy", line.get("lfw", math.nan))) for line in lines]
+                    line.get("mean_accuracy", line.get("lfw", math.nan))) for line in self.lines]
         plots.picture(self.output / "training.png", (6, 4), plots.draw_training, *np.array(columns).T)
-
-    def _forget_after(self, start):
-        """Drop the epochs that a killed run wrote after the checkpoint from which it is resumed."""
-        file = self.output / "epochs.jsonl"
-        if file.exists():
-            lines = [line for line in _read_epochs(file) if line["step"] <= start]
-            with atomic_write(file, "w") as output:
-                output.writelines(json.dumps(line) + "\n" for line in lines)
-
-
-def _read_epochs(file):
-    """Return the lines of an epochs.jsonl as dicts; a killed run may have left part of a line at the end."""
-    with reading(file, "log of a run", "move it away"):
-        text = file.read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.split("\n")[:-1]]
 
 
 def _revision():

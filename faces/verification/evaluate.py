@@ -13,7 +13,7 @@ from faces.verification.embed import FLIP, default_batch_size, embed
 from faces.verification.lfw import Lfw, find_sets, load_sets, set_name
 from faces.verification.metrics import Verification, identify, operating_point, verify
 from faces.verification.threshold import Threshold, choose_threshold, save_threshold, threshold_path
-from faces.verification.weights import MODEL_HELP, add_options, announce, load_net, model_file
+from faces.verification.weights import add_model_options, announce, load_net, model_file
 
 DESCRIPTION = """Evaluate a model on LFW and similar sets with the standard 10-fold protocol.
 
@@ -49,7 +49,7 @@ def main(nets: dict, method: str, find_landmarks=None, argv: list[str] | None = 
         raise InputError("--group compares two sets or more; pass them with --lfw.")
     tune_cpu(device)
     args.batch_size = args.batch_size or default_batch_size(device)
-    models = [load_net(file, nets, name, args.channels) for file, name in zip(args.model, args.net)]
+    models = [load_net(file, nets, args.net, args.channels) for file in args.model]
     for file, (_, loaded) in zip(args.model, models):
         if args.save_threshold:
             check_writable(threshold_path(file).parent, "--model")
@@ -68,16 +68,17 @@ def main(nets: dict, method: str, find_landmarks=None, argv: list[str] | None = 
         results.append(_evaluate_set(args, device, models, lfw, name, several))
         if args.output:
             report.write_set(args.output / name if several else args.output, results[-1], lfw)
-    means = report.means(results, args.group)
-    for row in means if several else []:
-        print(report.mean_line(row))
+    means = [report.mean(sets, args.group) for sets in zip(*results)] if several else []
+    for measured in means:
+        print(report.mean_line(measured.figures))
+    with_means = results + [means] if several else results
     if several and len(models) > 1:
-        print("", "accuracy in %", *report.matrix(results), "", sep="\n")
-    for row in (comparison := report.compare(results)):
+        print("", "accuracy in %", *report.aligned(report.matrix(with_means)), "", sep="\n")
+    for row in (comparison := report.compare(with_means)):
         print(report.comparison_line(row))
     if args.output:
         if several or len(models) > 1:
-            report.write_all(args.output, results, comparison, means)
+            report.write_all(args.output, results, means, comparison)
         print(f"results: {args.output}")
 
 
@@ -148,13 +149,9 @@ def _parse(nets, argv):
     _add_options(parser, nets)
     args = parser.parse_args(argv)
     args.far = args.far or ([1e-3, 1e-2] if "tar" in args.protocol else [1e-3] if "folds" in args.protocol else [])
-    args.net = args.net or [None]
-    if len(args.net) == 1:
-        args.net *= len(args.model)
-    for name, given in (("--net", args.net), ("--title", args.title or args.model)):
-        if len(given) != len(args.model):
-            parser.error(f"{name} was given {count_of(len(given), 'time~')} for {count_of(len(args.model), 'model~')}; "
-                         "give it once per model")
+    if args.title and len(args.title) != len(args.model):
+        parser.error(f"--title was given {count_of(len(args.title), 'time~')} for "
+                     f"{count_of(len(args.model), 'model~')}; give it once per model")
     if args.save_threshold and (args.flip != "concatenate" or args.subtract_mean):
         parser.error("--save-threshold is for compare.py, which appends the flipped image's embedding and subtracts no "
                      "mean; leave out --flip and --subtract-mean")
@@ -175,10 +172,8 @@ def _add_options(parser, nets):
     add("--landmarks", type=path, nargs="+", default=[], metavar="FILE",
         help="landmark list (default: the one of mtcnn/lfw_landmark.py; without one, MTCNN runs now)")
     add("--aligned", action=BooleanOptionalAction, default=False, help="the images are faces, 112x96 or 112x112")
-    group = parser.add_argument_group("model")
-    group.add_argument("--model", type=path, required=True, action="append", metavar="FILE|DIR",
-                       help=f"{MODEL_HELP}; repeat it to compare further models with the first")
-    add_options(group, nets, action="append")
+    group = parser.add_argument_group("model (repeat --model to compare further ones with the first)")
+    add_model_options(group, nets, action="append")
     group.add_argument("--title", action="append", metavar="TEXT", help="name in tables and pictures; once per model")
     add = parser.add_argument_group("protocol").add_argument
     add("--group", action=BooleanOptionalAction, default=False,

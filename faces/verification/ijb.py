@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from faces.files import InputError, existing_folder, reading
-from faces.verification.metrics import auc, operating_point, roc
+from faces.verification.metrics import auc, operating_point
 
 PROTOCOLS, RANKS, FPIRS, FARS = ("1:1", "1:N"), (1, 5, 10), (1e-2, 1e-1), (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 ADVICE = "unpack the release again"
@@ -156,11 +156,9 @@ def verify_pairs(templates: np.ndarray, pairs: np.ndarray, same: np.ndarray) -> 
         if len(rows := order[slice(*edge)]):
             left, right = pairs[rows].T
             scores[rows] = (templates[first:first + CHUNK] @ templates.T)[left - first, right]
-    far, tar = roc(scores, same)
-    # Like roc_curve(), drop the points at which neither count of accepted pairs changes its step.
-    steps = [np.diff(np.rint(rate[1:] * kind.sum()), 2) != 0 for rate, kind in ((far, ~same), (tar, same))]
-    corners = np.concatenate(([True, True], steps[0] | steps[1], [True]))[:len(far)]
-    fars, tars = far[corners][::-1], tar[corners][::-1]    # the highest TAR comes first
+    from sklearn.metrics import roc_curve  # slow to import
+    far, tar, _ = roc_curve(same, scores)
+    fars, tars = far[::-1], tar[::-1]    # the highest TAR comes first
     return {"auc": auc(far, tar), "tar": [
         operating_point(scores, same, rate)._asdict() | {"nearest": float(tars[np.argmin(abs(fars - rate))])}
         for rate in FARS]}

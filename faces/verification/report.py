@@ -70,7 +70,7 @@ def set_line(figures: dict) -> str:
 
 
 def mean_line(row: dict) -> str:
-    """Return the lines of a model's mean over the sets, a dict of means()."""
+    """Return the lines of a model's mean over the sets; `row` are the figures of mean()."""
     text = line("mean", row["title"], "", f"{row['accuracy']:.4f}", "{:.4f} to {:.4f}".format(*row["interval_95"]))
     if "std_ddof_1" in row:
         ratio = "n/a" if row["error_ratio"] is None else f"{row['error_ratio']:.2f}"
@@ -81,58 +81,42 @@ def mean_line(row: dict) -> str:
     return text
 
 
-def means(results: list[list[Measured]], group: bool = False) -> list[dict]:
-    """Return the mean accuracy over several sets of each model, with its 95 % interval; see compare() for `results`. If
-    the sets are groups of people, also the standard deviation over the groups (ddof=1), the ratio of the largest to the
-    smallest error (None if that is 0), and which intervals overlap."""
-    rows = []
-    for models in zip(*results):
-        accuracies = [model.result.accuracy for model in models]
-        intervals = [(model.figures["set"], *model.figures["interval_95"]) for model in models]
-        rows.append({"title": models[0].figures["title"], "model": models[0].figures["settings"]["model"],
-                     "accuracy": float(np.mean(accuracies)),
-                     "interval_95": interval(np.mean([model.draws for model in models], 0))})
-        if group:
-            rows[-1] |= {
-                "std_ddof_1": float(np.std(accuracies, ddof=1)),
-                "error_ratio": (1 - min(accuracies)) / (1 - max(accuracies)) if max(accuracies) < 1 else None,
-                "overlapping": [(a[0], b[0]) for i, a in enumerate(intervals) for b in intervals[:i]
-                                if a[1] <= b[2] and b[1] <= a[2]]}
-    return rows
+def mean(sets: list[Measured], group: bool = False) -> Measured:
+    """Return a model's mean over several sets, like one more set, without a result: its accuracy with a 95 % interval.
+    If the sets are groups of people, its figures are also the standard deviation over the groups (ddof=1), the ratio of
+    the largest to the smallest error (None if that is 0), and which intervals overlap."""
+    first, accuracies = sets[0].figures, [measured.figures["accuracy"] for measured in sets]
+    draws = np.mean([measured.draws for measured in sets], 0)
+    figures = {"title": first["title"], "model": first["settings"]["model"], "set": "mean",
+               "accuracy": float(np.mean(accuracies)), "interval_95": interval(draws)}
+    if group:
+        intervals = [(measured.figures["set"], *measured.figures["interval_95"]) for measured in sets]
+        figures |= {"std_ddof_1": float(np.std(accuracies, ddof=1)),
+                    "error_ratio": (1 - min(accuracies)) / (1 - max(accuracies)) if max(accuracies) < 1 else None,
+                    "overlapping": [(a[0], b[0]) for i, a in enumerate(intervals) for b in intervals[:i]
+                                    if a[1] <= b[2] and b[1] <= a[2]]}
+    return Measured(figures, None, draws)
 
 
-def matrix(results: list[list[Measured]]) -> list[str]:
-    """Return the lines of a table of models by sets, with accuracies in %; see compare() for `results`."""
-    rows = _cells(results)
+def matrix(results: list[list[Measured]]) -> list[list[str]]:
+    """Return the rows of a table of models by sets, with accuracies in %; see compare() for `results`."""
+    rows = [["model", "network", *(models[0].figures["set"] for models in results)]]
+    return rows + [[sets[0].figures["title"], sets[0].figures["settings"]["net"],
+                    *(f"{100 * measured.figures['accuracy']:.2f}" for measured in sets)] for sets in zip(*results)]
+
+
+def aligned(rows: list[list[str]]) -> list[str]:
+    """Return the rows of a table as lines with aligned columns."""
     widths = [2 + max(map(len, column)) for column in zip(*rows)]
     return ["".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows]
 
 
-def _cells(results):
-    """Return the rows of table.csv, as in a paper."""
-    names = [models[0].figures["set"] for models in results]
-    rows = [["model", "network", *names, *(["mean"] if len(results) > 1 else [])]]
-    for models in zip(*results):
-        accuracies = [model.result.accuracy for model in models]
-        accuracies += [np.mean(accuracies)] if len(results) > 1 else []
-        rows.append([models[0].figures["title"], models[0].figures["settings"]["net"],
-                     *(f"{100 * accuracy:.2f}" for accuracy in accuracies)])
-    return rows
-
-
 def compare(results: list[list[Measured]]) -> list[dict]:
-    """Return the differences in accuracy between each further model and the first, with paired 95 % intervals, on each
-    set and in the mean of several. `results` has a list per set, with the Measured of each model."""
-    rows = []
-    for k in range(1, len(results[0])):
-        gains = [(models[k].figures["set"], models[k].result.accuracy - models[0].result.accuracy,
-                  models[k].draws - models[0].draws) for models in results]
-        if len(gains) > 1:
-            gains.append(("mean", float(np.mean([gain[1] for gain in gains])), np.mean([gain[2] for gain in gains], 0)))
-        title, first = (results[0][i].figures["title"] for i in (k, 0))
-        rows += [{"title": title, "against": first, "set": name, "difference": gain, "interval_95": interval(draws)}
-                 for name, gain, draws in gains]
-    return rows
+    """Return the differences in accuracy between each further model and the first, with paired 95 % intervals.
+    `results` has a list per set, of which mean() may be one, with the Measured of each model."""
+    return [{"title": other.figures["title"], "against": first.figures["title"], "set": first.figures["set"],
+             "difference": other.figures["accuracy"] - first.figures["accuracy"],
+             "interval_95": interval(other.draws - first.draws)} for first, *others in results for other in others]
 
 
 def comparison_line(row: dict) -> str:
@@ -143,12 +127,13 @@ def comparison_line(row: dict) -> str:
             f"{'contains' if low <= 0 <= high else 'excludes'} 0")
 
 
-def write_all(folder: Path, results: list[list[Measured]], comparison: list, means: list):
-    """Write table.csv, and a results.json with all models and sets, and what compare() and means() returned."""
+def write_all(folder: Path, results: list[list[Measured]], means: list[Measured], comparison: list[dict]):
+    """Write table.csv, see matrix(), and a results.json with all models, sets and means, and what compare() returned;
+    see compare() for `results`. A single set has no `means`."""
     write_json(folder / "results.json", {"results": [model.figures for models in results for model in models],
-                                         "means": means, "comparison": comparison})
+                                         "means": [model.figures for model in means], "comparison": comparison})
     with atomic_write(folder / "table.csv", "w", newline="") as file:
-        csv.writer(file).writerows(_cells(results))
+        csv.writer(file).writerows(matrix(results + [means] if means else results))
 
 
 def write_set(folder: Path, models: list[Measured], lfw: Lfw):
@@ -192,7 +177,8 @@ def error_sheet(file, faces: np.ndarray, pairs, similarities: np.ndarray, correc
     """Draw the hardest Pairs, up to `count` of each kind, as the network sees them: a wrong label, a wrong alignment or
     the network's error? The aligned faces are uint8 (N, HEIGHT, WIDTH, 3), RGB, the similarities float (P,). `correct`,
     bool (P,), says which pairs were classified correctly."""
-    shown = [hardest(similarities, pairs.same, genuine, count) for genuine in (True, False)]
+    order = np.argsort(np.where(pairs.same, similarities, -similarities), kind="stable")    # the hardest first
+    shown = [order[pairs.same[order] == genuine][:count] for genuine in (True, False)]
     rows = [-(-len(indices) // PAIRS_PER_ROW) for indices in shown]    # rounded up
     figure = plots.Figure((PAIRS_PER_ROW * 2.15, 0.5 + 1.9 * sum(rows)), layout="constrained")
     fonts = [font for font in FONTS if font in plots.matplotlib.font_manager.get_font_names()]
@@ -216,14 +202,6 @@ def error_sheet(file, faces: np.ndarray, pairs, similarities: np.ndarray, correc
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")    # about characters that no font has
         plots.save(figure, file)
-
-
-def hardest(similarities: np.ndarray, same: np.ndarray, genuine: bool, count: int = 10) -> np.ndarray:
-    """Return the indices of the hardest pairs of one kind, at most `count`, int: genuine pairs with the lowest, or
-    impostor pairs with the highest of the similarities, float (P,), first."""
-    indices = np.flatnonzero(same == genuine)
-    order = np.argsort(similarities[indices] if genuine else -similarities[indices], kind="stable")
-    return indices[order[:count]]
 
 
 def _caption(name, length=34):

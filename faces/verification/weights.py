@@ -23,7 +23,6 @@ from faces.files import CHECKPOINT, InputError, count_of, load_tensors, path, re
 from faces.verification.caffe import read_caffemodel
 
 CHANNELS = ("rgb", "bgr")
-MODEL_HELP = "checkpoint.pt of casia_train.py, safetensors, the folder of either, a public checkpoint, or a .caffemodel"
 PAGE = "docs/evaluation.md lists the layouts that can be loaded"
 
 
@@ -116,9 +115,12 @@ def announce(file, loaded: dict):
               file=sys.stderr)
 
 
-def add_options(parser, nets, **net_options):
-    """Add the options --net, a choice of `nets` with further `net_options`, and --channels to a parser or a group."""
-    parser.add_argument("--net", choices=tuple(nets), **net_options,
+def add_model_options(parser, nets, **options):
+    """Add --model with further `options`, --net, a choice of `nets`, and --channels to a parser or a group."""
+    parser.add_argument("--model", type=path, required=True, metavar="FILE|DIR", **options,
+                        help="checkpoint.pt of casia_train.py, safetensors, the folder of either, a public checkpoint, "
+                             "or a .caffemodel")
+    parser.add_argument("--net", choices=tuple(nets),
                         help="network that the model must have (default: what the file says)")
     parser.add_argument("--channels", choices=CHANNELS,
                         help="channel order that the model was trained with (default: what the file states; otherwise "

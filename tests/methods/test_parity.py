@@ -12,7 +12,7 @@ import sphereFace.casia_train
 BATCH, STEPS, DECAY, MOMENTUM = 8, 3, 0.5, 0.9    # the decay is so large that three steps show it
 # Batch normalization over a few faces amplifies rounding, so that larger steps would soon lead elsewhere.
 RATE = {"sphere20a": 1e-2, "faceNet": 1e-5}
-LATE = 1000                                       # lambda of this step: by then, the margin matters
+LATE, LAMBDA = 10**6, 2                           # by this step, lambda has reached its minimum, and the margin matters
 STAGES = ((1, 1), (2, 2), (3, 4), (4, 1))         # SphereFace, table 2: stage and number of residual units
 
 
@@ -38,7 +38,7 @@ def textbook_embedding(p, x):
     return normalize_batch(x, (0,), p["fc5_bn.weight"], p["fc5_bn.bias"]) if "fc5_bn.weight" in p else x
 
 
-def textbook_loss(method, x, centers, label, step):
+def textbook_loss(method, x, centers, label):
     """Return the mean loss: SphereFace, equations 6 and 7 with the authors' lambda; CosFace, equation 4."""
     norm = x.norm(dim=1, keepdim=True)
     cosine = (x / norm) @ (centers / centers.norm(dim=1, keepdim=True)).T
@@ -46,10 +46,10 @@ def textbook_loss(method, x, centers, label, step):
     if method == "cosFace":
         logits = 30 * cosine.scatter(1, label[:, None], target - 0.35)
     else:
-        angle, lam = target.acos(), max(5, 1000 / (1 + 0.12 * (step + LATE)))
+        angle = target.acos()
         k = (4 * angle / math.pi).floor().detach()
         psi = (-1) ** k * (4 * angle).cos() - 2 * k
-        logits = norm * cosine.scatter(1, label[:, None], (lam * target + psi) / (1 + lam))
+        logits = norm * cosine.scatter(1, label[:, None], (LAMBDA * target + psi) / (1 + LAMBDA))
     return -logits.log_softmax(1).gather(1, label[:, None]).mean()
 
 
@@ -59,7 +59,7 @@ def textbook_training(method, rate, initial, batches):
     velocity = {name: torch.zeros_like(value) for name, value in p.items()}
     for step, (images, labels) in enumerate(batches):
         learning_rate = rate / 10 ** sum(step / STEPS >= drop / 28_000 for drop in (16_000, 24_000))
-        loss = textbook_loss(method, textbook_embedding(p, images), p["centers"], labels, step)
+        loss = textbook_loss(method, textbook_embedding(p, images), p["centers"], labels)
         gradients = dict(zip(p, torch.autograd.grad(loss, list(p.values()))))
         with torch.no_grad():
             for name, value in p.items():
@@ -93,6 +93,7 @@ def test_three_steps_equal_a_textbook_implementation(method, module, loss, net, 
         make_loss(head, *args, **options), remember(head, "centers"))[0])
     monkeypatch.setattr(module.Batches, "__iter__", remember_batches)
     recipe = ["--batch-size", BATCH, "--epochs", STEPS / 6, "--lr", RATE[net], "--weight-decay", DECAY]
+    recipe += ["--lambda-min", LAMBDA] if method == "sphereFace" else []
     status, output = main(method, *options(casia, tmp_path), "--net", net, *recipe)
     assert status == 0 and len(batches) == STEPS, output
     assert len(initial) >= 46 and all(name in initial for name in ("conv1_1.bias", "relu4_3.weight", "centers"))

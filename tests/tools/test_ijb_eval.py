@@ -167,7 +167,7 @@ def test_a_killed_run_continues_and_other_templates_embed_nothing(run, tmp_path,
     assert run("--ijb", root, "--output", tmp_path / "whole")[0] == 0
     monkeypatch.setattr(ijb_eval, "embed", stop_in_the_third_part)
     assert run("--ijb", root, "--output", tmp_path / "out")[0] == 130
-    rows, = (tmp_path / "out").glob("ijbb.*.rows")
+    rows, = (tmp_path / "out").glob(".ijbb.*.rows")
     with open(rows, "ab") as file:    # as if it had been killed while it wrote
         file.write(bytes(5000))
     status, out, _ = run("--ijb", root, "--output", tmp_path / "out")

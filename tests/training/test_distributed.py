@@ -117,7 +117,7 @@ def test_a_device_that_one_machine_lacks_ends_all_machines(casia, tmp_path):
     """Otherwise, the others would wait for half an hour, in silence."""
     for machine in start_machines(casia, tmp_path, [], ["--device", "gpu99"]):
         output, _ = machine.communicate(timeout=300)
-        assert "tiny_train.py: process 1 can't start: --device gpu99 is not a device; choose" in output, output
+        assert "tiny_train.py: process 1 can't start: --device gpu99 is not available here" in output, output
         assert "exitcode  : 2" in output, output
     assert not (tmp_path / "machine0/run").exists()
 

@@ -8,7 +8,6 @@ from faces.verification import metrics
 from faces.verification.bootstrap import bootstrap, interval
 from faces.verification.embed import embed
 from faces.verification.metrics import auc, best_threshold, choose_gallery, identify, operating_point, roc, verify
-from faces.verification.report import hardest
 
 
 def random_scores(seed, pairs=400, decimals=None):
@@ -128,15 +127,6 @@ def test_invalid_input_raises_value_error():
         invalid[pairs[0, 0]] = value
         with pytest.raises(ValueError, match="not finite|is zero"):
             verify(invalid, pairs, same, folds)
-
-
-def test_the_hardest_pairs():
-    scores, same = random_scores(0)
-    indices = hardest(scores, same, True, 7)
-    assert len(indices) == 7 and same[indices].all() and (np.diff(scores[indices]) >= 0).all()
-    assert scores[indices[-1]] <= np.delete(scores, indices)[np.delete(same, indices)].min()
-    indices = hardest(scores, same, False, 7)
-    assert not same[indices].any() and scores[indices[0]] == scores[~same].max()
 
 
 def test_identification_agrees_with_ranks_computed_by_sorting():

@@ -9,7 +9,7 @@ import re
 import cv2
 import numpy as np
 import pytest
-from conftest import draw_face, run_lfw_eval, write_image, write_model
+from conftest import draw_face, run_lfw_eval, write_image
 
 from faces.files import InputError
 from faces.images import read_image
@@ -41,13 +41,6 @@ def sets(tmp_path_factory):
     (root / "bins/agedb_30.bin").write_bytes(data)
     (root / "bins/cfp_fp.bin.xz").write_bytes(lzma.compress(data))
     return root
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """Return the checkpoints of two untrained networks."""
-    folder = tmp_path_factory.mktemp("models")
-    return [write_model(folder / f"{name}.pt", seed) for seed, name in enumerate("ab")]
 
 
 def test_the_same_faces_give_the_same_figures_in_every_layout(sets, models, tmp_path, capsys):
