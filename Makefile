@@ -43,8 +43,22 @@ both-sets:
 	@test -n "$(CASIA)" && test -n "$(LFW)" || { \
 	  echo 'make: pass both sets: make reproduce CASIA=DIR LFW=DIR' >&2; exit 2; }
 
+# Half an hour on two cores with LFW=DIR, the folder of LFW, whose landmarks mtcnn/lfw_landmark.py has written.
 benchmarks: $(VENV)/with-benchmarks
-	@$(VENV)/bin/python benchmarks/run.py $(if $(LFW),--lfw "$(LFW)")
+	@bench() { echo; echo "$$ python benchmarks/$$*"; $(VENV)/bin/python benchmarks/"$$@" || failed="$$failed $$1"; }; \
+	bench loader.py; \
+	bench throughput.py --batch-size 64 --steps 4 --warm-up 2 --device cpu; \
+	bench training_step.py --turns 8; \
+	bench training_step.py --turns 8 --precision float32; \
+	bench training_step.py --turns 8 --method sphereFace; \
+	bench training_step.py --turns 4 --batch-size 256; \
+	bench training_step.py --turns 4 --batch-size 256 --method sphereFace; \
+	if test -n "$(LFW)"; then \
+	  bench mtcnn.py --lfw "$(LFW)" --collages 24; \
+	  bench mtcnn.py --lfw "$(LFW)"; \
+	  bench lfw_eval.py --lfw "$(LFW)" --pairs 600 --turns 2; \
+	else echo 'skipped, because they need LFW=DIR: mtcnn.py, lfw_eval.py'; fi; \
+	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
 clean:
 	rm -rf .venv .venv-oldest demo .pytest_cache .ruff_cache

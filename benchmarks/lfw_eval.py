@@ -16,12 +16,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
-from benchmarks.turns import in_turns, report
+from benchmarks.turns import check_same, in_turns, report
 from cosFace.net import NETS
 from faces.align import align
-from faces.data.sources import open_source
+from faces.data.sources import open_photos
 from faces.device import pick_device, tune_cpu
-from faces.files import InputError, at_least, command, path, script_parser
+from faces.files import at_least, command, path, script_parser
 from faces.images import read_image
 from faces.landmarks import found_list, read_landmarks
 from faces.verification.embed import embed
@@ -58,10 +58,8 @@ def main(argv=None):
     tune_cpu(device)    # for the peer as well, since it affects the process
     net = load_net(args.model, NETS)[0] if args.model else NETS["faceNet"]()
     net = net.to(device).eval()
-    listed = args.landmarks or found_list(open_source(args.lfw), "lfw_landmark.txt")
-    if listed is None:
-        raise InputError(f"no landmark list for {args.lfw}; run `python mtcnn/lfw_landmark.py --lfw {args.lfw}` first, "
-                         "or pass --landmarks FILE.")
+    source = open_photos(args.lfw)
+    listed = args.landmarks or found_list(source, "lfw_landmark.txt")
     load_lfw(args.lfw, landmarks=listed)    # brings all files into memory, so that nothing waits for the disk
     start = time.perf_counter()
     lfw = load_lfw(args.lfw, landmarks=listed)
@@ -69,9 +67,9 @@ def main(argv=None):
 
     rows = np.unique(np.linspace(0, len(lfw.pairs.same) - 1, args.pairs or len(lfw.pairs.same)).astype(int))
     used, pairs = np.unique(lfw.pairs.pairs[rows], return_inverse=True)
-    points = read_landmarks(listed, labeled=False, root=args.lfw)
+    points = read_landmarks(listed, labeled=False, root=source.root)
     points = dict(zip(points.paths, points.points))
-    images = [(args.lfw / name, points[name]) for name in (lfw.pairs.paths[i] for i in used)]
+    images = [(source.open(name), points[name]) for name in (lfw.pairs.paths[i] for i in used)]
     pairs, found = pairs.reshape(-1, 2), {}
     embed_pairs(net, images, pairs[:4], device)    # the first calls are slow
     embed(net, lfw.faces[used[:64]], device, dtype=dtype, progress=False)
@@ -82,11 +80,8 @@ def main(argv=None):
     def peer(turn):
         found["peer"] = embed_pairs(net, images, pairs, device)
     seconds = in_turns({"ours": ours, "peer": peer}, args.turns, device)
-    difference = abs(cosine(found["ours"]) - cosine(found["peer"])).max()
     _report(args, lfw, len(rows), len(used), loading, seconds, device)
-    print(f"similarities are the same within {difference:.1e}")
-    if not difference <= tolerance:
-        raise InputError(f"this is more than rounding explains ({tolerance:g}); please report it as a bug.")
+    check_same("similarities", cosine(found["ours"]), cosine(found["peer"]), tolerance)
 
 
 def _report(args, lfw, pairs, images, loading, seconds, device):
@@ -103,13 +98,12 @@ def _report(args, lfw, pairs, images, loading, seconds, device):
 def _parse(argv):
     parser = script_parser(__doc__)
     parser.add_argument("--lfw", type=path, required=True, metavar="DIR", help="folder of Name/Name_0001.jpg")
-    parser.add_argument("--landmarks", type=path, metavar="FILE",
-                        help="landmark list (default: the list of mtcnn/lfw_landmark.py)")
+    parser.add_argument("--landmarks", type=path, metavar="FILE", help="list (default: mtcnn/lfw_landmark.py's)")
     parser.add_argument("--model", type=path, metavar="FILE", help="checkpoint (default: an untrained network)")
     parser.add_argument("--pairs", type=at_least(1), metavar="N", help="use only this many pairs (default: all)")
-    parser.add_argument("--turns", type=at_least(1), default=3, help="turns of each (default: 3)")
-    parser.add_argument("--precision", choices=PRECISION, default="float32", help="of ours (default: float32)")
-    parser.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (default: auto)")
+    parser.add_argument("--turns", type=at_least(1), default=3, help="turns of each")
+    parser.add_argument("--precision", choices=PRECISION, default="float32", help="of ours")
+    parser.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu")
     return parser.parse_args(argv)
 
 

