@@ -34,6 +34,8 @@ class Processes:
     def __init__(self, device: str = "auto"):
         self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.group, self._exchange, self._received = None, None, 0
+        # What the last operation exchanges outlives the group: at its end, PyTorch 2.6 could wait forever for a thread.
+        self._nothing = torch.zeros(1, device="cpu")
         self.signal, self.clock, self.started = 0, 0.0, time.monotonic()
         self.device = self._join(device) if self.world_size > 1 else pick_device(device)
         tune_cpu(self.device)
@@ -92,7 +94,7 @@ class Processes:
     def barrier(self):
         """Wait until all processes are here, for up to a day, without an operation pending on the GPUs."""
         if self.world_size > 1:
-            distributed.all_reduce(torch.zeros(1), group=self.group)
+            distributed.all_reduce(self._nothing, group=self.group)
 
     def on_main(self, function, *args, share: bool = True, **kwargs):
         """Call a function in rank 0; return its picklable result (share=False: None in the others) or raise its
