@@ -45,7 +45,8 @@ both-sets:
 
 # Half an hour on two cores with LFW=DIR, the folder of LFW, whose landmarks mtcnn/lfw_landmark.py has written.
 benchmarks: $(VENV)/with-benchmarks
-	@bench() { echo; echo "$$ python benchmarks/$$*"; $(VENV)/bin/python benchmarks/"$$@" || failed="$$failed $$1"; }; \
+	@trap 'exit 130' INT; \
+	bench() { echo; echo "$$ python benchmarks/$$*"; $(VENV)/bin/python benchmarks/"$$@" || failed="$$failed $$1"; }; \
 	bench loader.py; \
 	bench throughput.py --batch-size 64 --steps 4 --warm-up 2 --device cpu; \
 	bench training_step.py --turns 8; \

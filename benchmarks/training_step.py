@@ -72,6 +72,7 @@ def our_loop(net, head, margin, device, dtype, compile=False):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     def loss_of(x, labels):
+        torch.set_float32_matmul_precision("high" if device.type == "cuda" and dtype != torch.float32 else "highest")
         with autocast(device, dtype):
             embedding = net(x)
         return head(embedding, labels, margin)[0]
@@ -90,6 +91,7 @@ def plain_loop(net, head, margin):
     plain_loss = plain_cosface if isinstance(head, cosFace.net.CosFace) else plain_sphereface
 
     def loss_of(x, labels):
+        torch.set_float32_matmul_precision("highest")
         return plain_loss(net(x), head.weight, labels, margin)
 
     def update(loss):

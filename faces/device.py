@@ -21,8 +21,8 @@ def pick_device(name: str = "auto") -> torch.device:
         return torch.ones(1, device=name).device    # runs a kernel, which this PyTorch may lack for an old GPU
     except Exception as error:  # each backend reports its absence by an exception of its own
         reason = str(error).splitlines()[0]
-        raise InputError(f"--device {name} is not available here ({reason}); choose auto, cpu, cuda, cuda:1 or "
-                         "mps.") from None
+        raise InputError(f"--device {name} is not available here ({reason}); pass --device cpu or another one, such "
+                         "as cuda:1 or mps.") from None
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:

@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import pickle
+import secrets
 import signal
 import stat
 import sys
@@ -130,6 +131,8 @@ class _Help(argparse.RawDescriptionHelpFormatter):
             return action.help
         if isinstance(default, Path) and default.is_relative_to(ROOT):
             default = default.relative_to(ROOT)
+        if isinstance(default, (list, tuple)):
+            default = " ".join(map(str, default))
         return f"{action.help} (default: {default})"
 
 
@@ -177,9 +180,9 @@ def atomic_write(file, mode: str = "wb", **kwargs):
         kwargs = {"encoding": "utf-8", "errors": "surrogateescape", **kwargs}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f".{file.name}.{os.getpid()}.partial")
+        temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}.partial")
         try:
-            with open(temporary, mode, **kwargs) as output:
+            with open(temporary, mode.replace("w", "x"), **kwargs) as output:
                 yield output
                 output.flush()
                 os.fsync(output.fileno())
@@ -247,7 +250,7 @@ def locked(file, activity: str, wait: bool = True, option: str = "--output"):
             lock.acquire(timeout=0)
         except Timeout:
             if not wait:
-                raise InputError(f"another process is {activity}; let it finish, or choose another --output.") from None
+                raise InputError(f"another process is {activity}; let it finish, or choose another {option}.") from None
             print(f"another process is {activity}; waiting for it to finish", flush=True)
             lock.acquire()
     except (OSError, NotImplementedError) as error:    # some network disks have no locks

@@ -16,7 +16,7 @@ class Rows:
         self.files = f".{glob.escape(output.name)}.{'?' * len(digest)}.rows"    # the pattern of all settings'
         self.end = open(self.path, "ab")
         if not self.end.tell() and len(list(output.parent.glob(self.files))) > 1:
-            print("starting over, because the photos or the options have changed")
+            print("starting over, because the photos, the options or the model have changed")
         self.truncate(self.end.tell() // kind.itemsize)    # a killed run may have written a part of a row
 
     def read(self) -> np.ndarray:

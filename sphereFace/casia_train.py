@@ -97,7 +97,7 @@ def train(args: Namespace, run: Processes, part: int, checkpoints: Checkpoints) 
     steps = round(args.epochs * per_epoch if args.epochs else 28_000 * 512 / args.batch_size)
     peak = args.lr or 0.1 * args.batch_size / 512
     if not per_epoch or not steps:
-        raise InputError(f"{len(faces):,} faces make no step of {args.batch_size}; choose a smaller --batch-size.")
+        raise InputError(f"{len(faces):,} faces are less than a step; choose a smaller --batch-size or more --epochs.")
 
     torch.set_float32_matmul_precision("high" if run.device.type == "cuda" and dtype != torch.float32 else "highest")
     torch.manual_seed(args.seed)

@@ -1,4 +1,4 @@
-"""Devices: what is not there is one sentence, precision follows the GPU, threads follow a container's quota."""
+"""Devices: what is not there is one sentence, precision follows the GPU, threads follow the CPUs."""
 import pytest
 import torch
 
@@ -10,7 +10,7 @@ from faces.files import InputError
 def test_missing_devices_and_precisions_are_one_sentence():
     assert pick_device("cpu") == torch.device("cpu")
     for name in ("cuda:99", "gpu99"):
-        with pytest.raises(InputError, match=f"--device {name} is not available here .*; choose auto, cpu, cuda"):
+        with pytest.raises(InputError, match=f"--device {name} is not available here .*; pass --device cpu or another"):
             pick_device(name)
     with pytest.raises(InputError, match="fp16 needs loss scaling, which mps can't do"):
         pick_dtype("fp16", torch.device("mps"))
@@ -27,7 +27,7 @@ def test_the_precision_is_that_of_the_chosen_gpu(monkeypatch):
     assert [memory_format(gpu) for gpu in gpus] == [torch.channels_last] * 3 + [torch.contiguous_format]
 
 
-def test_the_quota_of_a_container_counts(monkeypatch):
+def test_no_more_threads_than_cpus(monkeypatch):
     monkeypatch.setattr(device, "cpu_count", lambda: 1)
     monkeypatch.setattr(torch, "set_num_threads", threads := [].append)
     device.tune_cpu(torch.device("cuda"))

@@ -45,7 +45,7 @@ def plan(args, options: list[str]) -> list[tuple]:
         commands.append((["mtcnn/casia_landmark.py", "--casia", args.casia, *device], None))
     sets = find_sets([args.lfw])
     if len(sets) > 1:
-        raise InputError(f"{args.lfw} holds {len(sets)} sets; pass one of them, such as LFW={sets[0]}.")
+        raise InputError(f"{args.lfw} holds {len(sets)} sets; pass one of them, such as {sets[0]}.")
     if is_bin(sets[0]):
         read_bin(sets[0])    # so that a mistake is noticed now
     else:

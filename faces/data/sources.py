@@ -104,11 +104,15 @@ class Zip:
 
     def __init__(self, file):
         self.root = path(file)
-        if self.root.suffix.lower() in PARTS or self.root.with_suffix(PARTS[0]).exists():
-            raise InputError(f"{self.root} is a part of a split zip; join the parts into one zip first, as with `zip "
-                             f"-s 0 {self.root.stem}.zip --out whole.zip`.")
+        suffix, join = self.root.suffix.lower(), f"zip -s 0 {self.root.stem}.zip --out whole.zip"
+        part = InputError(f"{self.root} is a part of a split zip; join the parts into one zip first, as with "
+                          f"`{f'cat {self.root.stem}.* > whole.zip' if suffix == '.001' else join}`.")
+        if suffix in PARTS:
+            raise part
         with reading(self.root, "zip", "download it again"):
             self.archive = zipfile.ZipFile(_Reader(open(self.root, "rb", buffering=0)))
+            if any(0 < info.volume < 0xffff for info in self.archive.infolist()):
+                raise part
         members = [(_name(info), info) for info in self.archive.infolist() if not info.filename.endswith(("/", "\\"))]
         if any(info.flag_bits & 1 for _, info in members):
             raise InputError(f"{self.root} is encrypted; unpack it with its password, and pass the folder.")

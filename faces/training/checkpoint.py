@@ -33,8 +33,9 @@ def parse_resumed(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
     file = args.output / "checkpoint.pt"
     if args.resume != "never" and file.is_file():
         state = _load(file)
-        if not state["settings"].keys() <= vars(args).keys():
-            raise InputError(f"{file} is a run of {state['method']}; use its casia_train.py or another --output.")
+        if unknown := state["settings"].keys() - vars(args).keys():
+            raise InputError(f"{file} is a run of {state['method']}, which another casia_train.py trains (with "
+                             f"--{min(unknown).replace('_', '-')}); use that, or choose another --output.")
         kept = {name: value for name, value in state["settings"].items()    # SETS were text in older checkpoints
                 if name not in MAY_DIFFER or (name in SETS and not args.lfw and isinstance(value, list))}
         args = parser.parse_args(argv, Namespace(**kept))    # what it already holds are the defaults

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import distributed
 
-from faces.files import ROOT, InputError, atomic_write, progress_bar, write_json
+from faces.files import ROOT, InputError, atomic_write, progress_bar, reading, write_json
 from faces.training.distributed import Processes
 
 EVERY = 20    # steps between two readings of the loss; each makes the host wait for the device once
@@ -41,8 +41,9 @@ class TrainingLog(contextlib.AbstractContextManager):
                 "versions": {"python": platform.python_version(), "torch": str(torch.__version__),
                              "numpy": np.__version__, "opencv": cv2.__version__}})
             if (output / "epochs.jsonl").exists():    # without the epochs that a killed run did after its checkpoint
-                text = (output / "epochs.jsonl").read_text(encoding="utf-8")
-                self.lines = [line for line in map(json.loads, text.splitlines()) if line["step"] <= start]
+                with reading(output / "epochs.jsonl", "log of a run", "delete its last line"):
+                    text = (output / "epochs.jsonl").read_text(encoding="utf-8")
+                    self.lines = [line for line in map(json.loads, text.splitlines()) if line["step"] <= start]
             self.board = SummaryWriter(output, purge_step=start + 1)
         self.bar = progress_bar(total=steps * batch_size, initial=start * batch_size, unit=" images", unit_scale=True,
                                 disable=run.rank > 0)

@@ -68,12 +68,12 @@ def main(nets: dict, method: str, find_landmarks=None, argv: list[str] | None = 
         results.append(_evaluate_set(args, device, models, lfw, name, several))
         if args.output:
             report.write_set(args.output / name if several else args.output, results[-1], lfw)
-    means = [report.mean(sets, args.group) for sets in zip(*results)] if several else []
+    means = [report.mean(own, args.group) for own in zip(*results)] if several else []
     for measured in means:
         print(report.mean_line(measured.figures))
     with_means = results + [means] if several else results
     if several and len(models) > 1:
-        print("", "accuracy in %", *report.aligned(report.matrix(with_means)), "", sep="\n")
+        print("", "accuracy in %", *report.columns(report.matrix(with_means)), "", sep="\n")
     for row in (comparison := report.compare(with_means)):
         print(report.comparison_line(row))
     if args.output:

@@ -91,8 +91,9 @@ def load_lfw(root, file=None, landmarks=None, aligned: bool = False, view: int |
 
 def _detect_landmarks(source, paths, find_landmarks, device):
     if source.root.is_file() or find_landmarks is None:
-        raise InputError(f"there is no landmark list for {source}; unpack it, so that landmarks can be found, or pass "
-                         "a list with --landmarks, or --aligned if the faces are aligned.")
+        find = "unpack it" if source.root.is_file() else f"run `python mtcnn/lfw_landmark.py --lfw {source}`"
+        raise InputError(f"there is no landmark list for {source}; {find} first, pass a list with --landmarks, or "
+                         "--aligned if the faces are aligned.")
     images = count_of(len(paths), "image~")
     print(f"there is no landmark list for {source}; detecting landmarks in {images} now (mtcnn/lfw_landmark.py would "
           "save them)", file=sys.stderr)

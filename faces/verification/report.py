@@ -105,7 +105,7 @@ def matrix(results: list[list[Measured]]) -> list[list[str]]:
                     *(f"{100 * measured.figures['accuracy']:.2f}" for measured in sets)] for sets in zip(*results)]
 
 
-def aligned(rows: list[list[str]]) -> list[str]:
+def columns(rows: list[list[str]]) -> list[str]:
     """Return the rows of a table as lines with aligned columns."""
     widths = [2 + max(map(len, column)) for column in zip(*rows)]
     return ["".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows]

@@ -131,9 +131,12 @@ def test_zips_that_are_encrypted_or_split_are_said_so(aligned, tmp_path):
     (tmp_path / "set.zip").write_bytes(data.replace(flags + b"\0", flags + b"\1"))
     with pytest.raises(InputError, match="is encrypted; unpack it"):
         load(tmp_path / "set.zip", tmp_path)
+    volume = data.index(b"PK\1\2") + 34
+    (tmp_path / "set.zip").write_bytes(data[:volume] + b"\1\0" + data[volume + 2:])    # the last part
     (tmp_path / "set.z01").touch()
-    for part in ("set.zip", "set.z01"):
-        with pytest.raises(InputError, match="is a part of a split zip; join"):
+    (tmp_path / "set.zip.001").touch()
+    for part, join in (("set.zip", "zip -s 0 set"), ("set.z01", "zip -s 0 set"), ("set.zip.001", "cat set.zip")):
+        with pytest.raises(InputError, match=f"is a part of a split zip; join .*{join}"):
             load(tmp_path / part, tmp_path)
 
 

@@ -97,7 +97,7 @@ def test_invalid_input_is_explained_in_one_sentence(main, casia, tmp_path):
     assert "has 0 photos of 0 people; pass a folder with" in error_of(main, "--casia", tmp_path / "empty", *common)
     absent = "--landmarks", tmp_path / "absent.txt"
     assert "can't read the landmark list" in error_of(main, "--casia", casia, *absent, *common)
-    assert "48 faces make no step of 50" in error_of(main, "--casia", casia, "--batch-size", "50", *common)
+    assert "48 faces are less than a step" in error_of(main, "--casia", casia, "--batch-size", "50", *common)
     assert "--batch-size must be a multiple" in error_of(main, "--casia", casia, "--accumulate", "5", *common)
     assert "must be greater than 0, not -1; --help" in error_of(main, "--casia", casia, "--epochs", "-1", *common)
     assert not (tmp_path / "run/checkpoint.pt").exists()
