@@ -19,14 +19,13 @@ import torch
 import torch.nn.functional as F
 from joblib import cpu_count
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tqdm import tqdm
 
 import cosFace.casia_train
 import sphereFace.casia_train
 from faces import plots
 from faces.data.cache import build, load_casia
 from faces.data.casia import list_casia, person
-from faces.files import CACHE, RUNS, InputError, atomic_write, command, path, reading, script_parser
+from faces.files import CACHE, RUNS, InputError, atomic_write, command, path, progress_bar, reading, script_parser
 from faces.verification.bootstrap import interval
 from faces.verification.embed import embed
 
@@ -167,7 +166,8 @@ def main(argv=None):
     mistakes = [(args, args.output / mistake.replace(" ", "_"), recipe, 0, mistake)
                 for mistake, recipe in MISTAKES.items()]
     with multiprocessing.get_context("spawn").Pool(cpu_count(), maxtasksperchild=1) as pool:    # each patches modules
-        for _ in tqdm(pool.imap_unordered(run_trial, trials + mistakes), total=len(trials + mistakes), unit=" trials"):
+        todo = trials + mistakes
+        for _ in progress_bar(pool.imap_unordered(run_trial, todo), total=len(todo), unit=" trials"):
             pass
         print_table(args, trials, pool)
     draw_mistakes(args, mistakes)

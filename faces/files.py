@@ -246,13 +246,12 @@ def locked(file, activity: str, wait: bool = True, option: str = "--output"):
     check_writable(path(file).parent, option)
     lock = FileLock(file)
     try:
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            if not wait:
-                raise InputError(f"another process is {activity}; let it finish, or choose another {option}.") from None
-            print(f"another process is {activity}; waiting for it to finish", flush=True)
-            lock.acquire()
+        lock.acquire(timeout=0)
+    except Timeout:
+        if not wait:
+            raise InputError(f"another process is {activity}; let it finish, or choose another {option}.") from None
+        print(f"another process is {activity}; waiting for it to finish", flush=True)
+        lock.acquire()
     except (OSError, NotImplementedError) as error:    # some network disks have no locks
         print(f"can't lock {file} ({error}); make sure that no other process is {activity}", flush=True)
     try:

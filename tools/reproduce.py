@@ -26,7 +26,7 @@ from faces.data.sources import open_photos
 from faces.files import ROOT, RUNS, InputError, at_least, command, path, script_parser
 from faces.landmarks import found_list
 from faces.verification.binset import read_bin
-from faces.verification.lfw import find_sets, is_bin
+from faces.verification.lfw import find_sets
 from faces.verification.pairs import CONTENT, read_pairs
 from tools.embedder import crop_faces
 
@@ -46,7 +46,7 @@ def plan(args, options: list[str]) -> list[tuple]:
     sets = find_sets([args.lfw])
     if len(sets) > 1:
         raise InputError(f"{args.lfw} holds {len(sets)} sets; pass one of them, such as {sets[0]}.")
-    if is_bin(sets[0]):
+    if sets[0].is_file() and sets[0].suffix.lower() != ".zip":
         read_bin(sets[0])    # so that a mistake is noticed now
     else:
         images = open_photos(args.lfw, CONTENT)
