@@ -51,7 +51,7 @@ def plan(args, options: list[str]) -> list[tuple]:
     else:
         images = open_photos(args.lfw, CONTENT)
         pairs = read_pairs(images, identification=True)
-        evaluation += ["identification"] * (pairs.named and pairs.people_with_several() > 1)
+        evaluation += ["identification"] * pairs.identifiable()
         if first.lfw_landmarks:
             evaluation += ["--landmarks", *first.lfw_landmarks]
         elif found_list(images, "lfw_landmark.txt") is None:

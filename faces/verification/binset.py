@@ -61,7 +61,7 @@ def read_bin(file) -> tuple[Pairs, Images]:
         rows = np.array([index.setdefault(_bytes(image), len(index)) for image in images])
     _, places = np.unique(rows, return_index=True)
     pairs, paths = rows.reshape(-1, 2), [f"{file.name}#{place}" for place in places]
-    return (Pairs(paths, pairs, same, ten_folds(len(same)), linked(len(index), pairs[same]), named=False),
+    return (Pairs(paths, pairs, same, ten_folds(len(same)), linked(len(index), pairs[same]), None),
             Images(file, dict(zip(paths, index))))
 
 

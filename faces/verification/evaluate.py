@@ -2,6 +2,7 @@
 import time
 from argparse import BooleanOptionalAction
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -68,7 +69,7 @@ def main(nets: dict, method: str, find_landmarks=None, argv: list[str] | None = 
         results.append(_evaluate_set(args, device, models, lfw, name, several))
         if args.output:
             report.write_set(args.output / name if several else args.output, results[-1], lfw)
-    means = [report.mean(own, args.group) for own in zip(*results)] if several else []
+    means = _means(args, results) if several else []
     for measured in means:
         print(report.mean_line(measured.figures))
     with_means = results + [means] if several else results
@@ -84,7 +85,7 @@ def main(nets: dict, method: str, find_landmarks=None, argv: list[str] | None = 
 
 def _evaluate_set(args, device, models, lfw, name, several):
     """Print the figures of all models on a set, one of `several` or not; return the report.Measured."""
-    if "identification" in args.protocol and not (lfw.pairs.named and lfw.pairs.people_with_several() > 1):
+    if "identification" in args.protocol and not lfw.pairs.identifiable():
         raise InputError(f"{lfw.source} does not name the people on its images, or has fewer than two people with two "
                          "images or more, which --protocol identification needs; leave that out.")
     measured = []
@@ -102,6 +103,13 @@ def _evaluate_set(args, device, models, lfw, name, several):
     return measured
 
 
+def _means(args, results):
+    """Return the report.Measured of each model's mean over several sets; see report.compare() for `results`."""
+    draws = bootstrap([(np.stack([model.result.correct for model in models]), models[0].people) for models in results],
+                      args.resamples, args.seed)
+    return [report.mean(own, row, args.group) for own, row in zip(zip(*results), draws)]
+
+
 def _titles(paths, models):
     """Return a title per model: method and network; among several, the name of the run's folder or of the file."""
     if len(models) == 1:
@@ -115,7 +123,8 @@ def _measure(args, device, lfw, name, title, file, net, loaded):
     started, pairs = time.monotonic(), lfw.pairs.judged()
     embeddings = embed(net, lfw.faces, device, args.batch_size, args.flip, pick_dtype(args.precision, device))
     result = _verify(embeddings, lfw.pairs, args.subtract_mean)
-    draws, = bootstrap(result.correct[None], pairs.identities[pairs.pairs], args.resamples, args.seed)
+    people = pairs.people(name)
+    draws, = bootstrap([(result.correct[None], people)], args.resamples, args.seed)
     points = [operating_point(result.similarities, pairs.same, far) for far in (1e-3, *args.far)]
     found = identify(embeddings, pairs.identities, args.seed) if "identification" in args.protocol else None
     return report.Measured({
@@ -129,7 +138,7 @@ def _measure(args, device, lfw, name, title, file, net, loaded):
         "counts": {"pairs": len(pairs.same), "genuine": int(pairs.same.sum()), "images": len(pairs.paths)},
         "settings": {**vars(args), "device": str(device), "model": str(file), "net": loaded["net"], "weights": loaded,
                      "lfw": lfw.source, "landmarks": lfw.landmarks},
-        "seconds": round(time.monotonic() - started, 2), "torch": str(torch.__version__)}, result, draws)
+        "seconds": round(time.monotonic() - started, 2), "torch": str(torch.__version__)}, result, people, draws)
 
 
 def _verify(embeddings, pairs, subtract_mean=False):

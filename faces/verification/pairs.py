@@ -7,6 +7,7 @@ pairs.csv, the pairs form ten folds in their order. So do lists with lines of `p
 with two lines per pair, `path 0` (impostor) or `path fold` (genuine), as for CALFW and CPLFW.
 """
 import io
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -32,11 +33,15 @@ class Pairs(NamedTuple):
     same: np.ndarray          # bool (P,), true for a genuine pair
     folds: np.ndarray         # int64 (P,), 0 .. K-1, or TRAINING_ONLY
     identities: np.ndarray    # int64 (N,), 0, 1, 2, ..., the person in each image
-    named: bool = True        # whether these are people, told apart by folders, or just images linked by genuine pairs
+    names: list | None        # of the people in the images, N; None if they are just images linked by genuine pairs
 
-    def people_with_several(self) -> int:
-        """Return how many people have two images or more; identification needs at least two of them."""
-        return int((np.bincount(self.identities) >= 2).sum())
+    def identifiable(self) -> bool:
+        """Return whether people are named, and two of them have two images or more, as identification needs."""
+        return self.names is not None and int((np.bincount(self.identities) >= 2).sum()) > 1
+
+    def people(self, unnamed: str) -> np.ndarray:
+        """Return the names of the people on both images of each pair, str (P, 2), or else `unnamed` and a number."""
+        return np.array(self.names or [f"{unnamed} {number:06d}" for number in self.identities])[self.pairs]
 
     def judged(self) -> "Pairs":
         """Return the Pairs on which accuracy is measured; paths and identities are unchanged."""
@@ -165,19 +170,29 @@ def _with_images(source, lists, named_pairs, same, folds, identification):
         raise InputError(f"{source} lacks {len(missing)} of the {len(path_of)} images named in {lists} "
                          f"({shorten(missing)}); pass the complete folder of images.")
     paths = list(dict.fromkeys(path_of.values()))
-    if identification:
-        images = {find(image.rpartition(".")[0]) for image in source.names() if "/" in image} - {None}
-        people = Counter(map(_person, images))
-        paths += sorted({image for image in images if people[_person(image)] > 1} - set(paths))
     index = {image: i for i, image in enumerate(paths)}
     pairs = np.array([(index[path_of[a]], index[path_of[b]]) for a, b in named_pairs])
-    identities = np.unique([_person(image) for image in paths], return_inverse=True)[1]
-    named = np.array_equal(identities[pairs[:, 0]] == identities[pairs[:, 1]], same)
-    return Pairs(paths, pairs, same, folds, identities if named else linked(len(paths), pairs[same]), named)
+    for person in (_folder, _file):
+        names = np.array([person(image) for image in paths])[pairs]
+        if np.array_equal(names[:, 0] == names[:, 1], same):
+            break
+    else:
+        return Pairs(paths, pairs, same, folds, linked(len(paths), pairs[same]), None)
+    if identification:
+        images = {find(image.rpartition(".")[0]) for image in source.names() if person(image)} - {None}
+        counts = Counter(map(person, images))
+        paths += sorted({image for image in images if counts[person(image)] > 1} - set(paths))
+    names = [person(image) for image in paths]
+    return Pairs(paths, pairs, same, folds, np.unique(names, return_inverse=True)[1], names)
 
 
-def _person(image):
+def _folder(image):
     return normal_form(image.rpartition("/")[0])
+
+
+def _file(image):
+    """Return the name in that of a file such as Name_0001.jpg, as in the one folder of CALFW or CPLFW."""
+    return re.sub(r"_?\d*$", "", normal_form(Path(image).stem))
 
 
 class _Member(NamedTuple):

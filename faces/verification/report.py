@@ -24,6 +24,7 @@ class Measured(NamedTuple):
     """A model and its measurements on a set."""
     figures: dict          # what results.json holds
     result: Verification
+    people: np.ndarray     # str (P, 2), names of the people on both images of each pair
     draws: np.ndarray      # float64 (R,), bootstrap accuracies
 
 
@@ -81,12 +82,11 @@ def mean_line(row: dict) -> str:
     return text
 
 
-def mean(sets: list[Measured], group: bool = False) -> Measured:
-    """Return a model's mean over several sets, like one more set, without a result: its accuracy with a 95 % interval.
-    If the sets are groups of people, its figures are also the standard deviation over the groups (ddof=1), the ratio of
-    the largest to the smallest error (None if that is 0), and which intervals overlap."""
+def mean(sets: list[Measured], draws: np.ndarray, group: bool = False) -> Measured:
+    """Return a model's mean over several sets, like one more set, without a result: its accuracy with a 95 % interval
+    from `draws`, float64 (R,). If the sets are groups of people, its figures are also the standard deviation over the
+    groups (ddof=1), the ratio of the largest to the smallest error (None if that is 0), and which intervals overlap."""
     first, accuracies = sets[0].figures, [measured.figures["accuracy"] for measured in sets]
-    draws = np.mean([measured.draws for measured in sets], 0)
     figures = {"title": first["title"], "model": first["settings"]["model"], "set": "mean",
                "accuracy": float(np.mean(accuracies)), "interval_95": interval(draws)}
     if group:
@@ -95,7 +95,7 @@ def mean(sets: list[Measured], group: bool = False) -> Measured:
                     "error_ratio": (1 - min(accuracies)) / (1 - max(accuracies)) if max(accuracies) < 1 else None,
                     "overlapping": [(a[0], b[0]) for i, a in enumerate(intervals) for b in intervals[:i]
                                     if a[1] <= b[2] and b[1] <= a[2]]}
-    return Measured(figures, None, draws)
+    return Measured(figures, None, None, draws)
 
 
 def matrix(results: list[list[Measured]]) -> list[list[str]]:

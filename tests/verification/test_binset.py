@@ -76,7 +76,7 @@ def test_files_written_by_python_2_can_be_read(tmp_path, images):
 def test_pairs_folds_and_identities_of_a_set(tmp_path, images):
     path = write_bin(tmp_path, python2_pickle(images, SAME))
     pairs, read = read_bin(path)
-    assert len(read.encoded) == len(set(images)) == 2 * PEOPLE and not pairs.named
+    assert len(read.encoded) == len(set(images)) == 2 * PEOPLE and pairs.names is None
     assert all(images[int(name.removeprefix("lfw.bin#"))] == image for name, image in read.encoded.items())
     assert np.bincount(pairs.folds).tolist() == [3] * 4 + [2] * 6 and (np.diff(pairs.folds) >= 0).all()
     people = np.array([[p, (p + i) % PEOPLE] for p in range(PEOPLE) for i in (0, 1)])

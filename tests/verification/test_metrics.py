@@ -147,20 +147,23 @@ def test_identification_agrees_with_ranks_computed_by_sorting():
     assert identify(np.ones((43, 4)), identities).cmc.tolist() == [0] * 11 + [1]
 
 
-def test_bootstrap_counts_the_copies_of_each_pair():
+@pytest.mark.parametrize("last", [[5], [5, 6]])    # one set, or two with the people 2, 3 and 4 in common
+def test_bootstrap_counts_the_copies_of_each_pair(last):
     rng = np.random.default_rng(1)
-    identities, correct = rng.integers(0, 5, (60, 2)), rng.random((2, 60)) < 0.8
-    drawn = np.random.default_rng(7).integers(5, size=(30, 5))
+    sets = [(rng.random((2, 60)) < 0.8, rng.integers(end - 5 + (end > 5), end, (60, 2))) for end in last]
+    drawn = np.random.default_rng(7).integers(last[-1], size=(30, last[-1]))
     expected = []
     for people in drawn:    # a pair is repeated for each choice of two drawn people, of a genuine pair for each of one
-        copies = [sum(x == a for x in people) * (a == b or sum(x == b for x in people)) for a, b in identities]
-        expected.append([np.repeat(row, copies).mean() for row in correct])
-    np.testing.assert_allclose(bootstrap(correct, identities, 30, 7), np.transpose(expected), atol=1e-6)
+        copies = [[sum(x == a for x in people) * (a == b or sum(x == b for x in people)) for a, b in both]
+                  for _, both in sets]
+        expected.append(np.mean([[np.repeat(row, times).mean() for row in correct]
+                                 for (correct, _), times in zip(sets, copies)], 0))
+    np.testing.assert_allclose(bootstrap(sets, 30, 7), np.transpose(expected), atol=1e-6)
 
 
 def test_intervals_of_draws():
     rng = np.random.default_rng(0)
-    draws = bootstrap(rng.random((2, 2000)) < 0.8, rng.integers(0, 200, (2000, 2)), 500, 1)
+    draws = bootstrap([(rng.random((2, 2000)) < 0.8, rng.integers(0, 200, (2000, 2)))], 500, 1)
     low, high = interval(draws[0])
     assert np.mean((low < draws[0]) & (draws[0] < high)) == pytest.approx(0.95, abs=0.01)
     assert interval(draws[1] - draws[1]) == (0, 0)

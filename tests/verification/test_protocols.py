@@ -74,7 +74,8 @@ def test_contact_sheets_take_names_in_any_script(tmp_path):
     rng = np.random.default_rng(0)
     faces = rng.integers(0, 256, (60, 112, 96, 3), dtype=np.uint8)
     for file, count in (("large.png", 40), ("small.png", 2)):
-        pairs = Pairs(names, rng.integers(0, 60, (count, 2)), np.arange(count) % 2 == 0, np.zeros(count), np.arange(60))
+        pairs = Pairs(names, rng.integers(0, 60, (count, 2)), np.arange(count) % 2 == 0, np.zeros(count), np.arange(60),
+                      None)
         error_sheet(tmp_path / file, faces, pairs, rng.random(count), rng.random(count) < 0.5)
     large, small = read_image(tmp_path / "large.png"), read_image(tmp_path / "small.png")
     assert large.shape[1] == small.shape[1] and large.shape[0] > small.shape[0] and large.std() > 20

@@ -82,6 +82,13 @@ def test_each_set_has_its_own_list_even_if_two_have_the_same_images(sets, tmp_pa
     assert [len(lfw.pairs.same) for lfw in loaded] == [42, 42, 42, 20]
 
 
+def test_people_in_two_sets_are_drawn_for_both(sets, models, tmp_path, capsys):
+    run_lfw_eval(capsys, "--model", models[0], "--flip", "none", "--aligned", "--lfw", sets / "images", sets / "images",
+                 "--output", tmp_path)
+    stored = json.loads((tmp_path / "results.json").read_text())
+    assert stored["means"][0]["interval_95"] == pytest.approx(stored["results"][0]["interval_95"])
+
+
 def test_groups_of_rfw(sets, models, tmp_path, capsys):
     """RFW's layout: data/GROUP/NAME/NAME_0001.jpg and txts/GROUP/GROUP_pairs.txt without a header."""
     for shift, group in enumerate(("African", "Asian", "Indian")):
