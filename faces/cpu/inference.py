@@ -15,7 +15,7 @@ def for_inference(net, images=MIN_IMAGES):
     """Replace, in place, the convolutions of a float32 network in eval mode that Winograd's algorithm makes faster on a
     CPU, and return the network. Its layers are named as in net.py; a PReLU relu1_2 is fused into its convolution
     conv1_2. To embed fewer than MIN_IMAGES `images`, nothing is replaced."""
-    if images < MIN_IMAGES or not kernels.enabled():
+    if images < MIN_IMAGES or not kernels.available():
         return net
     for name, layer in list(net.named_children()):
         if can_use_winograd(layer):

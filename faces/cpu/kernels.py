@@ -27,19 +27,11 @@ MAX_CHANNELS = 4096     # as in kernels.c
 SUMS = 64
 
 
-def enabled():
-    """Return whether this package may be used: on x86, unless the environment variable FACES_CPU_KERNELS is 0."""
-    return is_x86() and os.environ.get("FACES_CPU_KERNELS") != "0"
-
-
-def is_x86():
-    """Return whether this is a 64-bit x86 processor, the only kind on which this package has been measured."""
-    return platform.machine() in ("x86_64", "AMD64")
-
-
 def available():
-    """Return whether the kernels may be used and can be compiled; the first call compiles them."""
-    return enabled() and _library() is not None
+    """Return whether the kernels can be used: on x86, the only kind of processor on which they have been measured, with
+    a C compiler, and unless the environment variable FACES_CPU_KERNELS is 0. The first call compiles them."""
+    is_x86 = platform.machine() in ("x86_64", "AMD64")
+    return is_x86 and os.environ.get("FACES_CPU_KERNELS") != "0" and _library() is not None
 
 
 def supports_channels(channels):
@@ -103,10 +95,7 @@ def _pointer(tensor):
 @functools.cache
 def _library():
     """Return the compiled library; or None, after saying why, if it can't be compiled or loaded."""
-    try:
-        compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
-    except ValueError:    # quotes that do not match
-        compiler = [os.environ["CC"]]
+    compiler = shlex.split(os.environ.get("CC") or "cc")
     problem = f"there is no C compiler {compiler[0]!r}"
     if shutil.which(compiler[0]) is not None:
         key = (SOURCE.read_bytes(), *map(str.encode, (*compiler, *FLAGS)), _instruction_sets())
@@ -122,31 +111,14 @@ def _library():
 
 
 def _compile(compiler, path):
-    """Compile kernels.c to `path`, unless that is a whole file that this user has made; return `path`. Raises
-    PermissionError if others can write to the folder, so that they could exchange the file before it is loaded."""
-    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)    # whatever the umask
-    if not _is_private(path.parent):
-        raise PermissionError(f"others can write to {path.parent}")
-    checksum = path.with_suffix(".sha256")
-    if not (path.is_file() and checksum.is_file() and _is_private(path) and _digest(path) == checksum.read_bytes()):
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # moving the finished files makes this atomic
+    """Compile kernels.c to `path`, unless that exists; return `path`."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # moving the finished file makes this atomic
             compiled = Path(folder) / path.name
             subprocess.run([*compiler, *FLAGS, SOURCE, "-o", compiled], check=True, capture_output=True, timeout=60)
-            compiled.chmod(0o755)
-            (Path(folder) / checksum.name).write_bytes(_digest(compiled))
             os.replace(compiled, path)
-            os.replace(Path(folder) / checksum.name, checksum)
     return path
-
-
-def _is_private(path):
-    """Return whether a file or folder is this user's, and no other user can write to it; links are not followed."""
-    status = path.lstat()
-    return not hasattr(os, "getuid") or (status.st_uid == os.getuid() and not status.st_mode & 0o022)
-
-
-def _digest(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest().encode()
 
 
 def _declare(library):

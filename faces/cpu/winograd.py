@@ -18,19 +18,14 @@ from faces.cpu import kernels
 TILE_OUT, TILE_IN = 4, 6    # side of a tile in the output and in the input, in pixels
 # The interpolation points besides infinity, as in kernels.c; 0, +-1, +-2 would have larger rounding errors.
 POINTS = (0, 0.5 ** 0.5, -0.5 ** 0.5, 2 ** 0.5, -2 ** 0.5)
-# Without the C kernels, the transforms are costly and pay off only from this number of input channels.
-MIN_CHANNELS = 128
 
 
 def can_use_winograd(layer):
-    """Return whether a layer is a convolution that this module computes faster than PyTorch on a CPU in float32."""
-    if not isinstance(layer, nn.Conv2d) or (
-            layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode) != (
-            (3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros"):
-        return False
-    if kernels.available():
-        return kernels.supports_channels(layer.in_channels) and kernels.supports_channels(layer.out_channels)
-    return layer.in_channels >= MIN_CHANNELS and kernels.enabled()
+    """Return whether a layer is a convolution that this module computes faster than PyTorch on a CPU in float32, if
+    faces.cpu.kernels is available."""
+    return (isinstance(layer, nn.Conv2d) and kernels.supports_channels(layer.in_channels)
+            and kernels.supports_channels(layer.out_channels) and (layer.kernel_size, layer.stride, layer.padding) == (
+                (3, 3), (1, 1), (1, 1)) and (layer.dilation, layer.groups, layer.padding_mode) == ((1, 1), 1, "zeros"))
 
 
 class FusedWinogradConv2d(nn.Module):
@@ -75,7 +70,7 @@ class _WinogradConvolution(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = _convolution(grad, transform_kernels(weight.flip(2, 3)).permute(1, 0, 2))      # weight (36, K, C)
-        kernel_transform = _matrices(torch.float32)[1]
+        kernel_transform = _kernel_transform(torch.float32)
         total = grad.new_zeros(TILE_IN ** 2, len(weight), x.shape[1])                               # (36, K, C)
         for part, grad_part in zip(_split(x, x.shape), _split(grad, x.shape)):
             total.baddbmm_(kernels.transform_grad_output(grad_part).transpose(1, 2), kernels.transform_input(part))
@@ -86,7 +81,7 @@ class _WinogradConvolution(torch.autograd.Function):
 
 def transform_kernels(weight):
     """Return G g G' for each kernel g of a weight: float (K, C, 3, 3) to (K, 36, C); channels_last needs no copy."""
-    kernel_transform = _matrices(weight.dtype)[1]
+    kernel_transform = _kernel_transform(weight.dtype)
     return torch.kron(kernel_transform, kernel_transform) @ weight.permute(0, 2, 3, 1).flatten(1, 2)
 
 
@@ -98,8 +93,6 @@ def _convolution(x, weight):
 def _fused_convolution(x, weight, bias, slope):
     """Return PReLU(convolution + bias), float (N, K, H, W), of x, float (N, C, H, W), with a transformed weight, float
     (36, C, K); bias and slope are float (K,)."""
-    if not (kernels.available() and kernels.supports_channels(x.shape[1]) and kernels.supports_channels(len(bias))):
-        return _fused_convolution_without_kernels(x, weight, bias, slope)
     y = x.new_empty(len(x), *x.shape[2:], len(bias))
     for part, output in zip(_split(x, x.shape), _split(y, x.shape)):
         kernels.transform_output(torch.bmm(kernels.transform_input(part), weight), bias, slope, output)
@@ -117,41 +110,11 @@ def _split(tensor, shape):
     return tensor.split(max(1, channels // (-(-height // TILE_OUT) * -(-width // TILE_OUT))))
 
 
-def _fused_convolution_without_kernels(x, weight, bias, slope):
-    count, channels, height, width = x.shape
-    down, across = -(-height // TILE_OUT), -(-width // TILE_OUT)
-    input_transform, output_transform = (torch.kron(m, m).expand(count * down * across, -1, -1) for m in
-                                         _matrices(torch.float32)[::2])
-    x = nn.functional.pad(x, (1, across * TILE_OUT + 1 - width, 1, down * TILE_OUT + 1 - height)).permute(0, 2, 3, 1)
-    x = x.unfold(1, TILE_IN, TILE_OUT).unfold(2, TILE_IN, TILE_OUT).permute(0, 1, 2, 4, 5, 3)
-    # x is now (N, down, across, 6, 6, C): overlapping tiles of the input.
-    x = torch.bmm(input_transform, x.reshape(len(input_transform), TILE_IN ** 2, channels))     # (T, 36, C)
-    x = torch.bmm(x.transpose(0, 1), weight).transpose(0, 1)                                    # (T, 36, K)
-    x = torch.baddbmm(bias, output_transform, x).view(count, down, across, TILE_OUT, TILE_OUT, -1).transpose(2, 3)
-    x = x.reshape(count, down * TILE_OUT, across * TILE_OUT, -1)[:, :height, :width].permute(0, 3, 1, 2)
-    return nn.functional.prelu(x, slope)
-
-
 @functools.cache
-def _matrices(dtype):
-    """Return B', G and A' of F(4x4, 3x3) as tensors."""
-    return tuple(torch.from_numpy(matrix).to(dtype).contiguous() for matrix in winograd_matrices(POINTS))
-
-
-def winograd_matrices(points):
-    """Return the matrices B', G and A', float64 (n, n), (n, 3) and (n - 2, n), for which A'((G g) * (B'd)) is the
-    correlation of n values d with 3 values g.
-
-    This is the construction of Toom and Cook: to multiply two polynomials, multiply their values at n different points,
-    the last of which is infinity; `points` are the others.
-    """
-    points = np.asarray(points, np.float64)
-    others = [np.delete(points, i) for i in range(len(points))]
-    infinity = np.eye(len(points) + 1)[-1:]                                           # (1, n)
-    lagrange = np.array([np.poly(roots)[::-1] for roots in others])                   # (n - 1, n - 1), constants first
-    input_transform = np.block([[lagrange, np.zeros((len(points), 1))], [np.poly(points)[::-1]]])
-    scale = np.array([np.prod(point - roots) for point, roots in zip(points, others)])
-    kernel_transform = np.vander(points, 3, increasing=True) / scale[:, None]
-    output_transform = np.vander(points, len(points) - 1, increasing=True).T
-    return (input_transform, np.vstack([kernel_transform, infinity[:, -3:]]),
-            np.hstack([output_transform, infinity[:, 2:].T]))
+def _kernel_transform(dtype):
+    """Return G, (6, 3), for which A'((G g) * (B'd)) is the correlation of six values d with three values g; kernels.c
+    has B' and A'. This is the construction of Toom and Cook: to multiply two polynomials, multiply their values at
+    different points, the last of which is infinity."""
+    scale = [np.prod([point - other for other in POINTS if other != point]) for point in POINTS]
+    matrix = np.vstack([np.vander(POINTS, 3, increasing=True) / np.array(scale)[:, None], (0, 0, 1)])
+    return torch.from_numpy(matrix).to(dtype)

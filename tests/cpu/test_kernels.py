@@ -10,7 +10,7 @@ from cosFace.net import faceNet
 from faces.cpu import kernels
 from faces.cpu.inference import for_inference
 from faces.cpu.training import FastPReLU, StridedConv2d, for_training
-from faces.cpu.winograd import FusedWinogradConv2d, WinogradConv2d
+from faces.cpu.winograd import WinogradConv2d
 
 needs_compiler = pytest.mark.skipif(not kernels.available(), reason="needs x86 and a C compiler")
 
@@ -53,13 +53,10 @@ def kinds(net):
     return {type(module) for module in net.modules()}
 
 
-def test_without_the_kernels_results_are_the_same_and_no_layer_is_replaced(monkeypatch):
-    conv, prelu, x = nn.Conv2d(128, 64, 3, padding=1), nn.PReLU(64), torch.randn(3, 128, 9, 11)
-    expected = FusedWinogradConv2d(conv, prelu)(x)
+def test_without_the_kernels_no_layer_is_replaced(monkeypatch):
     assert kernels.available() == (kinds(for_training(faceNet())) >= {WinogradConv2d, StridedConv2d, FastPReLU})
     monkeypatch.setenv("FACES_CPU_KERNELS", "0")
     assert not kernels.available()
-    torch.testing.assert_close(FusedWinogradConv2d(conv, prelu)(x), expected, atol=1e-5, rtol=1e-5)
     assert kinds(for_training(faceNet())) == kinds(for_inference(faceNet().eval())) == kinds(faceNet())
 
 
@@ -75,23 +72,6 @@ def folder(tmp_path, monkeypatch):
 
 
 @needs_compiler
-@pytest.mark.parametrize("damage", ["truncated", "planted", "open folder"])
-def test_a_library_that_is_not_whole_or_may_be_another_users_is_not_loaded(damage, folder):
-    assert kernels.available()
-    library, = folder.glob("*.so")
-    library.unlink()    # this process has it mapped into memory
-    library.write_bytes(b"\x7fELF, but not a library")
-    if damage == "planted":
-        library.chmod(0o777)
-    if damage == "open folder":
-        folder.chmod(0o777)
-    kernels._library.cache_clear()
-    assert kernels.available()
-    rewritten = len(library.read_bytes()) > 1000
-    assert rewritten == (damage != "open folder")    # there, the library is compiled into a folder of its own
-
-
-@pytest.mark.skipif(not kernels.is_x86(), reason="nothing is compiled")
 @pytest.mark.parametrize("compiler, problem", [("no-such-compiler", "there is no C compiler"),
                                                ("false", "the C compiler 'false' can't compile kernels.c")])
 def test_an_unusable_compiler_is_one_sentence(compiler, problem, monkeypatch, folder, capsys):
