@@ -27,7 +27,8 @@ def in_turns(programs: dict[str, Callable], turns: int, device="cpu", warm_up: i
             program(turn)
             wait_for(device)
             seconds[name].append(time.perf_counter() - start)
-            print(f"turn {turn + 1} of {warm_up + turns}: {name} {seconds[name][-1]:.3f} s", file=sys.stderr)
+            part = f"turn {turn - warm_up + 1} of {turns}" if turn >= warm_up else "warm-up"
+            print(f"{part}: {name} {seconds[name][-1]:.3f} s", file=sys.stderr)
     return {name: values[warm_up:] for name, values in seconds.items()}
 
 

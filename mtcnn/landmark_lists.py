@@ -52,6 +52,8 @@ def make_list(source: Folder, paths: list[str], name: str, args: argparse.Namesp
     if args.device == "auto" and not torch.cuda.is_available():
         args.device = "cpu"    # many processes are faster than MPS
     detector, output = make_detector(args), args.output or default_list(source.root, name)
+    if output.is_dir():
+        raise InputError(f"--output {output} is a folder; pass the name of the list, such as {output / name}.")
     with locked(output.with_name(f".{output.name}.lock"), f"making {output}", wait=False):
         digest = photos_digest(source)
         # Devices round differently.

@@ -89,7 +89,7 @@ def run(words: list) -> int:
             process.send_signal(number)
     with files.on_signals(pass_on):
         status = process.wait()
-    if status:
+    if status not in (0, 2):    # 2 is a mistake, which the command has explained
         print(f"the command above ended with exit status {status}; to continue, repeat the command that you typed",
               file=sys.stderr)
     return 128 + received[-1] if received else abs(status)

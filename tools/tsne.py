@@ -19,7 +19,7 @@ from faces.files import RUNS, InputError, at_least, check_writable, command, pat
 from faces.landmarks import found_list, read_landmarks
 from faces.plots import tsne_panels
 from faces.verification.lfw import load_faces
-from faces.verification.weights import add_model_options
+from faces.verification.weights import add_model_options, model_titles
 from tools.embedder import Embedder
 
 
@@ -64,10 +64,9 @@ def main(argv=None):
     faces = load_faces(listing.source, [listing.paths[row] for row in rows.ravel()], points)
     labels = np.repeat(np.arange(args.identities), args.per_identity)
     panels = []
-    for i, model in enumerate(args.model):
+    for title, model in zip(args.title or model_titles(args.model), args.model):
         embedder = Embedder(model, args.device, net=args.net, channels=args.channels)
         layout, silhouette = layout_and_silhouette(embedder.embed(faces), labels, args.seed)
-        title = args.title[i] if args.title else f"{embedder.loaded['method'] or ''} {model}".strip()
         print(f"silhouette {silhouette:.4f}  {title}  ({args.identities} identities, {args.per_identity} images each)")
         panels.append((f"{title}: silhouette {silhouette:.2f}", layout))
     names = [Path(person(listing.paths[row])).name.replace("_", " ") or f"label {listing.labels[row]}"

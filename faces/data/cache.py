@@ -130,12 +130,14 @@ def _check(listing, failed, centers):
     """Raise InputError if too many images have failed, or if the landmarks are those of copies of another size."""
     source, total = listing.source, len(listing.paths)
     if len(failed) > MAX_FAILED * total:
-        examples = summarize([(listing.paths[row], reason) for row, reason in failed])
-        if listing.points is None and "landmarks are needed" in examples and isinstance(source, Folder):
-            raise InputError(f"{source} has photos that are not aligned faces ({examples}); run "
+        failures = [(listing.paths[row], reason) for row, reason in failed]
+        if listing.points is None and "landmarks are needed" in (most := summarize(failures, 1)) \
+                and isinstance(source, Folder):
+            raise InputError(f"{source} has photos that are not aligned faces ({most}); run "
                              f"`python mtcnn/casia_landmark.py --casia {source}` first.")
         raise InputError(f"more than {MAX_FAILED:.0%} of the {count_of(total, 'image~')} of {source} can't be used "
-                         f"({examples}); check the folder, or replace these images and delete their lines in the list.")
+                         f"({summarize(failures)}); check the folder, or replace these images and delete their lines "
+                         "in the list.")
     if problem := align.position_problem(centers):
         raise InputError(f"the landmarks of {source} are in {problem}; use the images that the landmark list was made "
                          "for, or create a list for these with mtcnn/casia_landmark.py.")

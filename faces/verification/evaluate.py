@@ -14,7 +14,7 @@ from faces.verification.embed import FLIP, default_batch_size, embed
 from faces.verification.lfw import Lfw, find_sets, load_sets, set_name
 from faces.verification.metrics import Verification, identify, operating_point, verify
 from faces.verification.threshold import Threshold, choose_threshold, save_threshold, threshold_path
-from faces.verification.weights import add_model_options, announce, load_net, model_file
+from faces.verification.weights import add_model_options, announce, load_net, model_titles
 
 DESCRIPTION = """Evaluate a model on LFW and similar sets with the standard 10-fold protocol.
 
@@ -56,7 +56,7 @@ def main(nets: dict, method: str, find_landmarks=None, argv: list[str] | None = 
             check_writable(threshold_path(file).parent, "--model")
         announce(file, loaded)
         loaded["method"] = loaded["method"] or method
-    titles = args.title or _titles(args.model, models)
+    titles = args.title or model_titles(args.model)
     args.title = [title if titles.count(title) == 1 else f"{i}: {title}" for i, title in enumerate(titles, 1)]
     loading = load_sets(sets, args.pairs, args.landmarks, aligned=args.aligned, view=args.view, device=device,
                         find_landmarks=find_landmarks, identification="identification" in args.protocol)
@@ -108,14 +108,6 @@ def _means(args, results):
     draws = bootstrap([(np.stack([model.result.correct for model in models]), models[0].people) for models in results],
                       args.resamples, args.seed)
     return [report.mean(own, row, args.group) for own, row in zip(zip(*results), draws)]
-
-
-def _titles(paths, models):
-    """Return a title per model: method and network; among several, the name of the run's folder or of the file."""
-    if len(models) == 1:
-        return [f"{models[0][1]['method']} {models[0][1]['net']}"]
-    files = [model_file(file).absolute() for file in paths]
-    return [file.parent.name if file.name.startswith(("checkpoint", "model.")) else file.stem for file in files]
 
 
 def _measure(args, device, lfw, name, title, file, net, loaded):

@@ -169,6 +169,12 @@ def model_file(model) -> Path:
     return file
 
 
+def model_titles(models: list) -> list[str]:
+    """Return a title for each --model: the name of the run's folder, or of the file."""
+    files = [model_file(model).absolute() for model in models]
+    return [file.parent.name if file.name.startswith(("checkpoint", "model.")) else file.stem for file in files]
+
+
 def find_weights(content) -> tuple[list[Found], list[str]]:
     """Return the weights in what torch.load() returned, the preferred ones first, and the names of all other tensors.
     Weights in a known layout are a state dict, or under one of KEYS at any of MAX_DEPTH levels. Their names may have

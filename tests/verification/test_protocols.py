@@ -10,10 +10,10 @@ from conftest import draw_face, run_lfw_eval, script, write_image
 
 from faces.files import InputError
 from faces.images import read_image
-from faces.verification.evaluate import _titles
 from faces.verification.metrics import best_threshold
 from faces.verification.pairs import Pairs, read_pairs
 from faces.verification.report import error_sheet, folder_names
+from faces.verification.weights import model_titles
 
 PEOPLE, PHOTOS = 6, 3
 GENUINE = [f"P{p}\t{i}\t{j}" for p in range(PEOPLE) for i, j in ((1, 2), (1, 3))]
@@ -135,7 +135,7 @@ def test_two_models_with_every_protocol(lfw, models, tmp_path, capsys):
 def test_titles_name_the_folders_of_several_models(tmp_path):
     (tmp_path / "two").mkdir()
     (tmp_path / "two/checkpoint.pt").touch()
-    assert _titles([tmp_path / "one/checkpoint.pt", tmp_path / "two", "b.pth"], [None] * 3) == ["one", "two", "b"]
+    assert model_titles([tmp_path / "one/checkpoint.pt", tmp_path / "two", "b.pth"]) == ["one", "two", "b"]
     assert folder_names(["../a b", "../a b", "?"]) == ["a-b", "a-b-2", "model-3"]
 
 
