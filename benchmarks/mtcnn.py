@@ -38,13 +38,13 @@ WARM_UP = 16       # images for each process before the clock starts
 SAME = 0.95        # fraction of LFW's images in which two detectors must find the same face nearest the center
 
 
-def ours(workers=0, nms_after_rnet=None):
+def ours(nms_after_rnet=None):
     """Return this repository's detector as a function from paths to the (boxes, landmarks) of each image."""
     from mtcnn import detector as module
     if nms_after_rnet:
         module.NMS = (*module.NMS[:2], nms_after_rnet, module.NMS[3])
     detector = module.Detector(MIN_FACE, THRESHOLDS, FACTOR, device="cpu")
-    return lambda paths: [(faces.boxes, faces.landmarks) for faces in detector.detect(paths, workers=workers)]
+    return lambda paths: [(faces.boxes, faces.landmarks) for faces in detector.detect(paths)]
 
 
 def facenet(batch_size=1):
@@ -84,9 +84,9 @@ def read(file):
 
 
 # name: (package, function that returns the detector, processes that each have one); ours comes first
-DETECTORS = {"ours, one process per core": ("mtcnn", partial(ours, cpu_count()), 1),    # starts them itself
+DETECTORS = {"ours, one process per core": ("mtcnn", ours, cpu_count()),
              "ours, one process": ("mtcnn", ours, 1),
-             "ours, one process, NMS at 0.7 after R-Net": ("mtcnn", partial(ours, 0, 0.7), 1),
+             "ours, one process, NMS at 0.7 after R-Net": ("mtcnn", partial(ours, 0.7), 1),
              "facenet-pytorch": ("facenet_pytorch", facenet, 1),
              "facenet-pytorch, batches of 32": ("facenet_pytorch", partial(facenet, 32), 1),
              "facenet-pytorch, one process per core": ("facenet_pytorch", facenet, cpu_count()),

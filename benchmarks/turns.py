@@ -40,12 +40,11 @@ def wait_for(device):
         torch.mps.synchronize()
 
 
-def report(seconds: dict[str, list], count: float | dict[str, float], unit: str, device="cpu"):
+def report(seconds: dict[str, list], count: float, unit: str, device="cpu"):
     """Print the machine, and for each program of in_turns() its median rate and how many times as fast ours, the first,
-    is. `count` is how many units, such as "faces", a turn processes, or that by name."""
+    is. `count` is how many units, such as "faces", a turn processes."""
     print(f"{machine(device)}; medians of {len(next(iter(seconds.values())))} turns")
-    cost = {name: np.array(values) / (count[name] if isinstance(count, dict) else count)
-            for name, values in seconds.items()}    # seconds per unit
+    cost = {name: np.array(values) / count for name, values in seconds.items()}    # seconds per unit
     ours = next(iter(cost))
     print(f"{'':54}{unit + '/s':>12}  ratio (per turn)")
     for name, values in cost.items():

@@ -1,4 +1,6 @@
 """CosFace (Wang et al., CVPR 2018, arXiv:1801.09414): the sphere CNN and the large margin cosine loss."""
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -66,26 +68,10 @@ class SphereNet(nn.Module):
         return self.fc5_bn(self.fc5(x.flatten(1)))                          # (N, 512)
 
 
-def faceNet() -> SphereNet:
-    """Return the 20-layer CNN with batch normalization, which trains from scratch even with small batches and sets."""
-    return SphereNet(batch_norm=True)
-
-
-def sphere20a() -> SphereNet:
-    """Return the 20-layer CNN of the 2017 paper, without batch normalization."""
-    return SphereNet(batch_norm=False)
-
-
-def sphere36a() -> SphereNet:
-    """Return the 36-layer CNN of the paper, without batch normalization."""
-    return SphereNet(batch_norm=False, depth=36)
-
-
-def sphere64a() -> SphereNet:
-    """Return the 64-layer CNN of the paper, without batch normalization."""
-    return SphereNet(batch_norm=False, depth=64)
-
-
+faceNet = partial(SphereNet, batch_norm=True)         # trains from scratch even with small batches and sets
+sphere20a = partial(SphereNet, batch_norm=False)      # the paper's networks, by the number of convolutions
+sphere36a = partial(SphereNet, batch_norm=False, depth=36)
+sphere64a = partial(SphereNet, batch_norm=False, depth=64)
 NETS = {"faceNet": faceNet, "sphere20a": sphere20a, "sphere36a": sphere36a, "sphere64a": sphere64a}
 
 

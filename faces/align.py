@@ -5,7 +5,7 @@ import cv2
 import numpy as np
 from joblib import cpu_count
 
-from faces.files import progress_bar
+from faces.files import InputError, progress_bar
 from faces.images import one_opencv_thread, read_image
 
 HEIGHT, WIDTH = 112, 96
@@ -54,37 +54,27 @@ def similarity_transforms(source: np.ndarray, target: np.ndarray = TEMPLATE) -> 
 
 def arrangement_problem(points: np.ndarray) -> str | None:
     """Return what is wrong with the order of the numbers in a landmark list, float (N, 5, 2), or None. A face can have
-    any pose, but most faces in a list are upright. If they are not, other orders are tried."""
+    any pose, but most faces in a list are upright."""
     if len(points) < 5:
         return None
     if abs(points).max() <= 1.5:
         return "the coordinates are fractions of the image's size instead of pixels"
     points = points[::-(-len(points) // 1000)]
-    typical = _typical_correlation(points)
-    x_first = points.reshape(-1, 2, 5).swapaxes(1, 2)
-    orders = {"all x come before all y": x_first, "all y come before all x": x_first[..., ::-1],
-              "y comes before x": points[..., ::-1],
-              "the image-right eye comes first, as in mirrored images": points[:, [1, 0, 2, 4, 3]],
-              "the nose comes first": points[:, [1, 2, 0, 3, 4]], "the nose comes last": points[:, [0, 1, 4, 2, 3]]}
-    order, best = max(((name, _typical_correlation(other)) for name, other in orders.items()), key=lambda item: item[1])
-    if best > max(0.9, typical + 0.05):
-        return order
-    return None if typical > MIN_TYPICAL else "most of its points are not arranged like those of an upright face"
+    upright = _typical_correlation(points) > MIN_TYPICAL
+    return None if upright else "most of its points are not arranged like those of an upright face"
 
 
-def position_problem(centers: np.ndarray) -> str | None:
-    """Return where the landmarks of a set of images are, to follow "are in", if they belong to copies of another size:
-    in most photos of a set, the face is near the center. `centers`, float (N, 2), are the means of each image's
-    landmarks as fractions of its width and height, or NaN."""
+def check_positions(centers: np.ndarray, source):
+    """Raise InputError if the landmarks of the images in a faces.data source belong to copies of another size: in most
+    photos of a set, the face is near the center. `centers`, float (N, 2), are the means of each image's landmarks as
+    fractions of its width and height, or NaN."""
     centers = centers[np.isfinite(centers).all(1)]
-    if len(centers) < 10:
-        return None
-    x, y = np.median(centers, axis=0)
-    if x < 0.4 and y < 0.5:
-        return "the upper left part of the images, as if they were found in smaller copies"
-    if x > 0.6 and y > 0.65:
-        return "the lower right part of the images, as if they were found in larger copies"
-    return None
+    x, y = np.median(centers, axis=0) if len(centers) >= 10 else (0.5, 0.5)
+    if x < 0.4 and y < 0.5 or x > 0.6 and y > 0.65:
+        part, copies = ("upper left", "smaller") if x < 0.4 else ("lower right", "larger")
+        raise InputError(f"the landmarks of {source} are in the {part} part of the images, as if they were found in "
+                         f"{copies} copies; use the images that the landmark list was made for, or create a list for "
+                         "these with mtcnn/lfw_landmark.py or mtcnn/casia_landmark.py.")
 
 
 def check_inside(landmarks: np.ndarray, shape: tuple):
@@ -149,7 +139,7 @@ def align_all(source, names: list[str], points: np.ndarray | None = None, any_po
               progress: bool = False) -> tuple[np.ndarray, np.ndarray, list[tuple[int, str]]]:
     """Read N images of a faces.data source and align them, in threads, by their landmarks, float (N, 5, 2), of which
     none are refused with `any_pose`. Without landmarks, they must be aligned, see crop_aligned(). Returns the faces,
-    uint8 (N, HEIGHT, WIDTH, 3), the centers for position_problem(), and (row, reason) of each unusable image."""
+    uint8 (N, HEIGHT, WIDTH, 3), the centers for check_positions(), and (row, reason) of each unusable image."""
     faces, centers = np.zeros((len(names), HEIGHT, WIDTH, 3), np.uint8), np.full((len(names), 2), np.nan)
     # For all at once, because this holds the interpreter lock
     transforms, reasons = [[None] * len(names)] * 2 if points is None else similarity_transforms(points)

@@ -1,7 +1,6 @@
 """Devices: which one to use, which number format is fastest there, and how aligned faces become network input on it."""
 import contextlib
 import ctypes
-import warnings
 from pathlib import Path
 
 import torch
@@ -49,10 +48,6 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     dtype = fast_dtype(device) if precision == "auto" else PRECISION[precision]
     if dtype == torch.float16 and device.type not in ("cuda", "cpu"):
         raise InputError(f"--precision fp16 needs loss scaling, which {device.type} can't do; use float32.")
-    if dtype != torch.float32 and not can_autocast(device, dtype):
-        if precision != "auto":
-            raise InputError(f"--precision {precision} is not available on {device.type} here; use float32.")
-        return torch.float32
     return dtype
 
 
@@ -76,18 +71,6 @@ def exact_float32(device):
     else:
         with cudnn.flags(enabled=cudnn.enabled, deterministic=cudnn.deterministic, allow_tf32=False):
             yield
-
-
-def can_autocast(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether matrix products really come out in `dtype`; some backends fall back to float32 with a warning."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with autocast(device, dtype):
-                ones = torch.ones(8, 8, device=device, dtype=torch.float32)
-                return (ones @ ones).dtype == dtype
-    except (RuntimeError, NotImplementedError):
-        return False
 
 
 def memory_format(device: torch.device | str) -> torch.memory_format:

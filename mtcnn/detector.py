@@ -7,7 +7,6 @@ draws the faces it finds on the photos and lists them in DIR/faces.json. In Pyth
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +23,6 @@ from faces.files import InputError, at_least, atomic_write, command, count_of, p
 from faces.images import UnreadableImage, is_image, read_image, scan_images
 from mtcnn.boxes import nms, nms_of_smaller, regress, squares
 from mtcnn.nets import load_nets
-from mtcnn.processes import in_processes
 from mtcnn.pyramid import CELL, Pyramid
 
 STRIDE = 2                   # pixels between neighboring cells of P-Net
@@ -34,7 +32,6 @@ NMS = (0.5, 0.7, 0.3, 0.7)
 # Pixels that a network processes at once: few enough for a CPU's cache, enough to keep a GPU busy (320 MB).
 CPU_PIXELS, GPU_PIXELS = 50_000, 2_000_000
 GROUP_PIXELS = 8_000_000     # pixels of the images that are searched together
-MAX_BATCH = 32               # images per batch for a worker process, at most
 BLACK, ORANGE, BLUE = (0, 0, 0), (230, 159, 0), (86, 180, 233)
 
 
@@ -64,21 +61,12 @@ class Detector:
     def __reduce__(self):    # a process that gets a copy loads the networks anew, because a GPU's memory isn't pickled
         return type(self), (self.min_face_size, self.thresholds, self.factor, self.device)
 
-    def detect(self, images, thresholds=None, workers: int = 0) -> "list[Faces] | Faces":
+    def detect(self, images, thresholds=None) -> "list[Faces] | Faces":
         """Return the Faces in each of a list of images, or in one image, which are as for faces.images.read_image():
         paths, bytes of files, PIL images, uint8 RGB (H, W, 3), ... UnreadableImage, a ValueError, names the file.
-
-        `thresholds` replace the detector's own. `workers` are processes for hundreds of images: one per core, or up to
-        8 that share a GPU. With a GPU, and without Linux, a script then needs `if __name__ == "__main__":`.
-        """
+        `thresholds` replace the detector's own."""
         if is_image(images):
             return self.detect([images], thresholds)[0]
-        if workers > 1 and len(images) > 1:
-            images = [image if isinstance(image, (str, Path, bytes)) else read(image) for image in images]
-            size = min(MAX_BATCH, -(-len(images) // (4 * workers)))
-            batches = (images[start:start + size] for start in range(0, len(images), size))
-            detect = partial(self.detect, thresholds=thresholds)
-            return [faces for batch in in_processes(detect, batches, workers, self.device) for faces in batch]
         together = groups(map(read, images), lambda image: image[..., 0].size)
         return [faces for group in together for faces in self.cascade(group, thresholds or self.thresholds)]
 

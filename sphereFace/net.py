@@ -1,5 +1,6 @@
 """SphereFace (Liu et al., CVPR 2017, arXiv:1704.08063): the sphere CNN, SphereFace's and SphereFace-R's loss."""
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -68,26 +69,10 @@ class SphereNet(nn.Module):
         return self.fc5_bn(self.fc5(x.flatten(1)))                          # (N, 512)
 
 
-def faceNet() -> SphereNet:
-    """Return the 20-layer CNN with batch normalization, which trains from scratch even with small batches and sets."""
-    return SphereNet(batch_norm=True)
-
-
-def sphere20a() -> SphereNet:
-    """Return the 20-layer CNN of the 2017 paper, without batch normalization."""
-    return SphereNet(batch_norm=False)
-
-
-def sphere36a() -> SphereNet:
-    """Return the 36-layer CNN of the paper, without batch normalization."""
-    return SphereNet(batch_norm=False, depth=36)
-
-
-def sphere64a() -> SphereNet:
-    """Return the 64-layer CNN of the paper, without batch normalization."""
-    return SphereNet(batch_norm=False, depth=64)
-
-
+faceNet = partial(SphereNet, batch_norm=True)         # trains from scratch even with small batches and sets
+sphere20a = partial(SphereNet, batch_norm=False)      # the paper's networks, by the number of convolutions
+sphere36a = partial(SphereNet, batch_norm=False, depth=36)
+sphere64a = partial(SphereNet, batch_norm=False, depth=64)
 NETS = {"faceNet": faceNet, "sphere20a": sphere20a, "sphere36a": sphere36a, "sphere64a": sphere64a}
 
 

@@ -67,12 +67,7 @@ class Embedder:
         Raises InputError if a photo can't be read or has no face.
         """
         single = is_image(photos) and getattr(photos, "ndim", 3) < 4    # an array of four dimensions is a list
-        try:
-            photos = [photos] if single else list(photos)
-        except TypeError:
-            raise InputError(f"can't embed {photos!r}; pass a photo or a list of photos.") from None
-        if not photos:
-            raise InputError("there is nothing to embed; pass at least one photo.")
+        photos = [photos] if single else list(photos)
         found = self.find(photos, aligned, all_faces)
         crops = [face.crop for faces in found for face in faces]
         embeddings = self.embed(np.stack(crops or [np.zeros((112, 96, 3), np.uint8)]))[:len(crops)]

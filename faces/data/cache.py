@@ -138,6 +138,4 @@ def _check(listing, failed, centers):
         raise InputError(f"more than {MAX_FAILED:.0%} of the {count_of(total, 'image~')} of {source} can't be used "
                          f"({summarize(failures)}); check the folder, or replace these images and delete their lines "
                          "in the list.")
-    if problem := align.position_problem(centers):
-        raise InputError(f"the landmarks of {source} are in {problem}; use the images that the landmark list was made "
-                         "for, or create a list for these with mtcnn/casia_landmark.py.")
+    align.check_positions(centers, source)

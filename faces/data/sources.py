@@ -1,6 +1,5 @@
 """Where the photos of a set are: a folder, zip, RecordIO or LMDB. All list their photos and open them by name."""
 import contextlib
-import io
 import os
 import stat
 import zipfile
@@ -17,7 +16,6 @@ from faces.images import EXTENSIONS, MAX_BYTES, Scan, UnreadableImage, is_system
 from faces.landmarks import normal_form
 
 PARTS = (".z01", ".001")
-MAX_ZIP_LIST = 512 << 20    # bytes of a zip's list of files; that of a zip of CASIA has 50 million
 
 
 def open_source(root):
@@ -110,7 +108,7 @@ class Zip:
         if suffix in PARTS:
             raise part
         with reading(self.root, "zip", "download it again"):
-            self.archive = zipfile.ZipFile(_Reader(open(self.root, "rb", buffering=0)))
+            self.archive = zipfile.ZipFile(self.root)
             if any(0 < info.volume < 0xffff for info in self.archive.infolist()):
                 raise part
         members = [(_name(info), info) for info in self.archive.infolist() if not info.filename.endswith(("/", "\\"))]
@@ -160,15 +158,6 @@ class Zip:
         """Return int64 (N, 2), which changes when one of these photos changes: its size and checksum."""
         infos = [self.members.get(normal_form(name)) for name in names]
         return np.array([(-1, -1) if info is None else (info.file_size, info.CRC) for info in infos], np.int64)
-
-
-class _Reader(io.BufferedReader):
-    """A file of which zipfile can't read a list of members that would fill the memory."""
-
-    def read(self, size=-1):
-        if size is not None and size > MAX_ZIP_LIST:
-            raise ValueError(f"its list of files has over {MAX_ZIP_LIST >> 20} MiB")
-        return super().read(size)
 
 
 def _name(info):

@@ -73,8 +73,6 @@ def main(nets: dict, method: str, find_landmarks=None, argv: list[str] | None = 
     for measured in means:
         print(report.mean_line(measured.figures))
     with_means = results + [means] if several else results
-    if several and len(models) > 1:
-        print("", "accuracy in %", *report.columns(report.matrix(with_means)), "", sep="\n")
     for row in (comparison := report.compare(with_means)):
         print(report.comparison_line(row))
     if args.output:

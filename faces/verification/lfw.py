@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from faces.align import align_all, position_problem
+from faces.align import align_all, check_positions
 from faces.data.sources import PARTS, open_photos
 from faces.files import InputError, count_of, existing_folder, path, shorten
 from faces.images import summarize
@@ -110,9 +110,7 @@ def load_faces(source, paths: list, points: np.ndarray | None = None) -> np.ndar
         raise InputError(f"{len(bad):,} of {count_of(len(paths), 'image~')} in {source} can't be used "
                          f"({summarize([(paths[row], reason) for row, reason in bad])}); replace them, because a "
                          "verification set must be complete.")
-    if problem := position_problem(centers):
-        raise InputError(f"the landmarks of {source} are in {problem}; use the images that the landmark list was made "
-                         "for, or create a list for these with mtcnn/lfw_landmark.py.")
+    check_positions(centers, source)
     return faces
 
 

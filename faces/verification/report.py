@@ -105,12 +105,6 @@ def matrix(results: list[list[Measured]]) -> list[list[str]]:
                     *(f"{100 * measured.figures['accuracy']:.2f}" for measured in sets)] for sets in zip(*results)]
 
 
-def columns(rows: list[list[str]]) -> list[str]:
-    """Return the rows of a table as lines with aligned columns."""
-    widths = [2 + max(map(len, column)) for column in zip(*rows)]
-    return ["".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows]
-
-
 def compare(results: list[list[Measured]]) -> list[dict]:
     """Return the differences in accuracy between each further model and the first, with paired 95 % intervals.
     `results` has a list per set, of which mean() may be one, with the Measured of each model."""

@@ -10,7 +10,6 @@ import hashlib
 import math
 import re
 import sys
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -86,7 +85,7 @@ def load_net(file, nets: dict[str, Callable], name: str | None = None,
     """
     content = _read(file, name)
     with torch.device("cpu"):    # whatever the defaults of the process are
-        net = nets[content.net]().float()
+        net = nets[content[-1]]().float()
     return net, _load(net, content, channels)
 
 
@@ -101,7 +100,7 @@ def initial_net(make: Callable[[], nn.Module], file=None) -> nn.Module:
 
 def net_in(file) -> str:
     """Return the name of the network whose weights a file holds; see load_net()."""
-    return _read(file).net
+    return _read(file)[-1]
 
 
 def announce(file, loaded: dict):
@@ -154,18 +153,13 @@ def fingerprint(net: nn.Module) -> str:
 
 def model_file(model) -> Path:
     """Return the file for a --model: the path itself, or checkpoint.pt or else model.safetensors in a folder; raise
-    InputError if the folder has neither, or the file is an export that can't be loaded back."""
+    InputError if the folder has neither."""
     file = path(model)
     if file.is_dir():
         for name in ("checkpoint.pt", "model.safetensors"):
             if (file / name).is_file():
                 return file / name
         raise InputError(f"the folder {file} holds no checkpoint.pt and no model.safetensors; pass another, or a file.")
-    with reading(file, "file of weights"):
-        names = zipfile.ZipFile(file).namelist() if zipfile.is_zipfile(file) else []
-    if file.suffix.lower() == ".onnx" or any(name.endswith("/constants.pkl") for name in names):    # of TorchScript
-        raise InputError(f"{file} is an export for other programs; pass the checkpoint it was made from, or export "
-                         "safetensors.")
     return file
 
 
@@ -213,17 +207,10 @@ def _our_name(name):
     return re.sub(r"^fc\.", "fc5.", name)
 
 
-class _Content(NamedTuple):
-    file: Path
-    stated: dict     # what the file says about itself, with its "format"
-    found: list      # of Found, at least one
-    ignored: list    # names of tensors that do not belong to the network, such as training heads
-    net: str         # name of the network
-
-
 def _read(model, expected=None, deeper=False):
-    """Return the _Content of a file of weights. Its network must be `expected`, or, with `deeper`, may be the same with
-    fewer layers."""
+    """Return the path of a file of weights, what it says about itself, with its "format", a list of Found, the names of
+    other tensors, such as training heads, and the name of its network. That must be `expected`, or, with `deeper`, may
+    be the same with fewer layers."""
     file = model_file(model)
     with reading(file, "file of weights", "export or download it again"), torch.serialization.safe_globals(IGNORED):
         with open(file, "rb") as data:
@@ -250,7 +237,7 @@ def _read(model, expected=None, deeper=False):
     if name != (expected or name) and not shallower:
         raise InputError(f"{file} contains the weights of {name}, not of {expected}; pass --net {name} or leave out "
                          "--net.")
-    return _Content(file, stated, found, ignored, name)
+    return file, stated, found, ignored, name
 
 
 def _load(net, content, channels=None, train=False):

@@ -2,7 +2,6 @@
 import os
 import re
 import shutil
-import struct
 import unicodedata
 import zipfile
 
@@ -157,10 +156,3 @@ def test_hostile_zips(tmp_path, monkeypatch):
     source.members["a/0.png"].file_size = 1000                      # a bomb: more is in it than its header says
     with pytest.raises(UnreadableImage, match="damaged in the zip"):
         source.open("a/0.png")
-    size = 2**31                                                    # a list of files that would fill the memory
-    with open(tmp_path / "set.zip", "wb") as file:
-        file.truncate(size)
-        file.seek(size)
-        file.write(struct.pack("<IHHHHIIH", 0x06054b50, 0, 0, 1, 1, size, 0, 0))
-    with pytest.raises(InputError, match="its list of files has over 512 MiB"):
-        Zip(tmp_path / "set.zip")

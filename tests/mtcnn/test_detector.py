@@ -43,17 +43,16 @@ def test_without_a_face_all_arrays_are_empty(detector, shape):
 
 def test_an_unreadable_file_is_named(detector, photo, tmp_path):
     (tmp_path / "bad.jpg").write_bytes(b"<html>")
-    for workers in (0, 2):
-        with pytest.raises(UnreadableImage, match="bad.jpg: not an image"):
-            detector.detect([photo[:200], tmp_path / "bad.jpg"], workers=workers)
+    with pytest.raises(UnreadableImage, match="bad.jpg: not an image"):
+        detector.detect([photo[:200], tmp_path / "bad.jpg"])
 
 
-def test_batches_strips_and_worker_processes_give_the_same_as_single_images(detector, photo):
+def test_batches_and_strips_give_the_same_as_single_images(detector, photo):
     right, by_strip = np.ascontiguousarray(photo[:, 100:]), Detector(device="cpu")
     by_strip.max_pixels = 4000
     images = [photo, np.zeros_like(photo), right, np.fliplr(photo), photo[:150, 150:300], np.zeros((5, 5), np.uint8)]
     alone = [detector.detect(image) for image in images]
-    for results in (detector.detect(images), detector.detect(images, workers=2), by_strip.detect(images)):
+    for results in (detector.detect(images), by_strip.detect(images)):
         for one, two in zip(results, alone, strict=True):
             for a, b in zip(one, two):
                 np.testing.assert_allclose(a, b, atol=0.02)    # rounding depends on the batch

@@ -232,7 +232,7 @@ def mirror(file):
     (lambda lfw, file: (lfw / "Ann/Ann_0002.jpg").unlink(), r"lacks 1 of the 7 images named in .* \(Ann/Ann_0002\)"),
     (lambda lfw, file: (lfw / "Ann/Ann_0002.jpg").write_bytes(b"no image"),
      r"1 of 7 images in .* can't be used \(Ann/Ann_0002.jpg: not an image.*\)"),
-    (lambda lfw, file: mirror(file), "landmarks.txt is not a usable landmark list: .* as in mirrored images"),
+    (lambda lfw, file: mirror(file), "landmarks.txt is not a usable landmark list: .* upright face"),
     (lambda lfw, file: file.unlink(), "landmarks.txt: No such file"),
     (lambda lfw, file: file.write_text("".join(file.read_text().splitlines(True)[1:])),
      r"lacks 1 of the 7 images that are needed \(Ann/Ann_0001.jpg\)"),

@@ -72,7 +72,6 @@ def test_the_same_faces_give_the_same_figures_in_every_layout(sets, models, tmp_
     assert heading == ["model", "network", *names, "mean"]
     assert rows[1] == ["b", "faceNet", *(f"{100 * results['b', name]['accuracy']:.2f}" for name in names),
                        f"{100 * stored['means'][1]['accuracy']:.2f}"]
-    assert re.search(r"\s+".join(rows[1]), out)
 
 
 def test_each_set_has_its_own_list_even_if_two_have_the_same_images(sets, tmp_path):
