@@ -131,8 +131,8 @@ def _check(listing, failed, centers):
     source, total = listing.source, len(listing.paths)
     if len(failed) > MAX_FAILED * total:
         failures = [(listing.paths[row], reason) for row, reason in failed]
-        if listing.points is None and "landmarks are needed" in (most := summarize(failures, 1)) \
-                and isinstance(source, Folder):
+        most = summarize(failures, 1)
+        if listing.points is None and "landmarks are needed" in most and isinstance(source, Folder):
             raise InputError(f"{source} has photos that are not aligned faces ({most}); run "
                              f"`python mtcnn/casia_landmark.py --casia {source}` first.")
         raise InputError(f"more than {MAX_FAILED:.0%} of the {count_of(total, 'image~')} of {source} can't be used "

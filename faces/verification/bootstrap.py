@@ -5,7 +5,8 @@ pattern recognition systems: the subsets bootstrap", CVIU 2004). A genuine pair 
 an impostor pair the product of its two people's counts (Owen, "The pigeonhole bootstrap", Annals of Applied Statistics
 2007). The intervals are conservative: if no two pairs share a person, the spread of the impostor pairs' errors is
 overestimated by a factor of sqrt(3). Thresholds are held fixed: each is chosen on nine tenths of all pairs and hardly
-changes. All models share the same draws, so their differences are paired, and so do all sets with the same people.
+changes. All models share the same draws, so their differences are paired. So do all sets: people who are in several
+sets are drawn for all of them.
 """
 import numpy as np
 
@@ -17,7 +18,7 @@ def bootstrap(sets: list[tuple], resamples: int = 1000, seed: int = 0) -> np.nda
     float64 (M, R).
 
     A set is bool (M, P), which pairs each model classified correctly, and (P, 2), the people on both images, as numbers
-    or names, which mean the same person in all sets. The accuracy is NaN for a draw in which all weights are zero,
+    or names; equal ones are the same person in all sets. The accuracy is NaN for a draw in which all weights are zero,
     which happens only with very few people.
     """
     people, index = np.unique(np.concatenate([both for _, both in sets]), return_inverse=True)
