@@ -3,27 +3,22 @@ import ast
 import subprocess
 import sys
 
-from conftest import FOLDERS, ROOT
+from conftest import ROOT
 
-# Each layer may import from itself and from those before it.
-LAYERS = ("faces.cpu", "faces", "faces.data", "mtcnn", "faces.training", "faces.verification", "methods", "tools")
-LAYER_OF = {"mtcnn": "mtcnn", "cosFace": "methods", "sphereFace": "methods", "tools": "tools", "benchmarks": "tools",
-            "images": "tools"}
+# Each layer may import from itself and from those with smaller numbers.
+LAYERS = {"faces.cpu": 1, "faces": 2, "faces.data": 3, "mtcnn": 4, "faces.training": 5, "faces.verification": 6,
+          "cosFace": 7, "sphereFace": 7, "tools": 8, "benchmarks": 8, "images": 8}
 # What one folder may never import from another, although the order of the layers would allow it.
 FORBIDDEN = {"faces": ("mtcnn",), "faces.verification": ("faces.training",), "faces.training": ("faces.data",),
              "mtcnn": ("faces.training", "faces.verification"), "cosFace": ("sphereFace",), "sphereFace": ("cosFace",)}
 FILES = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path
-         for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))}
+         for folder in LAYERS if "." not in folder for path in sorted((ROOT / folder).rglob("*.py"))}
 
 
 def layer(module):
-    """Return the layer of a dotted module name as a number, or -1 if it is not one of ours."""
-    first, *rest = module.split(".")
-    if first == "faces":
-        name = f"faces.{rest[0]}" if rest and f"faces.{rest[0]}" in LAYERS else "faces"
-    else:
-        name = LAYER_OF.get(first)
-    return LAYERS.index(name) if name else -1
+    """Return the layer of a dotted module name, or 0 if it is not one of ours."""
+    first, second = (module.split(".") + [""])[:2]
+    return LAYERS.get(f"{first}.{second}", LAYERS.get(first, 0))
 
 
 def imports(path):

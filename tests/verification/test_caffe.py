@@ -63,13 +63,9 @@ def test_damaged_files_are_one_sentence(tmp_path):
     complete = caffemodel({"conv1_1.weight": torch.zeros(64, 3, 3, 3)})
     for content, message in (
             *((damaged, "damaged or not a file of weights") for damaged in (
-                complete[:-1], complete[:1000], complete[:30], b"\xff" * 11, b"not a model\n",
-                field(100, LAYER[:-1]), field(100, LAYER[:9] + b"\x3a\x0a" + LAYER[11:-1]))),
-            (b"", "contains no weights"),
-            (complete, "last layer of the network in .* is missing"),
+                complete[:-1], complete[:30], b"not a model\n", field(100, LAYER[:-1]))),
+            (b"", "contains no weights"), (complete, "last layer of the network in .* is missing"),
             (field(100, LAYER.replace(b"\x0a\x01\x01", b"\x0a\x01\x02")), "damaged .*reshape"),
-            (field(100, LAYER.replace(b"\x0a\x07conv1_1", b"\x08\x83\xff\xff\xff\x7f\x10\1")), "no weights"),
-            (field(100, LAYER.replace(b"conv", b"\xff\xff\xff\xff")), "damaged .*utf-8"),
             (field(100, LAYER) * (MAX_LAYERS + 1), "more than 10,000 layers")):
         file.write_bytes(content)
         with pytest.raises(InputError, match=message):
