@@ -1,13 +1,14 @@
 """Fixtures and helper functions shared by the tests: synthetic faces with landmarks, and ways to run the scripts."""
 import contextlib
 import importlib
+import itertools
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 # Two processes that both use all cores mostly wait for each other. This has to be set before torch is imported.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -18,13 +19,18 @@ import cv2
 import numpy as np
 import pytest
 import skimage.data
+import torch
+from tiny_train import TinyNet
 
+import sphereFace.net
+from cosFace.net import NETS, faceNet
 from faces.align import TEMPLATE
+from faces.files import CHECKPOINT
 from faces.landmarks import write_landmarks
+from faces.verification import evaluate
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCAL = ("--standalone", "--local-addr", "127.0.0.1")    # the name of a machine may have no address
-FOLDERS = ("benchmarks", "cosFace", "faces", "images", "mtcnn", "sphereFace", "tools")    # of the project's code
 # Landmarks of the face in skimage.data.astronaut(), read off by eye.
 ASTRONAUT = np.array([(203.8, 101.6), (246.8, 104.6), (224.5, 130.3), (200.8, 139.0), (244.4, 141.7)])
 
@@ -58,47 +64,40 @@ def free_port():
         return server.getsockname()[1]
 
 
-def torchrun(method, *args):
-    """Run a method's casia_train.py in two processes that split each batch; return the CompletedProcess."""
-    command = [sys.executable, "-m", "torch.distributed.run", *LOCAL, "--nproc-per-node", "2", "casia_train.py",
-               *map(str, args)]
-    return subprocess.run(command, cwd=ROOT / method, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
-                          capture_output=True, timeout=900)
+def torchrun(name, *args, launcher=LOCAL, processes=2, **environment):
+    """Start a script in processes that split each batch; return the Popen, whose stdout holds both streams."""
+    command = [sys.executable, "-m", "torch.distributed.run", *launcher, "--nproc-per-node", processes, ROOT / name]
+    return subprocess.Popen(list(map(str, (*command, *args))), text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+
+
+def checkpoint(folder):
+    """Return the checkpoint of a run."""
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
 
 
 def saved_step(folder):
     """Return the step of a run's checkpoint, 0 if there is none."""
-    import torch
     path = folder / "checkpoint.pt"
-    return torch.load(path, weights_only=True)["step"] if path.exists() else 0
+    return torch.load(path, weights_only=True, mmap=True)["step"] if path.exists() else 0
+
+
+def epochs(folder):
+    """Return what a run has logged after each epoch, a list of dicts."""
+    return [json.loads(line) for line in (folder / "epochs.jsonl").read_text().splitlines()]
 
 
 def perturb(net):
     """Add noise to the vectors of a new network: batch normalization, biases and PReLU. Otherwise, its residual units
     are the identity."""
-    import torch
     with torch.no_grad():
         for parameter in net.parameters():
             if parameter.ndim == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
 
 
-def assert_same_model(one, two):
-    """Assert that the checkpoints in two runs' folders hold the same network and head up to rounding; return both."""
-    import torch
-    one, two = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (one, two))
-    for part in ("weights", "head"):
-        for name, tensor in one[part].items():
-            # Three steps change a bias by 3e-3. If rounding moves a value across the kink of a PReLU, one element may
-            # differ by a hundredth of that, but the root mean square over the tensor hardly changes.
-            difference = two[part][name].double() - tensor.double()
-            assert difference.square().mean().sqrt() < 5e-6 and difference.abs().max() < 5e-5, name
-    return one, two
-
-
 def tensors(value, name=""):
     """Return a dict of all tensors in a nested checkpoint, keyed by their path in it, such as ".weights.fc5.bias"."""
-    import torch
     if isinstance(value, torch.Tensor):
         return {name: value}
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
@@ -108,7 +107,6 @@ def tensors(value, name=""):
 @pytest.fixture(autouse=True)
 def seeded():
     """Seed torch before every test, so that a test draws the same weights and data each time."""
-    import torch
     torch.manual_seed(0)
 
 
@@ -128,27 +126,35 @@ def call(capsys):
 
 
 @pytest.fixture
-def main(call):
-    """Return a function that runs a method's casia_train.py: (exit status, captured output with `out` and `err`)."""
-    def run(method, *args):
-        status, out, err = call(importlib.import_module(f"{method}.casia_train"), *args)
-        return status, SimpleNamespace(out=out, err=err)
+def refusal(call):
+    """Return a function that runs main() of a module, which must end with one sentence, and returns this."""
+    def run(module, *args):
+        status, _, err = call(module, *args)
+        assert status == 2 and "Traceback" not in err, err
+        return err.replace("\r", "\n").strip().splitlines()[-1]
     return run
+
+
+@pytest.fixture
+def main(call):
+    """Return a function that runs a method's casia_train.py: (exit status, stdout, stderr)."""
+    return lambda method, *args: call(importlib.import_module(f"{method}.casia_train"), *args)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Replace faceNet by TinyNet."""
+    for nets in (NETS, sphereFace.net.NETS):
+        monkeypatch.setitem(nets, "faceNet", TinyNet)
 
 
 def run_lfw_eval(capsys, *options):
     """Run main() of cosFace/lfw_eval.py on the CPU in this process; see run_main()."""
-    from cosFace.net import NETS
-    from faces.verification.evaluate import main
-    return run_main(capsys, main, NETS, "CosFace", argv=["--device", "cpu", *map(str, options)])
+    return run_main(capsys, evaluate.main, NETS, "CosFace", argv=["--device", "cpu", *map(str, options)])
 
 
 def write_model(file, seed=0, nan=False, **entries):
     """Write a checkpoint of an untrained faceNet, whose embeddings are not finite if `nan`; return its path."""
-    import torch
-
-    from cosFace.net import faceNet
-    from faces.files import CHECKPOINT
     torch.manual_seed(seed)
     net = faceNet()
     perturb(net)
@@ -162,16 +168,26 @@ def write_model(file, seed=0, nan=False, **entries):
 
 
 @pytest.fixture(scope="session")
-def model(tmp_path_factory):
-    """Return the checkpoint of an untrained faceNet."""
-    return write_model(tmp_path_factory.mktemp("model") / "checkpoint.pt")
+def models(tmp_path_factory):
+    """Return the checkpoints of two untrained networks, 90 MB each."""
+    folder = tmp_path_factory.mktemp("models")
+    return [write_model(folder / name / "checkpoint.pt", seed) for seed, name in enumerate("ab")]
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory):
-    """Return the checkpoints of two untrained networks, and of one with a NaN."""
-    folder = tmp_path_factory.mktemp("models")
-    return [write_model(folder / f"{name}.pt", seed, name == "nan") for seed, name in enumerate(("a", "b", "nan"))]
+def model(models):
+    """Return the checkpoint of an untrained faceNet."""
+    return models[0]
+
+
+class PickledCall:
+    """An object whose pickle calls a function when it is unpickled."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
 
 
 @contextlib.contextmanager
@@ -208,18 +224,35 @@ def write_image(path, image):
     assert cv2.imwrite(str(path), image[..., ::-1])
 
 
+def write_people(root, people, photos, path="P{0}/P{0}_{1:04d}.png", size=150):
+    """Write synthetic photos of people, whose names are given; return the rows of their landmark list, with labels."""
+    rows = []
+    for (label, name), photo in itertools.product(enumerate(people), range(1, photos + 1)):
+        image, points = draw_face(label, photo, size)
+        rows.append((path.format(name, photo), label, points))
+        write_image(root / rows[-1][0], image)
+    return rows
+
+
+def write_lfw(root, size=150):
+    """Write a set in LFW's layout, two photos each of two people and 4 pairs; return the rows of its landmark list."""
+    rows = write_people(root, range(2), 2, size=size)
+    (root / "pairs.txt").write_text("2 1\nP0 1 2\nP0 1 P1 1\nP1 1 2\nP0 2 P1 2\n")
+    return [(name, points) for name, _, points in rows]
+
+
+def encoded_pairs(people):
+    """Return the faces of a .bin set, 112x112, as PNG files, 4 per person: a genuine pair, and an impostor pair with
+    the next person. The first face of each person occurs in both."""
+    faces = [[cv2.imencode(".png", draw_face(p, i, 112)[0])[1].tobytes() for i in (0, 1)] for p in range(people)]
+    return [face for p in range(people) for face in (*faces[p], faces[p][0], faces[(p + 1) % people][0])]
+
+
 @pytest.fixture(scope="session")
 def casia(tmp_path_factory):
     """Return the folder of a miniature CASIA-WebFace: 6 people, 8 photos each, and casia_landmark.txt. It is shared."""
     root = tmp_path_factory.mktemp("casia")
-    rows = []
-    for person in range(6):
-        for photo in range(8):
-            image, points = draw_face(person, photo)
-            name = f"{person + 45:07d}/{photo + 1:03d}.jpg"
-            write_image(root / name, image)
-            rows.append((name, person, points))
-    write_landmarks(root / "casia_landmark.txt", rows)
+    write_landmarks(root / "casia_landmark.txt", write_people(root, range(45, 51), 8, "{0:07d}/{1:03d}.jpg"))
     return root
 
 

@@ -6,8 +6,9 @@ operators.
 
 It uses private functions of PyTorch; `available()` says whether this version has them.
 """
-import collections
 import traceback
+from collections import Counter
+from types import SimpleNamespace
 
 import torch
 from conftest import ROOT
@@ -19,22 +20,16 @@ WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal.def
 COPIES = ("aten._to_copy", "aten.copy_", "aten._copy_from", "aten._pin_memory")
 
 
-class Log:
-    """What happened on the device: operators, Counter of names; waits and float64, lists of (operator, place)."""
-
-    def __init__(self):
-        self.operators, self.waits, self.float64 = collections.Counter(), [], []
-
-
 class PretendedDevice(TorchDispatchMode):
-    """Context in which torch.device("gpu:0") exists; returns a Log."""
+    """Context in which torch.device("gpu:0") exists; returns what happens on it: `operators`, a Counter of names, and
+    `waits` and `float64`, lists of (operator, place)."""
 
-    log = Log()
+    log = None
 
     def __enter__(self):
         register()
         super().__enter__()
-        PretendedDevice.log = Log()
+        PretendedDevice.log = SimpleNamespace(operators=Counter(), waits=[], float64=[])
         return self.log
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):

@@ -1,12 +1,10 @@
 """Tests on an NVIDIA GPU: it computes what the CPU computes, and training, resuming and detection run on it."""
-import json
-
 import numpy as np
 import pytest
 import torch
-from conftest import free_port, options, perturb, write_image
+from conftest import checkpoint, epochs, free_port, options, perturb, write_image
 from skimage import data as skimage_data
-from torch import distributed, nn
+from torch import distributed
 
 from cosFace import casia_train
 from cosFace.net import NETS, faceNet
@@ -24,10 +22,10 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVID
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "float32"])
 def test_training_runs_and_resumes(main, casia, tmp_path, method, precision):
     args = [*options(casia, tmp_path), "--device", "cuda", "--precision", precision]
-    status, output = main(method, *args)
-    assert status == 0 and f"{precision}) on {torch.cuda.get_device_name()}" in output.out
-    status, output = main(method, *args, "--resume", "--epochs", "3")
-    assert status == 0 and "training is complete after 18 steps" in output.out
+    status, out, _ = main(method, *args)
+    assert status == 0 and f"{precision}) on {torch.cuda.get_device_name()}" in out
+    status, out, _ = main(method, *args, "--resume", "--epochs", "3")
+    assert status == 0 and "training is complete after 18 steps" in out
     net, _ = load_net(tmp_path / "run/checkpoint.pt", NETS)
     assert all(weights.isfinite().all() for weights in net.state_dict().values())
 
@@ -45,24 +43,21 @@ class OneOfOne(Processes):
 
 @pytest.mark.parametrize("device, precision", [("cpu", "float32"), *(pytest.param("cuda", p, marks=gpu)
                                                                      for p in ("float32", "bf16", "fp16"))])
-def test_a_group_of_one_process_trains_as_a_process_without_a_group(main, casia, tmp_path, monkeypatch, device,
+def test_a_group_of_one_process_trains_as_a_process_without_a_group(tiny, main, casia, tmp_path, monkeypatch, device,
                                                                     precision):
     """On a GPU, the group is NCCL's: DistributedDataParallel, the loss scale and the sharded head communicate."""
     for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "RANK": 0, "WORLD_SIZE": 1}.items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setitem(NETS, "faceNet", lambda: nn.Sequential(nn.Conv2d(3, 8, 3, 4), nn.BatchNorm2d(8), nn.Flatten(),
-                                                               nn.Linear(8 * 28 * 24, 512), nn.BatchNorm1d(512)))
     args = ["--device", device, "--precision", precision, "--shard-head"]
     assert main("cosFace", *options(casia, tmp_path, "alone"), *args)[0] == 0
     monkeypatch.setattr(casia_train, "Processes", OneOfOne)
     try:
-        status, output = main("cosFace", *options(casia, tmp_path, "group"), *args)
-        assert status == 0 and "on 1 x " in output.out, output.err
+        status, out, err = main("cosFace", *options(casia, tmp_path, "group"), *args)
+        assert status == 0 and "on 1 x " in out, err
     finally:
         if distributed.is_initialized():
             distributed.destroy_process_group()
-    alone, group = ([json.loads(line)["loss"] for line in (tmp_path / name / "epochs.jsonl").read_text().splitlines()]
-                    for name in ("alone", "group"))
+    alone, group = ([epoch["loss"] for epoch in epochs(tmp_path / name)] for name in ("alone", "group"))
     assert alone == pytest.approx(group, rel=1e-5 if device == "cpu" else 0.02)
 
 
@@ -70,10 +65,10 @@ def test_a_group_of_one_process_trains_as_a_process_without_a_group(main, casia,
 def test_three_float32_steps_equal_those_of_the_cpu(main, casia, tmp_path):
     """Biases start at zero, so what they are after three steps is the sum of the updates."""
     def biases(device):
-        status, _ = main("cosFace", *options(casia, tmp_path, device), "--device", device, "--net", "sphere20a",
+        status, *_ = main("cosFace", *options(casia, tmp_path, device), "--device", device, "--net", "sphere20a",
                          "--epochs", "0.5")
         assert status == 0
-        weights = torch.load(tmp_path / device / "checkpoint.pt", weights_only=True)["weights"]
+        weights = checkpoint(tmp_path / device)["weights"]
         return {name: tensor for name, tensor in weights.items() if name.endswith(".bias")}
     cpu, cuda = biases("cpu"), biases("cuda")
     assert len(cpu) == len(cuda) == 5

@@ -6,10 +6,8 @@ import re
 import runpy
 import sys
 
-import cv2
 import pytest
-import skimage.data
-from conftest import ROOT, write_image, write_model
+from conftest import ROOT, write_model
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -55,12 +53,11 @@ def test_the_readme_shows_the_main_commands():
         "cosFace/lfw_eval.py", "sphereFace/lfw_eval.py"]
 
 
-def test_the_readmes_python_example_runs(tmp_path, monkeypatch, capsys):
+def test_the_readmes_python_example_runs(photos, tmp_path, monkeypatch, capsys):
     example = re.search(r"^ {4}from tools.embedder .*\n(?: {4}.*\n)*", (ROOT / "README.md").read_text("utf-8"), re.M)[0]
     write_model(tmp_path / "runs/cosFace/checkpoint.pt")
-    photo = skimage.data.astronaut()[:200, 100:360]
-    write_image(tmp_path / "a.jpg", photo)
-    write_image(tmp_path / "b.jpg", cv2.convertScaleAbs(photo[:, ::-1], alpha=1, beta=25))
+    (tmp_path / "a.jpg").symlink_to(photos / "face.png")
+    (tmp_path / "b.jpg").symlink_to(photos / "brighter.png")
     monkeypatch.chdir(tmp_path)
     exec(re.sub(r"^ {4}", "", example, flags=re.M), {})
     assert -1 <= float(capsys.readouterr().out) <= 1

@@ -1,18 +1,14 @@
 """Lists as people have them: separators, encodings, absolute paths, wrong orders; and whether they fit the photos."""
-import os
-import shutil
 from functools import partial
 
 import numpy as np
 import pytest
 from conftest import write_image
 
-from faces import landmarks
 from faces.align import TEMPLATE
 from faces.data.cache import load_casia
-from faces.data.sources import open_source
 from faces.files import InputError
-from faces.landmarks import found_list, photos_digest, read_labels, read_landmarks, write_landmarks
+from faces.landmarks import read_labels, read_landmarks, write_landmarks
 
 POINTS = " ".join(f"{v:g}" for v in TEMPLATE.ravel())
 
@@ -77,22 +73,6 @@ def test_landmarks_that_do_not_fit_are_refused(casia, tmp_path, change, message)
     write_landmarks(tmp_path / "list.txt", zip(old.paths, old.labels, change(old.points)))
     with pytest.raises(InputError, match=message):
         load_casia(casia, tmp_path / "list.txt", tmp_path / "cache")
-
-
-def test_a_list_of_other_photos_is_not_used(casia, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(landmarks, "CACHE", tmp_path / "cache")
-    root = shutil.copytree(casia, tmp_path / "set")
-    (root / "casia_landmark.txt").unlink()
-    source, listed = open_source(root), read_landmarks(casia / "casia_landmark.txt", True)
-    file = landmarks.default_list(root, "casia_landmark.txt")
-    assert found_list(source, file.name) is None
-    write_landmarks(file, zip(*listed), made_from=photos_digest(source))
-    assert found_list(source, file.name) == file and not capsys.readouterr().out
-    os.utime(root / listed.paths[3], ns=(1, 1))
-    assert found_list(open_source(root), file.name) is None
-    assert f"the photos in {root} have changed" in capsys.readouterr().out
-    write_landmarks(root / file.name, zip(*listed))                        # one's own list is used without a record
-    assert found_list(open_source(root), file.name) == root / file.name
 
 
 def test_forgotten_landmarks_are_one_instruction(tmp_path):

@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from conftest import options, perturb
+from conftest import checkpoint, options, perturb
 from torch.nn import functional as F
 
 import cosFace.casia_train
@@ -94,10 +94,9 @@ def test_three_steps_equal_a_textbook_implementation(method, module, loss, net, 
     monkeypatch.setattr(module.Batches, "__iter__", remember_batches)
     recipe = ["--batch-size", BATCH, "--epochs", STEPS / 6, "--lr", RATE[net], "--weight-decay", DECAY]
     recipe += ["--lambda-min", LAMBDA] if method == "sphereFace" else []
-    status, output = main(method, *options(casia, tmp_path), "--net", net, *recipe)
-    assert status == 0 and len(batches) == STEPS, output
+    assert main(method, *options(casia, tmp_path), "--net", net, *recipe)[0] == 0 and len(batches) == STEPS
     assert len(initial) >= 46 and all(name in initial for name in ("conv1_1.bias", "relu4_3.weight", "centers"))
-    state = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
+    state = checkpoint(tmp_path / "run")
     actual = {**state["weights"], "centers": state["head"]["weight"]}
     for name, expected in textbook_training(method, RATE[net], initial, batches).items():
         # The updates agree up to a few percent, as a root mean square, and rounding.

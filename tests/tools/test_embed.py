@@ -65,10 +65,10 @@ def test_what_can_not_be_embedded_is_named(embedder, photos, wrong, aligned, mes
 
 @pytest.fixture
 def run(model, call, monkeypatch):
-    """Return a function that runs embed.py with parts of three photos: (exit status, stdout, stderr)."""
+    """Return a function that runs embed.py with parts of three photos; see call() in conftest.py."""
     monkeypatch.setattr(embed_tool, "PART", 3)
     monkeypatch.setattr(embed_tool, "__doc__", None)    # as with python -OO
-    return lambda *options: call(embed_tool, "--model", model, "--device", "cpu", "--workers", 0, *options)
+    return lambda *options, run=call: run(embed_tool, "--model", model, "--device", "cpu", "--workers", 0, *options)
 
 
 def test_a_folder_becomes_one_file_and_what_is_skipped_is_listed(run, embedder, photos, tmp_path):
@@ -130,11 +130,11 @@ def test_aligned_faces_and_names_that_are_not_utf8(run, embedder, tmp_path):
     np.testing.assert_allclose(faces["embeddings"][0], embedder(image, aligned=True)[:512], atol=1e-5)
 
 
-def test_mistakes_are_one_sentence_errors(run, photos, tmp_path):
+def test_mistakes_are_one_sentence_errors(run, photos, tmp_path, refusal):
     for photo, output, message in (("missing", "faces.npz", "missing does not exist"),
                                    ("coffee.png", "faces.npz", "no face that can be used"),
                                    ("face.png", "faces.csv", "is not the name of a .npz file")):
-        status, _, err = run(photos / photo, "--output", tmp_path / output)
-        assert status == 2 and message in err and not (tmp_path / output).exists()
-    nan = ("--model", write_model(tmp_path / "nan.pt", nan=True), "--output", tmp_path / "faces.npz")
-    assert "nan.pt is not finite or is zero" in run(photos / "face.png", *nan)[2]
+        assert message in run(photos / photo, "--output", tmp_path / output, run=refusal)
+    nan = "--model", write_model(tmp_path / "nan.pt", nan=True), "--output", tmp_path / "faces.npz"
+    assert "nan.pt is not finite or is zero" in run(photos / "face.png", *nan, run=refusal)
+    assert not list(tmp_path.glob("faces.*"))

@@ -57,9 +57,9 @@ def test_what_is_unknown_is_left_out(model, tmp_path, call, monkeypatch):
     assert load_net(tmp_path / "hub", NETS)[1]["fingerprint"] == load_net(model, NETS)[1]["fingerprint"]
 
 
-def test_mistakes_write_nothing(model, tmp_path, call):
+def test_mistakes_write_nothing(model, tmp_path, refusal):
     write_json(tmp_path / "results.json", FIGURES)
     for output, message in ((tmp_path / "hub", "there are no figures of"), (model.parent, "already exists")):
-        status, _, err = call(export, "--model", model, "--format", "hub", "--output", output, "--results", tmp_path)
-        assert status == 2 and message in err
+        args = "--model", model, "--format", "hub", "--output", output, "--results", tmp_path
+        assert message in refusal(export, *args)
         assert [file.name for file in (*tmp_path.iterdir(), *model.parent.iterdir())] == ["results.json", model.name]

@@ -8,33 +8,21 @@ import signal
 import sys
 from pathlib import Path
 
-import cv2
 import pytest
-from conftest import ROOT, draw_face, write_image
+from conftest import ROOT, draw_face, encoded_pairs, write_lfw, write_people
 
-from faces.align import align
 from faces.landmarks import write_landmarks
 from tools import reproduce
-
-
-def write_bin(file):
-    """Write 20 pairs of 20 aligned faces: for each of 10 people a genuine pair, and an impostor pair with the next."""
-    faces = [[cv2.imencode(".png", align(*draw_face(50 + p, i)))[1].tobytes() for i in (0, 1)] for p in range(10)]
-    images = [image for p in range(10) for image in (*faces[p], faces[p][0], faces[(p + 1) % 10][1])]
-    file.write_bytes(pickle.dumps((images, [True, False] * 10), 2))
-    return file
 
 
 @pytest.fixture
 def photos(tmp_path):
     """Return folders of photos that are not aligned, NAME/NAME_0001.png, like CASIA and like LFW."""
-    for name, people in (("casia", 3), ("lfw", 2)):
-        for person, i in [(person, i) for person in range(people) for i in (1, 2)]:
-            write_image(tmp_path / name / f"P{person}/P{person}_{i:04d}.png", draw_face(person, i)[0])
+    write_people(tmp_path / "casia", range(3), 2)
+    write_lfw(tmp_path / "lfw")
     (tmp_path / "bins").mkdir()
     for name in ("lfw.bin", "cfp_fp.bin", "train.rec"):    # as in faces_webface_112x112
         (tmp_path / "bins" / name).touch()
-    (tmp_path / "lfw/pairs.txt").write_text("2 1\nP0 1 2\nP0 1 P1 1\nP1 1 2\nP0 2 P1 2\n")
     return tmp_path / "casia", tmp_path / "lfw"
 
 
@@ -50,7 +38,8 @@ def test_a_run_that_is_stopped_continues_and_ends_with_the_table(casia, tmp_path
         return 143 if typed == first else end.value.code or 0
     monkeypatch.setattr(reproduce, "run", run)
     first = ["cosFace/casia_train.py", "cosFace/lfw_eval.py", "sphereFace/casia_train.py"]
-    args = ["--casia", casia, "--lfw", write_bin(tmp_path / "test.bin"), "--output", out, "--cache", tmp_path / "cache",
+    (tmp_path / "test.bin").write_bytes(pickle.dumps((encoded_pairs(10), [True, False] * 10), 2))
+    args = ["--casia", casia, "--lfw", tmp_path / "test.bin", "--output", out, "--cache", tmp_path / "cache",
             *"--batch-size 12 --epochs 0.25 --device cpu --precision float32".split()]
     assert call(reproduce, *args)[0] == 143 and typed == first
     assert "| CosFace | faceNet |" in (out / "results.md").read_text()
@@ -112,8 +101,8 @@ def test_landmarks_are_found_only_for_photos_without_a_list(photos, tmp_path, ca
     (["--casia", "nowhere"], "nowhere does not exist"), (["--lfw", "nowhere"], "nowhere does not exist"),
     (["--lfw", "bins"], "bins holds 2 sets; pass one of them, such as "),
     (["--bach-size", "3"], "--bach-size"), (["--margin-warmup", "3"], "--margin-warmup")])
-def test_a_mistake_is_reported_before_anything_runs(options, message, photos, tmp_path, call, monkeypatch):
+def test_a_mistake_is_reported_before_anything_runs(options, message, photos, tmp_path, refusal, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sets = ["--casia", photos[0], "--lfw", photos[1]]
-    status, _, err = call(reproduce, *sets, "--output", tmp_path / "out", "--device", "cpu", *options)
-    assert status == 2 and message in err and not (tmp_path / "out/cosFace").exists()
+    assert message in refusal(reproduce, *sets, "--output", tmp_path / "out", "--device", "cpu", *options)
+    assert not (tmp_path / "out/cosFace").exists()

@@ -38,9 +38,8 @@ def test_lfw_and_casia_are_read(casia, tmp_path):
     assert np.array_equal(lfw.points, train.points)
 
 
-def test_invalid_options_are_refused(casia, model, call):
+def test_invalid_options_are_refused(casia, model, refusal):
     for options, message in ((("--per-identity", 9), "only 0 of 6 people have 9 images or more"),
                              (("--title", "a", "--title", "b"), "--title once per --model"),
                              (("--output", "tsne.gif"), "must end in .png")):
-        status, _, err = call(tsne, "--model", model, "--faces", casia, "--device", "cpu", *options)
-        assert status == 2 and message in err
+        assert message in refusal(tsne, "--model", model, "--faces", casia, "--device", "cpu", *options)

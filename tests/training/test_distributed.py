@@ -1,16 +1,14 @@
 """Several processes: signals, killed processes, restarts, two machines, and uses of torchrun to refuse."""
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
-import tiny_train
 import torch
-from conftest import LOCAL, ROOT, free_port, options, saved_step, tensors
+from conftest import LOCAL, checkpoint, free_port, options, saved_step, tensors, torchrun
+from tiny_train import TinyNet
 
-import cosFace.net
+from cosFace import casia_train
 from faces.files import InputError, TemporaryError
 from faces.training.distributed import Processes, torchrun_device
 
@@ -18,33 +16,29 @@ SETTINGS = ["--batch-size", "4", "--epochs", "8", "--resume", "auto"]    # 96 st
 FOREVER = ["--batch-size", "8", "--epochs", "2000"]
 
 
-def torchrun(*args, launcher=LOCAL, folder=None, processes=2):
-    """Start tiny_train.py under torchrun; return the Popen, whose stderr holds both streams."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **({"PIDS": str(folder)} if folder else {})}
-    command = [sys.executable, "-m", "torch.distributed.run", *launcher, "--nproc-per-node", str(processes),
-               str(ROOT / "tests/training/tiny_train.py")]
-    return subprocess.Popen([*command, *map(str, args)], env=environment, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT)
+def start(*args, **options):
+    """Start tiny_train.py under torchrun."""
+    return torchrun("tests/tiny_train.py", *args, **options)
 
 
-def wait_for(condition, process):
-    """Wait until condition() is true while the process runs."""
+def wait_for_step(step, folder, process):
+    """Wait until a run has saved the checkpoint of a step."""
     deadline = time.monotonic() + 300
-    while not condition():
+    while saved_step(folder) < step:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
         time.sleep(0.05)
 
 
-def model(folder):
-    """Return all tensors of a run's checkpoint."""
-    return tensors(torch.load(folder / "checkpoint.pt", weights_only=True))
+def output_of(run):
+    """Wait for the end of a run; return what it printed."""
+    return run.communicate(timeout=300)[0]
 
 
 def test_sigterm_to_torchrun_saves_every_step_that_was_done(casia, tmp_path):
-    run = torchrun(*options(casia, tmp_path), *FOREVER)
-    wait_for(lambda: saved_step(tmp_path / "run") >= 5, run)
+    run = start(*options(casia, tmp_path), *FOREVER)
+    wait_for_step(5, tmp_path / "run", run)
     run.terminate()
-    output, _ = run.communicate(timeout=120)
+    output = output_of(run)
     assert "stopped after" in output and "continue with --resume" in output, output
     stopped = int(output.split("stopped after ")[1].split(" ")[0].replace(",", ""))
     assert saved_step(tmp_path / "run") == stopped and run.returncode != 0
@@ -52,21 +46,18 @@ def test_sigterm_to_torchrun_saves_every_step_that_was_done(casia, tmp_path):
 
 def assert_equals_undisturbed(casia, tmp_path, head, folder):
     """Assert that a run ended with exactly the model of a run of two processes that nothing disturbed."""
-    run = torchrun(*options(casia, tmp_path, "undisturbed"), *SETTINGS, *head)
-    output, _ = run.communicate(timeout=300)    # wait() would not end once the pipe is full
-    assert run.returncode == 0, output
-    expected, actual = model(tmp_path / "undisturbed"), model(folder)
+    run = start(*options(casia, tmp_path, "undisturbed"), *SETTINGS, *head)
+    assert "training is complete" in output_of(run) and run.returncode == 0
+    expected, actual = tensors(checkpoint(tmp_path / "undisturbed")), tensors(checkpoint(folder))
     assert not [name for name in expected if not torch.equal(actual[name], expected[name])]
 
 
 def test_a_killed_process_is_restarted_and_the_result_is_the_same(casia, tmp_path):
     """With --max-restarts and --resume auto, torchrun survives the loss of a process."""
-    run = torchrun(*options(casia, tmp_path), *SETTINGS, launcher=(*LOCAL, "--max-restarts", "2"),
-                   folder=tmp_path)
-    wait_for(lambda: saved_step(tmp_path / "run") >= 5, run)
+    run = start(*options(casia, tmp_path), *SETTINGS, launcher=(*LOCAL, "--max-restarts", "2"), PIDS=str(tmp_path))
+    wait_for_step(5, tmp_path / "run", run)
     os.kill(int((tmp_path / "1").read_text()), signal.SIGKILL)
-    output, _ = run.communicate(timeout=300)
-    assert run.returncode == 0 and "resumed" in output, output
+    assert "resumed" in output_of(run) and run.returncode == 0
     assert_equals_undisturbed(casia, tmp_path, [], tmp_path / "run")
 
 
@@ -75,15 +66,14 @@ def start_machines(casia, tmp_path, *options_of_each):
     port, machines = free_port(), []
     for rank, extra in enumerate(options_of_each):
         launcher = ("--nnodes", "2", "--node-rank", rank, "--master-addr", "localhost", "--master-port", port)
-        machines.append(torchrun(*options(casia, tmp_path / f"machine{rank}"), *SETTINGS, *extra, folder=tmp_path,
-                                 launcher=map(str, launcher), processes=1))
+        machines.append(start(*options(casia, tmp_path / f"machine{rank}"), *SETTINGS, *extra, PIDS=str(tmp_path),
+                              launcher=launcher, processes=1))
     return machines
 
 
 def test_machines_with_different_options_are_refused(casia, tmp_path):
     """Otherwise, some would wait for each other forever, because options decide which tensors are exchanged."""
-    machines = start_machines(casia, tmp_path, [], ["--sample-centers", "0.5"])
-    outputs = [machine.communicate(timeout=300)[0] for machine in machines]
+    outputs = list(map(output_of, start_machines(casia, tmp_path, [], ["--sample-centers", "0.5"])))
     assert "process 1 has sample-centers 0.5, unlike rank 0" in outputs[1], outputs
 
 
@@ -91,15 +81,14 @@ def test_two_machines_without_a_shared_disk(casia, tmp_path):
     """Each has a cache and an output folder of its own; one is lost, and the other finishes the run alone."""
     head = ["--shard-head"]
     machines = start_machines(casia, tmp_path, head, head)
-    wait_for(lambda: saved_step(tmp_path / "machine0/run") >= 4, machines[0])
+    wait_for_step(4, tmp_path / "machine0/run", machines[0])
     os.kill(int((tmp_path / "1").read_text()), signal.SIGKILL)
-    outputs = [machine.communicate(timeout=300)[0] for machine in machines]
+    outputs = list(map(output_of, machines))
     assert all("aligning 48 faces" in output for output in outputs), outputs
     assert "process 0 lost the connection to another process" in outputs[0], outputs[0]
     assert not (tmp_path / "machine1/run").exists()
-    last = torchrun(*options(casia, tmp_path / "machine0"), *SETTINGS, *head)
-    output, _ = last.communicate(timeout=300)
-    assert last.returncode == 0 and "resumed" in output, output
+    last = start(*options(casia, tmp_path / "machine0"), *SETTINGS, *head)
+    assert "resumed" in output_of(last) and last.returncode == 0
     assert_equals_undisturbed(casia, tmp_path, head, tmp_path / "machine0/run")
 
 
@@ -116,7 +105,7 @@ def test_devices_that_torchrun_can_not_use_are_refused(monkeypatch, device, gpus
 def test_a_device_that_one_machine_lacks_ends_all_machines(casia, tmp_path):
     """Otherwise, the others would wait for half an hour, in silence."""
     for machine in start_machines(casia, tmp_path, [], ["--device", "gpu99"]):
-        output, _ = machine.communicate(timeout=300)
+        output = output_of(machine)
         assert "tiny_train.py: process 1 can't start: --device gpu99 is not available here" in output, output
         assert "exitcode  : 2" in output, output
     assert not (tmp_path / "machine0/run").exists()
@@ -149,10 +138,9 @@ def test_only_a_lost_connection_asks_to_try_again(message):
             raise RuntimeError(message)
 
 
-def test_out_of_memory_is_one_sentence_with_advice(main, casia, tmp_path, monkeypatch):
+def test_out_of_memory_is_one_sentence_with_advice(tiny, refusal, casia, tmp_path, monkeypatch):
     def forward(net, x):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-    monkeypatch.setitem(cosFace.net.NETS, "faceNet", tiny_train.TinyNet)
-    monkeypatch.setattr(tiny_train.TinyNet, "forward", forward)
-    status, output = main("cosFace", *options(casia, tmp_path))
-    assert status == 2 and "cpu is out of memory; a device has 8 faces at a time; try --accumulate" in output.err
+    monkeypatch.setattr(TinyNet, "forward", forward)
+    message = "cpu is out of memory; a device has 8 faces at a time; try --accumulate"
+    assert message in refusal(casia_train, *options(casia, tmp_path))

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import epochs
 
 from faces.files import progress_bar
 from faces.images import read_image
@@ -40,8 +41,8 @@ def test_a_resumed_run_logs_every_step_once(tmp_path):
     train(tmp_path, 0, 45, lfw=0.9)
     time.sleep(1 - time.time() % 1)    # TensorBoard sorts its files by name, which starts with the second
     train(tmp_path, 30, 30, lfw=0.95)
-    epochs = [json.loads(line) for line in (tmp_path / "epochs.jsonl").read_text().splitlines()]
-    assert [(line["step"], line["loss"], line["lfw"]) for line in epochs] == [(30, 15.5, 0.9), (60, 45.5, 0.95)]
+    logged = [(epoch["step"], epoch["loss"], epoch["lfw"]) for epoch in epochs(tmp_path)]
+    assert logged == [(30, 15.5, 0.9), (60, 45.5, 0.95)]
 
     logged = scalars(tmp_path)
     assert [step for step, _ in logged["loss"]] == [EVERY, 30, 50, 60]          # no step is logged twice

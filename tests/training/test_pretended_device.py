@@ -4,12 +4,9 @@ import pretended_device
 import pytest
 import skimage.data
 import torch
-from conftest import options, tensors
+from conftest import checkpoint, options, tensors
 from pretended_device import PretendedDevice
-from torch import nn
 
-import cosFace.net
-import sphereFace.net
 from cosFace.net import faceNet
 from faces.cpu import kernels
 from faces.training.distributed import Processes
@@ -23,25 +20,18 @@ RUNS = {"CosFace": ("cosFace", []), "SphereFace": ("sphereFace", []),
         "sharded": ("cosFace", ["--shard-head"]), "sampled": ("cosFace", ["--sample-centers", "0.5"])}
 
 
-class SmallNet(nn.Sequential):
-    """A network with the kinds of layers that faceNet has, which takes milliseconds per step."""
-
-    def __init__(self):
-        super().__init__(nn.Conv2d(3, 8, 3, 4), nn.BatchNorm2d(8), nn.PReLU(8), nn.AdaptiveAvgPool2d(4), nn.Flatten(),
-                         nn.Linear(128, 512), nn.BatchNorm1d(512))
-
-
 @pytest.fixture(autouse=True)
-def simplified(monkeypatch):
+def simplified(tiny, monkeypatch):
     """Train a small network, and let the CPU compute with PyTorch's own kernels, as the pretended device does."""
-    for method in (cosFace.net, sphereFace.net):
-        monkeypatch.setitem(method.NETS, "faceNet", SmallNet)
     monkeypatch.setattr(kernels, "available", lambda: False)
 
 
-def model(folder):
-    """Return all tensors of a run's checkpoint, which must load without a GPU."""
-    return tensors(torch.load(folder / "checkpoint.pt", weights_only=True))
+def assert_close(actual, expected):
+    """Assert that the checkpoints in two runs' folders hold the same tensors up to rounding."""
+    actual, expected = tensors(checkpoint(actual)), tensors(checkpoint(expected))
+    assert expected.keys() == actual.keys()
+    for key, tensor in expected.items():
+        torch.testing.assert_close(actual[key], tensor, atol=1e-6, rtol=1e-4, msg=key)
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -62,30 +52,16 @@ def test_training_equals_the_cpu_and_ordinary_steps_do_not_wait(name, main, casi
     assert len(waits) == 5 and waits[0] and not any(waits[1:4])
     assert len(waits[4]) == 1 and "log.py" in waits[4][0][1]    # the last step reads the loss of all steps
     assert log.operators["aten.convolution_backward.default"] == 5 and not log.float64
-    expected, actual = model(tmp_path / "cpu"), model(tmp_path / "gpu")
-    assert expected.keys() == actual.keys()
-    for key, tensor in expected.items():
-        torch.testing.assert_close(actual[key], tensor, atol=1e-6, rtol=1e-4, msg=key)
+    assert_close(tmp_path / "gpu", tmp_path / "cpu")
 
 
 def test_a_run_moves_between_devices(main, casia, tmp_path):
-    args = [*options(casia, tmp_path), "--resume", "auto"]
-    assert main("cosFace", *options(casia, tmp_path, "cpu"))[0] == 0
-    with PretendedDevice(), pytest.MonkeyPatch.context() as patch:
-        should_stop = Processes.should_stop
-        patch.setattr(Processes, "should_stop", lambda run: should_stop(run) or stop_at(run, 5))
-        assert main("cosFace", *args, "--device", "gpu:0")[0] == 143
-    assert main("cosFace", *args)[0] == 0
-    expected, actual = model(tmp_path / "cpu"), model(tmp_path / "run")
-    for key, tensor in expected.items():
-        torch.testing.assert_close(actual[key], tensor, atol=1e-6, rtol=1e-4, msg=key)
-
-
-def stop_at(run, step):
-    """Pretend that the run is asked to stop after this many steps."""
-    run.steps_done = getattr(run, "steps_done", 0) + 1
-    run.signal = 15 if run.steps_done == step else 0
-    return bool(run.signal)
+    for name, device in (("cpu", "cpu"), ("moved", "gpu:0")):
+        args = options(casia, tmp_path, name)
+        with PretendedDevice():
+            assert main("cosFace", *args, "--epochs", "0.84", "--device", device)[0] == 0
+        assert main("cosFace", *args, "--resume")[0] == 0
+    assert_close(tmp_path / "moved", tmp_path / "cpu")
 
 
 def test_embeddings_equal_those_of_the_cpu():

@@ -4,10 +4,9 @@ import pickle
 import struct
 import tracemalloc
 
-import cv2
 import numpy as np
 import pytest
-from conftest import draw_face
+from conftest import PickledCall, encoded_pairs
 
 from faces.files import InputError
 from faces.images import read_image
@@ -21,13 +20,7 @@ SAME = [True, False] * PEOPLE   # 24 pairs, which can't be divided into ten equa
 
 @pytest.fixture(scope="module")
 def images():
-    """Return the 48 encoded faces of 24 pairs: a genuine pair of each person, and an impostor pair with the next one.
-
-    The first face of each person occurs in both.
-    """
-    faces = [[cv2.imencode(".png", draw_face(p, i, 112)[0])[1].tobytes() for i in (0, 1)] for p in range(PEOPLE)]
-    pairs = [(faces[p][0], faces[(p + i) % PEOPLE][1 - i]) for p in range(PEOPLE) for i in (0, 1)]
-    return [image for pair in pairs for image in pair]
+    return encoded_pairs(PEOPLE)
 
 
 def python2_pickle(images, same):
@@ -85,16 +78,6 @@ def test_pairs_folds_and_identities_of_a_set(tmp_path, images):
     loaded = load_lfw(path)
     assert loaded.faces.shape == (2 * PEOPLE, 112, 96, 3) and "lfw.bin" in loaded.landmarks
     np.testing.assert_array_equal(loaded.faces[loaded.pairs.pairs[7, 1]], read_image(images[15])[:, 8:-8])
-
-
-class PickledCall:
-    """An object whose pickle calls a function when it is unpickled."""
-
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
-
-    def __reduce__(self):
-        return self.call
 
 
 @pytest.mark.parametrize("protocol", (0, 2, 5))

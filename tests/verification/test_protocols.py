@@ -1,12 +1,11 @@
 """lfw_eval.py on a small set: its protocols, options and outputs; view 1 of LFW; contact sheets; several models."""
-import itertools
 import json
 import re
 import shutil
 
 import numpy as np
 import pytest
-from conftest import draw_face, run_lfw_eval, script, write_image
+from conftest import draw_face, run_lfw_eval, script, write_image, write_model, write_people
 
 from faces.files import InputError
 from faces.images import read_image
@@ -25,8 +24,7 @@ LFWACC = re.compile(r"LFWACC=(\d\.\d{4}) std=(\d\.\d{4}) thd=(-?\d\.\d{4})")
 def lfw(tmp_path_factory):
     """Return a folder of aligned faces, three each of six people, with the pairs files of both views."""
     root = tmp_path_factory.mktemp("lfw")
-    for person, photo in itertools.product(range(PEOPLE), range(1, PHOTOS + 1)):
-        write_image(root / f"P{person}" / f"P{person}_{photo:04d}.png", draw_face(person, photo, 112)[0])
+    write_people(root, range(PEOPLE), PHOTOS, size=112)
     lines = [line for k in range(3) for line in GENUINE[4 * k:4 * k + 4] + IMPOSTOR[4 * k:4 * k + 4]]
     (root / "pairs.txt").write_text("\n".join(["3\t4", *lines]))
     (root / "pairsDevTrain.txt").write_text("\n".join(["8", *GENUINE[:8], *IMPOSTOR[:8]]))
@@ -104,13 +102,13 @@ def test_the_command_works_in_its_own_folder(lfw, models, tmp_path, folder, opti
 
 
 def test_two_models_with_every_protocol(lfw, models, tmp_path, capsys):
-    status, out, err = run_lfw_eval(capsys, "--model", models[0], "--model", models[1], "--title", "my", "--title",
-                                    "my", "--lfw", lfw, "--aligned", "--flip", "none", "--protocol", "folds", "tar",
+    status, out, err = run_lfw_eval(capsys, "--model", models[0], "--model", models[1], "--title", "a/b", "--title",
+                                    "a/b", "--lfw", lfw, "--aligned", "--flip", "none", "--protocol", "folds", "tar",
                                     "identification", "--far", 1e-3, 0.25, "--resamples", 200, "--output", tmp_path)
     assert status == 0, err
     results = json.loads((tmp_path / "results.json").read_text())
     for i, result in enumerate(results["results"]):
-        folder = tmp_path / f"{i + 1}-my"    # equal titles get a number
+        folder = tmp_path / f"{i + 1}-a-b"    # equal titles get a number
         assert json.loads((folder / "results.json").read_text()) == result
         assert result["settings"]["model"] == str(models[i]) and f"LFWACC={result['accuracy']:.4f} std=" in out
         low, high = result["interval_95"]
@@ -126,7 +124,7 @@ def test_two_models_with_every_protocol(lfw, models, tmp_path, capsys):
     comparison, = results["comparison"]
     first, second = (result["accuracy"] for result in results["results"])
     assert comparison["difference"] == pytest.approx(second - first)
-    assert f"2: my minus 1: my, {lfw.name}: accuracy {comparison['difference']:+.4f}, 95 % interval " in out
+    assert f"2: a/b minus 1: a/b, {lfw.name}: accuracy {comparison['difference']:+.4f}, 95 % interval " in out
     low, high = comparison["interval_95"]
     assert low <= comparison["difference"] <= high
     assert (tmp_path / "roc.png").exists() and (tmp_path / "cmc.png").exists()
@@ -163,8 +161,10 @@ def test_a_single_protocol_on_view_1(lfw, models, capsys):
     (("--output", __file__), "can't write"), (("--model", "missing.pt"), "missing.pt: No such file"),
     (("--model", __file__), "is damaged or not a file of tensors"), (("--model", "nan.pt"), "are not finite"),
     (("--save-threshold", "--flip", "none"), "leave out --flip")])
-def test_mistakes_are_one_sentence_errors(lfw, models, capsys, monkeypatch, options, message):
-    monkeypatch.chdir(models[0].parent)
-    model = () if "--model" in options else ("--model", models[0])
-    status, _, err = run_lfw_eval(capsys, *model, "--lfw", lfw, "--aligned", *options)
+def test_mistakes_are_one_sentence_errors(lfw, model, tmp_path, capsys, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    if "nan.pt" in options:
+        write_model(tmp_path / "nan.pt", nan=True)
+    args = options if "--model" in options else ("--model", model, *options)
+    status, _, err = run_lfw_eval(capsys, "--lfw", lfw, "--aligned", *args)
     assert status == 2 and re.search(rf"\S+: .*{message}", err) and "Traceback" not in err

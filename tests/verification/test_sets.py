@@ -9,7 +9,7 @@ import re
 import cv2
 import numpy as np
 import pytest
-from conftest import draw_face, run_lfw_eval, write_image
+from conftest import run_lfw_eval, write_image, write_people
 
 from faces.files import InputError
 from faces.images import read_image
@@ -23,10 +23,9 @@ PEOPLE, PHOTOS = 7, 3
 def sets(tmp_path_factory):
     """Return a folder with the same faces and pairs as LFW's layout, as a list, and as .bin files, one compressed."""
     root = tmp_path_factory.mktemp("sets")
+    write_people(root / "images", range(PEOPLE), PHOTOS, "m.{0}/m.{0}_{1:04d}.png", 112)    # dots, as VGGFace has
     lines = []
     for person in range(PEOPLE):
-        for photo in range(1, PHOTOS + 1):
-            write_image(root / f"images/m.{person}/m.{person}_{photo:04d}.png", draw_face(person, photo, 112)[0])
         other = (person + 1) % PEOPLE
         lines += [f"m.{person}\t{i}\t{j}" for i, j in itertools.combinations(range(1, PHOTOS + 1), 2)]
         lines += [f"m.{person}\t{i}\tm.{other}\t{i}" for i in range(1, PHOTOS + 1)]
@@ -56,11 +55,9 @@ def test_the_same_faces_give_the_same_figures_in_every_layout(sets, models, tmp_
         same = results[title, "images"]
         assert (result["accuracy"], result["counts"]) == (same["accuracy"], same["counts"])
         assert result["auc"] == pytest.approx(same["auc"], abs=1e-6)
-        assert f"\n{name:<16}{title:<16}" in out
         assert result == json.loads((tmp_path / name / title / "results.json").read_text())
     for title, row in zip("ab", stored["means"]):
         assert row["accuracy"] == pytest.approx(np.mean([results[title, name]["accuracy"] for name in names]))
-        assert f"\nmean            {title:<16}" in out
         assert row["interval_95"][0] <= row["accuracy"] <= row["interval_95"][1]
     for row, name in zip(stored["comparison"], [*names, "mean"], strict=True):
         expected = [mean["accuracy"] if name == "mean" else results[mean["title"], name]["accuracy"]
