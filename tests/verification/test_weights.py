@@ -219,8 +219,12 @@ def test_unreadable_and_malicious_files_are_one_sentence_errors(tmp_path):
     assert not (tmp_path / "created").exists()
 
 
-def test_networks_are_made_on_the_cpu_whatever_the_default_is(tmp_path):
+def test_networks_are_made_in_float32_on_the_cpu_whatever_the_defaults_are(tmp_path):
     torch.save(small_state_dict(sphere20a), tmp_path / "net.pth")
-    with torch.device("meta"):
-        net, _ = load_net(tmp_path / "net.pth", NETS)
-    assert {value.device.type for value in net.parameters()} == {"cpu"}
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            net, _ = load_net(tmp_path / "net.pth", NETS)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {(value.dtype, value.device.type) for value in net.parameters()} == {(torch.float32, "cpu")}
