@@ -24,29 +24,14 @@ from sphereFace.net import psi
 from tools.compare import read_scores
 
 HERE = Path(__file__).resolve().parent
-# Each loss is for one face x of class y. SphereFace is equation 7 of its paper with the annealing of the authors'
-# release, where t is the step. CosFace is equation 4 of its paper.
-SPHEREFACE = (
-    r"$L=-\log\;\dfrac{e^{\Vert x\Vert\,\psi(\theta_y)}}"
-    r"{e^{\Vert x\Vert\,\psi(\theta_y)}+\sum_{j\neq y}e^{\Vert x\Vert\,\cos\,\theta_j}}$",
-    r"$\psi(\theta)=(-1)^k\,\cos\,m\theta-2k\quad\mathrm{for}\;\;\theta\in[\,k\pi/m,\;(k+1)\,\pi/m\,],"
-    r"\;\;k=0,\,\ldots,\,m-1$",
-    r"$\psi_\lambda(\theta)=\dfrac{\lambda\,\cos\,\theta+\psi(\theta)}{1+\lambda},\quad"
-    r"\lambda=\max\left(5,\;\dfrac{1000}{1+0.12\,t}\right)$")
-COSFACE = (
-    r"$L=-\log\;\dfrac{e^{s\,(\cos\,\theta_y-m)}}{e^{s\,(\cos\,\theta_y-m)}+\sum_{j\neq y}e^{s\,\cos\,\theta_j}}$",
-    r"$s=64,\quad m=0.35$",
-    r"$\mathrm{both:}\;\;\cos\,\theta_j=\dfrac{W_j\cdot x}{\Vert W_j\Vert\,\Vert x\Vert}$")
 
 
 def margins(folder=HERE):
-    """Draw both losses, and the target logit as a function of the angle: psi, annealed psi, and cos(theta) - m."""
+    """Draw the target logit as a function of the angle: psi, annealed psi, and cos(theta) - m."""
     theta = np.linspace(0, np.pi, 721)
     cosine = torch.tensor(np.cos(theta))
     annealed = {lam: ((lam * cosine + psi(cosine, 4)) / (1 + lam)).numpy() for lam in (1000, 20, 5, 0)}
-    figure = plots.Figure((10, 6.1), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    figure.get_layout_engine().set(rect=(0, 0, 1, 0.6))                # the formulas need the upper 40 % of the figure
+    figure, (left, middle, right) = plots.new_figure((10, 3.7), 3)
     _curves(left, theta, r"SphereFace: $\psi(\theta)$", {f"m = {m}": psi(cosine, m).numpy() for m in (1, 2, 3, 4)})
     _curves(middle, theta, r"SphereFace during training, m = 4: $\psi_\lambda(\theta)$",
             {rf"$\lambda$ = {lam}": logit for lam, logit in annealed.items()})
@@ -55,8 +40,6 @@ def margins(folder=HERE):
     right.plot(np.degrees(theta), annealed[5], color="black", linewidth=1, label=r"$\psi_\lambda$, $\lambda$ = 5")
     right.legend(frameon=False, fontsize=9)
     left.set_ylabel(r"target logit / $\Vert x\Vert$ or $s$")
-    _formulas(figure, 0.01, "SphereFace (A-Softmax)", SPHEREFACE)
-    _formulas(figure, 0.66, "CosFace", COSFACE)
     plots.save(figure, folder / "margins.png")
 
 
@@ -120,14 +103,7 @@ def _curves(axes, theta, title, curves):
         axes.plot(np.degrees(theta), values, style, color=color, label=name, linewidth=2)
     axes.set(title=title, xlabel=r"angle $\theta$ to the target center (degrees)", xticks=range(0, 181, 45))
     axes.title.set_fontsize(10)
-    axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=9)
-
-
-def _formulas(figure, x, title, lines):
-    figure.text(x, 0.972, title, fontsize=12, fontweight="bold", va="center")
-    for y, line, size in zip((0.87, 0.755, 0.665), lines, (16, 13, 13)):
-        figure.text(x, y, line, fontsize=size, math_fontfamily="stix", va="center")
 
 
 @command
