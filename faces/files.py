@@ -1,6 +1,7 @@
 """Paths, atomic writes, locks, and mistakes of the user as one sentence."""
 import argparse
 import contextlib
+import errno
 import functools
 import json
 import os
@@ -191,8 +192,8 @@ def atomic_write(file, mode: str = "wb", **kwargs):
             temporary.unlink(missing_ok=True)
             raise
     except OSError as error:
-        raise InputError(f"can't write {file}: {error.strerror or error}; free some space or choose another "
-                         "place.") from None
+        free = "free some space or " if error.errno == errno.ENOSPC else ""
+        raise InputError(f"can't write {file}: {error.strerror or error}; {free}choose another place.") from None
 
 
 def write_json(file, value):
@@ -274,6 +275,8 @@ def check_writable(folder, option: str = "--output"):
 def progress_bar(*args, disable: bool = False, **options) -> tqdm:
     """Return tqdm(*args, **options) on stderr; where that is a file, as in batch jobs, it is updated every 30 s."""
     terminal = getattr(sys.stderr, "isatty", bool)()    # bool() is false: without a console, there is no isatty
+    if not terminal and not options.get("leave", True):    # a bar that is cleared leaves a line of spaces in a file
+        options |= {"leave": True, "delay": 30}
     return tqdm(*args, disable=disable or sys.stderr is None, dynamic_ncols=True, miniters=1,
                 mininterval=0.1 if terminal else 30, **options)
 

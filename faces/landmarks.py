@@ -129,7 +129,8 @@ def _read(path, root, labeled, numbers):
             paths.append(relative(text))
         except (ValueError, IndexError):
             expected = ", ".join(["a path", *["a label from 0"] * labeled, *["ten finite numbers"] * (numbers > 0)])
-            raise InputError(f"{path}, line {number}: expected {expected}; correct the line.") from None
+            raise InputError(f"{path}, line {number}: expected {expected}, not {line.strip()[:80]!r}; correct the "
+                             "line.") from None
         except InputError as error:
             raise InputError(f"{path}, line {number}: {error}") from None
         labels.append(label)

@@ -229,6 +229,7 @@ def main(argv=None):
     add_detector_options(parser)
     args = parser.parse_args(argv)
     photos = list_photos(args.photos)
+    files.check_writable(args.output)
     detector, names = make_detector(args), output_names(photos)
     overwritten = {Path(p).resolve() for p in photos} & {(args.output / name).resolve() for name in names}
     if overwritten:

@@ -79,8 +79,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.sample_centers and args.accumulate > 1:
         parser.error("--sample-centers can't be combined with --accumulate, as each part would draw its own centers")
     args.margin = args.margin or {"sphereface": 4, "sphereface-r": 1.5}[args.loss]
-    if args.loss == "sphereface" and (args.margin % 1 or args.scale):
-        parser.error("--margin must be 1, 2, 3, 4 or 5, and --scale left out; they are for --loss sphereface-r")
+    if (args.margin % 1 or args.scale) if args.loss == "sphereface" else args.lambda_min != 5:
+        parser.error("--loss sphereface takes a whole --margin and no --scale, and sphereface-r no --lambda-min")
     checkpoints = Checkpoints(run, args.output, args.resume, args.checkpoint_minutes)
     with checkpoints, run.explained(f"a device has {part} faces at a time; try --accumulate or a smaller --batch-size"):
         return train(args, run, part, checkpoints)

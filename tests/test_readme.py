@@ -55,7 +55,7 @@ def test_the_readme_shows_the_main_commands():
 
 def test_the_readmes_python_example_runs(photos, tmp_path, monkeypatch, capsys):
     example = re.search(r"^ {4}from tools.embedder .*\n(?: {4}.*\n)*", (ROOT / "README.md").read_text("utf-8"), re.M)[0]
-    write_model(tmp_path / "runs/cosFace/checkpoint.pt")
+    write_model(tmp_path / "demo/model/checkpoint.pt")
     (tmp_path / "a.jpg").symlink_to(photos / "face.png")
     (tmp_path / "b.jpg").symlink_to(photos / "brighter.png")
     monkeypatch.chdir(tmp_path)

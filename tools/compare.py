@@ -79,8 +79,8 @@ def report(args, result: Comparison, threshold: Threshold | None, scores: tuple 
             print(f"{photo}: {count} faces detected; using the one selected by --select {args.select}")
     print(f"similarity {result.similarity:.4f}")
     if threshold is None:
-        print(f"no verdict without a threshold; run `lfw_eval.py --model {args.model} --lfw DIR --save-threshold` "
-              "once, which saves one beside the model")
+        print(f"no threshold, so no verdict; run `lfw_eval.py --model {args.model} --lfw DIR --save-threshold` once, "
+              "which saves one beside the model")
         return
     verdict, sign = ("same person", ">") if result.similarity > threshold.value else ("different people", "<=")
     print(f"{verdict}: {result.similarity:.4f} {sign} threshold {threshold.value:.4f}")

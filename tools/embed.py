@@ -4,7 +4,7 @@
 
 The file holds one row per photo, or per face with --all-faces:
 
-    names        path of the photo: as it was given, or below the folder that was given
+    names        path of the photo: as it was given, or the folder that was given and the path in it
     embeddings   float32 (N, 1024), or (N, 512) with --flip none or sum; not normalized
     boxes, scores, landmarks    float32 (N, 4), (N,), (N, 5, 2), in pixels of the photo
     chosen, faces               int64 (N,): which of how many detected faces it is, by decreasing score from 0

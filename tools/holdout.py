@@ -58,7 +58,7 @@ def hold_out(args):
     """Choose people and pairs, write both files, and print what is in them."""
     pairs_file, list_file = args.output / "heldout.bin", args.output / "train.txt"
     if list_file.exists():    # models may have been trained on it
-        raise InputError(f"{list_file} exists already; choose another --output, or remove it.")
+        raise InputError(f"{list_file} already exists; choose another --output, or delete it.")
     listing = list_casia(args.casia, args.landmarks, args.list)
     if isinstance(listing.source, Records):
         raise InputError(f"no people of {args.casia} can be held out, because a RecordIO set takes no list; extract "

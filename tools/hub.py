@@ -13,7 +13,7 @@ from faces.verification.threshold import load_threshold, save_threshold
 from faces.verification.weights import model_file
 from tools.reproduce import METHODS
 
-PAPERS = {"CosFace": " (arXiv:1801.09414)", "SphereFace": " (arXiv:1704.08063)", "SphereFace-R": " (arXiv:2109.05565)"}
+PAPERS = {"CosFace": " (arXiv:1801.09414)", "SphereFace": " (arXiv:1704.08063)", "SphereFaceR": " (arXiv:2109.05565)"}
 CARD = """---
 library_name: pytorch
 pipeline_tag: image-feature-extraction

@@ -40,7 +40,7 @@ def list_casia(root, landmarks=None, label_list=None) -> TrainingList:
     are closed. Raises InputError if the set or a list is missing or malformed, is LFW, or has fewer than two people.
     """
     if landmarks is not None and label_list is not None:
-        raise InputError(f"{landmarks} and {label_list} can't be combined; pass only one of --landmarks and --list.")
+        raise InputError(f"--landmarks {landmarks} and --list {label_list} can't be combined; pass only one of them.")
     source, file = open_source(root), label_list or landmarks
     if isinstance(source, Records):
         if file is not None:

@@ -108,8 +108,9 @@ class Checkpoints(contextlib.AbstractContextManager):
                              "--init.")
         old = state["settings"]
         other = [name for name in settings if name not in MAY_DIFFER and old.get(name) != settings[name]]
-        if unlike := [f"--{name.replace('_', '-')} {old.get(name)}" for name in other if name not in SCHEDULE]:
-            raise InputError(f"{self.path} was trained with {', '.join(unlike)}; resume with the same settings.")
+        if unlike := [f"without --{name.replace('_', '-')}" if old.get(name) is None else
+                      f"with --{name.replace('_', '-')} {old[name]}" for name in other if name not in SCHEDULE]:
+            raise InputError(f"{self.path} was trained {', '.join(unlike)}; resume with the same settings.")
         if state["step"] > steps:
             raise InputError(f"{self.path} is at step {state['step']:,}, beyond the {steps:,} steps of this schedule; "
                              "pass more --epochs.")

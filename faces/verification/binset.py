@@ -1,8 +1,8 @@
 """InsightFace's verification sets (lfw.bin, agedb_30.bin, cfp_fp.bin, calfw.bin, cplfw.bin): their pairs and images.
 
 Such a file is a pickle of (images, issame): 2 P encoded images of faces aligned to 112x112, as bytes or one-dimensional
-numpy arrays, and P booleans. Images 2i and 2i + 1 are pair i, and the pairs form ten folds in their order. It may be
-compressed with xz.
+numpy arrays, and P booleans. Images 2i and 2i + 1 are pair i, and the pairs form ten folds, see ten_folds() in
+pairs.py. It may be compressed with xz.
 """
 import io
 import lzma
@@ -61,7 +61,7 @@ def read_bin(file) -> tuple[Pairs, Images]:
         rows = np.array([index.setdefault(_bytes(image), len(index)) for image in images])
     _, places = np.unique(rows, return_index=True)
     pairs, paths = rows.reshape(-1, 2), [f"{file.name}#{place}" for place in places]
-    return (Pairs(paths, pairs, same, ten_folds(len(same)), linked(len(index), pairs[same]), None),
+    return (Pairs(paths, pairs, same, ten_folds(same), linked(len(index), pairs[same]), None, str(file)),
             Images(file, dict(zip(paths, index))))
 
 

@@ -53,7 +53,7 @@ def main(nets: dict, method: str, find_landmarks=None, argv: list[str] | None = 
     models = [load_net(file, nets, args.net, args.channels) for file in args.model]
     for file, (_, loaded) in zip(args.model, models):
         if args.save_threshold:
-            check_writable(threshold_path(file).parent, "--model")
+            check_writable(threshold_path(file).parent, "--model, or leave out --save-threshold")
         announce(file, loaded)
         loaded["method"] = loaded["method"] or method
     titles = args.title or model_titles(args.model)
@@ -61,10 +61,12 @@ def main(nets: dict, method: str, find_landmarks=None, argv: list[str] | None = 
     loading = load_sets(sets, args.pairs, args.landmarks, aligned=args.aligned, view=args.view, device=device,
                         find_landmarks=find_landmarks, identification="identification" in args.protocol)
     names, results, several = report.folder_names(list(map(set_name, sets))), [], len(sets) > 1
-    if several:
+    if several or len(models) > 1:
         for title, file, (_, loaded) in zip(args.title, args.model, models):
             print(f"{title}: {file} ({loaded['method']}, {loaded['net']}), flipped image: {args.flip}")
-        print("\n" + report.line("set", "model", "pairs", "accuracy", "95 % interval", "TAR@FAR=1e-3"))
+        print()
+    if several:
+        print(report.line("set", "model", "pairs", "accuracy", "95 % interval", "TAR@FAR=1e-3"))
     for name, lfw in zip(names, loading):
         results.append(_evaluate_set(args, device, models, lfw, name, several))
         if args.output:
@@ -127,7 +129,7 @@ def _measure(args, device, lfw, name, title, file, net, loaded):
                                      "cmc": found.cmc[:report.MAX_CMC_RANK].round(6).tolist()},
         "counts": {"pairs": len(pairs.same), "genuine": int(pairs.same.sum()), "images": len(pairs.paths)},
         "settings": {**vars(args), "device": str(device), "model": str(file), "net": loaded["net"], "weights": loaded,
-                     "lfw": lfw.source, "landmarks": lfw.landmarks},
+                     "lfw": lfw.source, "lists": pairs.lists, "landmarks": lfw.landmarks},
         "seconds": round(time.monotonic() - started, 2), "torch": str(torch.__version__)}, result, people, draws)
 
 

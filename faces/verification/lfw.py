@@ -121,5 +121,5 @@ def _landmarks_of(file, paths, source):
     absent = [name for name in paths if normal_form(name) not in row]
     if absent:
         raise InputError(f"{file} lacks {len(absent)} of the {len(paths)} images that are needed ({shorten(absent)}); "
-                         "write the list again with mtcnn/lfw_landmark.py.")
+                         "replace those that can't be read, and write the list again with mtcnn/lfw_landmark.py.")
     return listed.points[[row[normal_form(name)] for name in paths]]

@@ -3,7 +3,7 @@
 LFW's pairs.txt (view 2, for reporting) starts with `10 300`, folds and pairs of each kind per fold, or with `300`
 alone. Each following line is a pair, `Name i j` (genuine) or `Name1 i Name2 j` (impostor). View 1, for development,
 chooses the threshold on pairsDevTrain.txt and measures accuracy on pairsDevTest.txt. Without a header, as in Kaggle's
-pairs.csv, the pairs form ten folds in their order. So do lists with lines of `path path 0|1` or `0|1 path path`, or
+pairs.csv, the pairs form ten folds, see ten_folds(). So do lists with lines of `path path 0|1` or `0|1 path path`, or
 with two lines per pair, `path 0` (impostor) or `path fold` (genuine), as for CALFW and CPLFW.
 """
 import io
@@ -34,6 +34,7 @@ class Pairs(NamedTuple):
     folds: np.ndarray         # int64 (P,), 0 .. K-1, or TRAINING_ONLY
     identities: np.ndarray    # int64 (N,), 0, 1, 2, ..., the person in each image
     names: list | None        # of the people in the images, N; None if they are just images linked by genuine pairs
+    lists: str = ""           # where the pairs are from, in words
 
     def identifiable(self) -> bool:
         """Return whether people are named, and two of them have two images or more, as identification needs."""
@@ -75,8 +76,8 @@ def read_pairs(source, file=None, view: int | None = None, identification: bool 
     named_pairs, same = sum((part[0] for part in parts), []), np.concatenate([part[1] for part in parts])
     folds = np.repeat((TRAINING_ONLY, 0), [len(part[0]) for part in parts]) if view == 1 else parts[0][2]
     genuine, count = int(same[folds >= 0].sum()), int((folds >= 0).sum())
-    if view == 2 and folds[-1] == 0 or genuine in (0, count):
-        raise InputError(f"{files[-1]} has {count_of(folds[-1] + 1, 'fold~')}, {count_of(genuine, 'genuine pair~')} "
+    if view == 2 and not folds.any() or genuine in (0, count):
+        raise InputError(f"{files[-1]} has {count_of(folds.max() + 1, 'fold~')}, {count_of(genuine, 'genuine pair~')} "
                          f"and {count_of(count - genuine, 'impostor pair~')}, but the protocol needs at least two "
                          "folds and pairs of both kinds; add what is missing.")
     return _with_images(source, shorten(files, " and "), named_pairs, same, folds, identification)
@@ -103,7 +104,7 @@ def read_list(file) -> tuple[list, np.ndarray, np.ndarray]:
         count = int(header[0]) if sized and len(header) == 2 else max(1, len(rows) // max(1, size))
         if not rows or sized and len(rows) != count * size:
             raise ValueError(f"it declares {count:,} x {size:,} = {count * size:,} pairs but contains {len(rows):,}")
-        return [row[:2] for row in rows], same, np.arange(len(rows)) // size if sized else ten_folds(len(rows))
+        return [row[:2] for row in rows], same, np.arange(len(rows)) // size if sized else ten_folds(same)
 
 
 def _split(line):
@@ -126,9 +127,14 @@ def _pair(number, fields):
     return *(normal_form(name.replace("\\", "/")) for name in names), same
 
 
-def ten_folds(count: int) -> np.ndarray:
-    """Return int64 (count,): the fold of each of P pairs in their order. The first folds may have one pair more."""
-    return np.repeat(np.arange(FOLDS), [len(part) for part in np.array_split(np.arange(count), FOLDS)])
+def ten_folds(same: np.ndarray) -> np.ndarray:
+    """Return the fold of each of P pairs, int64 (P,); `same`, bool (P,), is true for a genuine pair. In their order,
+    both kinds are divided into ten equal parts, so that each fold has both, whatever the order of the list."""
+    folds = np.empty(len(same), np.int64)
+    for kind in (True, False):
+        for fold, rows in enumerate(np.array_split(np.flatnonzero(same == kind), FOLDS)):
+            folds[rows] = fold
+    return folds
 
 
 def linked(count: int, links: np.ndarray) -> np.ndarray:
@@ -177,13 +183,13 @@ def _with_images(source, lists, named_pairs, same, folds, identification):
         if np.array_equal(names[:, 0] == names[:, 1], same):
             break
     else:
-        return Pairs(paths, pairs, same, folds, linked(len(paths), pairs[same]), None)
+        return Pairs(paths, pairs, same, folds, linked(len(paths), pairs[same]), None, lists)
     if identification:
         images = {find(image.rpartition(".")[0]) for image in source.names() if person(image)} - {None}
         counts = Counter(map(person, images))
         paths += sorted({image for image in images if counts[person(image)] > 1} - set(paths))
     names = [person(image) for image in paths]
-    return Pairs(paths, pairs, same, folds, np.unique(names, return_inverse=True)[1], names)
+    return Pairs(paths, pairs, same, folds, np.unique(names, return_inverse=True)[1], names, lists)
 
 
 def _folder(image):

@@ -51,7 +51,7 @@ def table(figures: dict) -> str:
         rows += [(f"rank {rank}", f"{found['cmc'][rank - 1]:.4f}") for rank in (1, 5, 10) if rank <= found["gallery"]]
         rows.append(("gallery", f"{found['gallery']:,} people, one image each; {count_of(found['probes'], 'probe~')}"))
     pairs, genuine = counts["pairs"], counts["genuine"]
-    rows += [("pairs", f"{pairs:,} ({genuine:,} genuine, {pairs - genuine:,} impostor)"),
+    rows += [("pairs", f"{pairs:,} ({genuine:,} genuine, {pairs - genuine:,} impostor) of {settings['lists']}"),
              ("images", f"{counts['images']:,}, flipped image: {settings['flip']}"),
              ("landmarks", settings["landmarks"]), ("seconds", f"{figures['seconds']:.1f}")]
     return "\n".join([*lines, *(f"{name:<20}{value}" for name, value in rows)])
@@ -78,7 +78,7 @@ def mean_line(row: dict) -> str:
         text += f"\n  groups: standard deviation {row['std_ddof_1']:.4f} (ddof=1), largest / smallest error {ratio}"
     if row.get("overlapping"):
         pairs = shorten([" and ".join(pair) for pair in row["overlapping"]], count=6)
-        text += f"\n  warning: the intervals of {pairs} overlap, so their order may be chance"
+        text += f"\n  warning: the intervals of {pairs} overlap, so their order may be due to chance"
     return text
 
 

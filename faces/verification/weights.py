@@ -10,6 +10,7 @@ import hashlib
 import math
 import re
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -213,6 +214,9 @@ def _read(model, expected=None, deeper=False):
     be the same with fewer layers."""
     file = model_file(model)
     with reading(file, "file of weights", "export or download it again"), torch.serialization.safe_globals(IGNORED):
+        names = zipfile.ZipFile(file).namelist() if zipfile.is_zipfile(file) else []
+        if file.suffix.lower() == ".onnx" or any(name.endswith("/constants.pkl") for name in names):    # TorchScript
+            raise InputError(f"{file} is an export for other programs; pass the checkpoint that it was made from.")
         with open(file, "rb") as data:
             is_safetensors = data.read(9)[8:] == b"{"
         if file.suffix.lower() == ".caffemodel":

@@ -129,5 +129,5 @@ def test_aligned_faces_with_a_list(tmp_path):
     faces = load_casia(root, cache=tmp_path / "cache", label_list=file)
     assert faces.labels.tolist() == [0, 0, 1] and faces.classes == 2
     assert all(np.array_equal(faces.images[i], align(*draw_face(i, i))) for i in range(3))
-    with pytest.raises(InputError, match="pass only one of --landmarks and --list"):
+    with pytest.raises(InputError, match="pass only one of them"):
         load_casia(root, file, tmp_path / "cache", label_list=file)

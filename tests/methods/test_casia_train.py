@@ -206,7 +206,8 @@ def test_gradient_accumulation_equals_the_whole_batch(main, refusal, casia, tmp_
 
 def test_the_loss_can_be_sphereface_r(main, refusal, casia, tmp_path):
     args = [*options(casia, tmp_path), "--epochs", "0.34"]
-    assert "--margin must be 1, 2, 3, 4 or 5" in refusal(sphereFace.casia_train, *args, "--margin", "1.5")
+    for option in (["--margin", "1.5"], ["--loss", "sphereface-r", "--lambda-min", "3"]):
+        assert "takes a whole --margin and no --scale" in refusal(sphereFace.casia_train, *args, *option)
     assert main("sphereFace", *args, "--loss", "sphereface-r")[0] == 0
     epoch, = epochs(tmp_path / "run")
     # At right angles, the margin adds 30 (cos 90° - cos 135°) = 21 to the loss of a plain softmax.

@@ -47,7 +47,7 @@ def test_pairs_are_of_people_who_are_not_in_the_list(photos, tmp_path, hold_out,
     status, out, _ = main("cosFace", *options(photos[0], tmp_path), "--landmarks", train, "--lfw", pairs_file,
                           "--batch-size", "4", "--epochs", "0.34")
     assert status == 0 and "12 faces of 4 people" in out
-    assert "train.txt exists already" in hold_out(photos[0], "--seed", 1, run=refusal)
+    assert "train.txt already exists" in hold_out(photos[0], "--seed", 1, run=refusal)
 
 
 def test_aligned_faces_get_a_list_without_landmarks(photos, tmp_path, hold_out):

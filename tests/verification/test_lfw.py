@@ -66,7 +66,8 @@ def test_pairs_in_other_formats_give_the_same_pairs(lfw, tmp_path):
         pairs = read_pairs(lfw, tmp_path / name)
         assert [[pairs.paths[i] for i in pair] for pair in pairs.pairs] == paths, name
         assert (pairs.same == expected.same).all() and pairs.names == expected.names, name
-        assert pairs.folds.tolist() == [0] * 4 + [1] * 4 if name == "short_header.txt" else list(range(8)), name
+        assert pairs.folds.tolist() == ([0] * 4 + [1] * 4 if name == "short_header.txt" else
+                                         [0, 1, 0, 1, 2, 3, 2, 3]), name    # both kinds in each fold
     (tmp_path / "shifted.txt").write_text("a.png 1\nb.png 1\nc.png 2\nd.png 0\n")
     with pytest.raises(InputError, match="line 3: expected .* with the same number"):
         read_pairs(lfw, tmp_path / "shifted.txt")
@@ -78,15 +79,16 @@ def test_photos_in_one_folder_are_people_as_their_pairs_say(tmp_path):
     (tmp_path / "list.txt").write_text("photos/a.png photos/b.png 1\nphotos/a.png photos/c.png 0\n"
                                        "photos/c.png photos/d.png 1\nphotos/b.png photos/d.png 0\n")
     pairs = read_pairs(tmp_path, tmp_path / "list.txt")
-    assert pairs.names is None and pairs.identities.tolist() == [0, 0, 1, 1] and pairs.folds.tolist() == [0, 1, 2, 3]
+    assert pairs.names is None and pairs.identities.tolist() == [0, 0, 1, 1] and pairs.folds.tolist() == [0, 0, 1, 1]
 
 
 def test_files_in_one_folder_name_people_as_in_calfw(tmp_path):
     for name in ("Ann_0001", "Ann_0002", "Bo_0001", "Bo_Li_0001", "Bo_Li_0003"):
         write_image(tmp_path / f"{name}.jpg", np.zeros((112, 96, 3), np.uint8))
-    (tmp_path / "pairs.txt").write_text("Ann_0001.jpg 1\nAnn_0002.jpg 1\nBo_0001.jpg 0\nBo_Li_0001.jpg 0\n")
+    (tmp_path / "pairs.txt").write_text("Ann_0001.jpg 1\nAnn_0002.jpg 1\nBo_0001.jpg 0\nBo_Li_0001.jpg 0\n"
+                                        "Bo_0001.jpg 0\nAnn_0001.jpg 0\n")
     pairs = read_pairs(tmp_path, identification=True)
-    assert pairs.people("").tolist() == [["Ann", "Ann"], ["Bo", "Bo_Li"]]
+    assert pairs.people("").tolist() == [["Ann", "Ann"], ["Bo", "Bo_Li"], ["Bo", "Ann"]]
     assert pairs.names == ["Ann", "Ann", "Bo", "Bo_Li", "Bo_Li"] and pairs.identifiable()
 
 

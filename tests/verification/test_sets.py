@@ -106,7 +106,7 @@ def test_groups_of_rfw(sets, models, tmp_path, capsys):
                    if max(a["interval_95"][0], b["interval_95"][0]) <= min(a["interval_95"][1], b["interval_95"][1])]
     assert sorted(row["overlapping"]) == sorted(overlapping) != []
     assert f"deviation {row['std_ddof_1']:.4f} (ddof=1), largest / smallest error {row['error_ratio']:.2f}" in out
-    assert "overlap, so their order may be chance" in out
+    assert "overlap, so their order may be due to chance" in out
 
 
 def test_a_folder_of_images_is_one_set_whatever_else_it_holds(sets, tmp_path):
