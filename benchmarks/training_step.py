@@ -23,7 +23,7 @@ import cosFace.net
 import sphereFace.net
 from benchmarks.turns import check_same, in_turns, report
 from faces.align import HEIGHT, WIDTH
-from faces.cpu.training import for_training
+from faces.cpu.layers import for_training
 from faces.device import PRECISION, autocast, memory_format, pick_device, pick_dtype, to_input, tune_cpu
 from faces.files import at_least, command, script_parser
 from faces.training.distributed import compile_options

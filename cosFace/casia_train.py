@@ -17,7 +17,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from cosFace.net import NETS, CosFace
-from faces.cpu.training import for_training
+from faces.cpu.layers import for_training
 from faces.data.batches import Batches
 from faces.data.cache import load_casia
 from faces.device import PRECISION, autocast, memory_format, pick_dtype

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from faces.cpu.training import for_training
+from faces.cpu.layers import for_training
 from faces.data.batches import Batches
 from faces.data.cache import load_casia
 from faces.device import PRECISION, autocast, memory_format, pick_dtype

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from faces.cpu.inference import for_inference
+from faces.cpu.layers import for_inference
 from faces.device import autocast, exact_float32, memory_format, to_input
 from faces.files import progress_bar
 

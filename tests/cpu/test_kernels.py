@@ -8,8 +8,7 @@ from torch import nn
 
 from cosFace.net import faceNet
 from faces.cpu import kernels
-from faces.cpu.inference import for_inference
-from faces.cpu.training import FastPReLU, StridedConv2d, for_training
+from faces.cpu.layers import FastPReLU, for_inference, for_training
 from faces.cpu.winograd import WinogradConv2d
 
 needs_compiler = pytest.mark.skipif(not kernels.available(), reason="needs x86 and a C compiler")
@@ -37,8 +36,6 @@ def errors(layer, plain, x):
     (nn.Conv2d(64, 48, 3, padding=1, bias=False), WinogradConv2d, (3, 64, 56, 48)),
     (nn.Conv2d(64, 48, 3, padding=1), WinogradConv2d, (70, 64, 7, 6)),
     (nn.Conv2d(64, 48, 3, padding=1, bias=False), WinogradConv2d, (2, 64, 1, 5)),
-    (nn.Conv2d(32, 24, 3, 2, 1), StridedConv2d, (9, 32, 11, 8)),
-    (nn.Conv2d(32, 24, (2, 3), (3, 2), (0, 2)), StridedConv2d, (9, 32, 11, 8)),
     (nn.PReLU(48), FastPReLU, (5, 48, 9, 7)), (nn.PReLU(48, -0.7), FastPReLU, (5, 48, 9, 7))])
 def test_layers_and_their_gradients_are_accurate(plain, fast_class, size, order):
     plain = copy.deepcopy(plain).to(memory_format=order)
@@ -54,7 +51,7 @@ def kinds(net):
 
 
 def test_without_the_kernels_no_layer_is_replaced(monkeypatch):
-    assert kernels.available() == (kinds(for_training(faceNet())) >= {WinogradConv2d, StridedConv2d, FastPReLU})
+    assert kernels.available() == (kinds(for_training(faceNet())) >= {WinogradConv2d, FastPReLU})
     monkeypatch.setenv("FACES_CPU_KERNELS", "0")
     assert not kernels.available()
     assert kinds(for_training(faceNet())) == kinds(for_inference(faceNet().eval())) == kinds(faceNet())
