@@ -59,9 +59,10 @@ def arrangement_problem(points: np.ndarray) -> str | None:
         return None
     if abs(points).max() <= 1.5:
         return "the coordinates are fractions of the image's size instead of pixels"
-    points = points[::-(-len(points) // 1000)]
-    upright = _typical_correlation(points) > MIN_TYPICAL
-    return None if upright else "most of its points are not arranged like those of an upright face"
+    (s, _), (t, _) = _centered(points[::-(-len(points) // 1000)]), _centered(TEMPLATE)
+    norms = np.sqrt((abs(s) ** 2).sum(1) * (abs(t) ** 2).sum())
+    correlation = np.median((s.conj() @ t).real / np.maximum(norms, 1e-9))    # 1 for perfect upright faces
+    return None if correlation > MIN_TYPICAL else "most of its points are not arranged like those of an upright face"
 
 
 def check_positions(centers: np.ndarray, source):
@@ -90,13 +91,6 @@ def _centered(points):
     points = np.ascontiguousarray(points, np.float64).view(np.complex128)[..., 0]
     mean = points.mean(-1, keepdims=True)
     return points - mean, mean[..., 0]
-
-
-def _typical_correlation(points):
-    """Return the median over faces of the correlation with the template, 1 for perfect upright faces."""
-    (s, _), (t, _) = _centered(points), _centered(TEMPLATE)
-    norms = np.sqrt((abs(s) ** 2).sum(1) * (abs(t) ** 2).sum())
-    return float(np.median((s.conj() @ t).real / np.maximum(norms, 1e-9)))
 
 
 def align(image: np.ndarray, landmarks: np.ndarray) -> np.ndarray:
