@@ -202,13 +202,13 @@ def write_json(file, value):
         output.write(json.dumps(value, indent=2, default=str) + "\n")    # paths as text
 
 
-def read_json(file):
-    """Return the content of a JSON file, or None if there is no such file; see reading() for errors."""
+def read_json(file) -> dict:
+    """Return the dict in a JSON file, {} if there is no such file; see reading() for errors."""
     with reading(file, "JSON file", "delete it, and it is written again"):
         try:
-            return json.loads(read_bytes(file, 64 << 20))
+            return dict(json.loads(read_bytes(file, 64 << 20)))
         except FileNotFoundError:
-            return None
+            return {}
 
 
 def read_bytes(file, limit: int) -> bytes:

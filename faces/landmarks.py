@@ -86,8 +86,8 @@ def found_list(source, name: str) -> Path | None:
     for file in (own, default_list(source.root, name)):
         if not file.is_file():
             continue
-        record = read_json(file.with_suffix(".json"))
-        if record["photos"] == photos_digest(source) if record else file == own:
+        photos = read_json(file.with_suffix(".json")).get("photos")
+        if photos == photos_digest(source) if photos else file == own:
             return file
         print(f"not using {file}: the photos in {source} have changed since it was made, or it has no record of them")
     return None

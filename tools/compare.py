@@ -45,7 +45,7 @@ def read_scores(file) -> tuple[np.ndarray, np.ndarray, dict]:
     are genuine, bool (P,); and the settings in results.json beside the file. Raises InputError if the cosines are of
     other embeddings than compare()'s."""
     file = path(file) / "scores.tsv" if path(file).is_dir() else path(file)
-    settings = (read_json(file.with_name("results.json")) or {}).get("settings", {})
+    settings = read_json(file.with_name("results.json")).get("settings", {})
     if settings.get("flip", "concatenate") != "concatenate" or settings.get("subtract_mean"):
         raise InputError(f"the scores in {file} were computed with another --flip or with --subtract-mean; run "
                          "lfw_eval.py with the defaults of both.")

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cv2
 import numpy as np
 
-from faces.files import ROOT, InputError, command, script_parser
+from faces.files import ROOT, InputError, at_least, command, script_parser
 from faces.images import read_image
 from tools.reproduce import run
 
@@ -44,7 +44,7 @@ tools/tsne.py --model demo/run/checkpoint.pt --lfw demo/orl --landmarks demo/lfw
 @command
 def main(argv=None):
     parser = script_parser(__doc__)
-    parser.add_argument("--epochs", type=int, default=4, help="passes over the 300 training faces, 4 to 20")
+    parser.add_argument("--epochs", type=at_least(1), default=4, help="passes over the 300 training faces, 4 to 20")
     args = parser.parse_args(argv)
     started = time.monotonic()
     photos = find_photos()

@@ -41,7 +41,7 @@ def read_figures(file: Path, model: Path, fingerprint: str) -> list[dict]:
     """Return the figures of the network with a fingerprint, a dict per test set, in a results.json of lfw_eval.py or
     the one in a folder; see faces.verification.report.Measured. Raises InputError if there are none."""
     file = file / "results.json" if file.is_dir() else file
-    content = read_json(file) or {}
+    content = read_json(file)
     figures = [row for row in content.get("results", [content])
                if row.get("settings", {}).get("weights", {}).get("fingerprint") == fingerprint and "accuracy" in row]
     if not figures:
@@ -55,7 +55,7 @@ def write_folder(args, loaded: dict, weights: bytes, config: dict):
     `loaded` is what load_net() says of args.model; `weights` and `config` become files."""
     figures = read_figures(args.results, args.model, loaded["fingerprint"]) if args.results else []
     threshold, training = load_threshold(args.model, loaded), describe_training(args.model, loaded)
-    if threshold:    # its source is "6,000 pairs of PATH"
+    if threshold and threshold.source:    # its source is "6,000 pairs of PATH"
         count, _, source = threshold.source.partition(" of ")
         threshold = threshold._replace(source=f"{count} of {Path(source).name}")
     with tempfile.TemporaryDirectory(dir=args.output.parent, prefix=f".{args.output.name}.") as temporary:
@@ -86,7 +86,7 @@ def describe_training(model: Path, loaded: dict) -> str:
             words += [] if isinstance(value, bool) else ["FILE" if name == "init" else str(value)]
     text = (f"\n## Training\n\n    {shlex.join(words)}\n\n"
             f"- {state['step']:,} steps of {settings['batch_size']} faces; {state['classes']:,} identities\n")
-    run = read_json(model_file(model).with_name("settings.json")) or {}
+    run = read_json(model_file(model).with_name("settings.json"))
     if run.get("settings") == settings:    # otherwise the file is of another run
         text += f"- hardware{' (after a restart)' if run['from_step'] else ''}: {run['devices']}\n"
     return text

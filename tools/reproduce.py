@@ -126,7 +126,7 @@ def render(args, commands: list[tuple]) -> str:
     for method in METHODS:
         folder = args.output / method
         result = files.read_json(folder / "lfw/results.json")
-        if result is None:
+        if not result:
             continue
         state, counts = files.load_tensors(folder / "checkpoint.pt"), result["counts"]
         settings, versions = state["settings"], [f"{name} {version}" for name, version in state["versions"].items()]

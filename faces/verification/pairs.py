@@ -92,7 +92,7 @@ def read_list(file) -> tuple[list, np.ndarray, np.ndarray]:
             raise ValueError("it is empty")
         per_image = all(len(fields) == 2 for _, fields in lines)
         header = lines[0][1]
-        sized = not per_image and len(header) <= 2 and all(field.isdecimal() for field in header)
+        sized = not per_image and 1 <= len(header) <= 2 and all(field.isdecimal() for field in header)
         if sized or not any(field.isdecimal() or "/" in field or "." in field for field in header):    # or column names
             del lines[0]
         if per_image:

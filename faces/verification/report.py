@@ -154,7 +154,9 @@ def folder_names(titles: list[str]) -> list[str]:
     names = []
     for i, title in enumerate(titles, 1):
         name = re.sub(r"[^\w.-]+", "-", title).strip("-.") or f"model-{i}"
-        names.append(f"{name}-{i}" if name.lower() in map(str.lower, names) else name)
+        while name.lower() in map(str.lower, names):
+            name += f"-{i}"
+        names.append(name)
     return names
 
 

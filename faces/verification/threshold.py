@@ -57,4 +57,4 @@ def load_threshold(model, loaded: dict) -> Threshold | None:
     if "step" in stored:    # from the checkpoint
         later = "" if loaded["step"] == stored["step"] else f" (the weights are those of step {loaded['step']:,})"
         stored["source"] += f", evaluated during training at step {stored['step']:,}{later}"
-    return Threshold(*(stored[name] for name in Threshold._fields)) if stored else None
+    return Threshold(*map(stored.get, Threshold._fields)) if "value" in stored else None

@@ -225,7 +225,7 @@ def _read(model, expected=None, deeper=False):
             with safetensors.safe_open(file, "pt") as data:
                 content = {name: data.get_tensor(name) for name in data.keys()}
                 config = read_json(file.with_name("config.json")) if file.name == "model.safetensors" else {}
-                stated = {**(config or {}), **(data.metadata() or {}), "format": "safetensors"}
+                stated = {**config, **(data.metadata() or {}), "format": "safetensors"}
         else:
             content, stated = load_tensors(file), {"format": "state dict"}
             if isinstance(content, dict) and content.get("format") == CHECKPOINT:

@@ -57,6 +57,10 @@ def test_thresholds_of_an_evaluation_are_used_but_not_for_other_weights(photos, 
     assert "has the scores of another model" in refusal(compare, *command, other, "--scores", tmp_path / "result")
     shutil.copy(tmp_path / "a/checkpoint.pt.threshold.json", tmp_path / "b")
     assert "belongs to other weights" in refusal(compare, *command, other)
+    (tmp_path / "b/checkpoint.pt.threshold.json").write_text('{"value": -1}')    # by hand
+    assert "threshold -1.0000\nthe error rates at this threshold are unknown" in call(compare, *command, other)[1]
+    (tmp_path / "b/checkpoint.pt.threshold.json").write_text("[1]")
+    assert "damaged or not a JSON file" in refusal(compare, *command, other)
 
 
 def test_unsuitable_scores_are_refused(tmp_path):

@@ -139,6 +139,7 @@ def test_the_list_that_lfw_landmark_wrote_is_used_for_its_photos(lfw, tmp_path, 
         load_lfw(lfw)
     assert f"the photos in {lfw} have changed" in capsys.readouterr().out
     (tmp_path / "landmarks.txt").rename(lfw / "lfw_landmark.txt")    # one's own list is used without a record
+    (lfw / "lfw_landmark.json").write_text('{"images": 3}')    # which this is not
     assert load_lfw(lfw).landmarks == str(lfw / "lfw_landmark.txt")
 
 

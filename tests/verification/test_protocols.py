@@ -135,6 +135,7 @@ def test_titles_name_the_folders_of_several_models(tmp_path):
     (tmp_path / "two/checkpoint.pt").touch()
     assert model_titles([tmp_path / "one/checkpoint.pt", tmp_path / "two", "b.pth"]) == ["one", "two", "b"]
     assert folder_names(["../a b", "../a b", "?"]) == ["a-b", "a-b-2", "model-3"]
+    assert len(set(folder_names(["a", "a-3", "A"]))) == 3
 
 
 def test_identification_takes_all_images_of_people_with_two_or_more(lfw, models, tmp_path, capsys):
