@@ -30,6 +30,9 @@ class InputError(Exception):
 
     status = 2    # exit status of the script
 
+    def __str__(self):
+        return super().__str__().replace("\n", "\\n")    # in the name of a file
+
 
 class TemporaryError(InputError):
     """A failure that is not the user's: the same command may succeed later."""

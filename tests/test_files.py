@@ -59,7 +59,7 @@ def test_output_that_nobody_reads_is_dropped():
 
 
 @pytest.mark.parametrize("error, sentence", [
-    (InputError("x.txt is wrong; correct it."), ": x.txt is wrong; correct it.\n"), (ZeroDivisionError(), None),
+    (InputError("x\ny.txt is wrong; correct it."), ": x\\ny.txt is wrong; correct it.\n"), (ZeroDivisionError(), None),
     (torch.OutOfMemoryError("CUDA out of memory."), "pass --device cpu.\n"), (RuntimeError("shapes differ"), None)])
 def test_mistakes_are_one_sentence_and_bugs_keep_their_traceback(error, sentence, capsys):
     @command
