@@ -92,10 +92,13 @@ def load_net(file, nets: dict[str, Callable], name: str | None = None,
 
 def initial_net(make: Callable[[], nn.Module], file=None) -> nn.Module:
     """Return a network to train: make(), with the weights in a file if one is given; see load_net(). They may be those
-    of a network with fewer layers: each residual unit that it lacks starts as the identity."""
+    of a network with fewer layers: each residual unit that it lacks starts as the identity. The file then reseeds
+    PyTorch, since the seed of its own run would draw the class centers again that it was trained against."""
     net = make()
     if file is not None:
-        announce(file, _load(net, _read(file, architecture(net.state_dict()), deeper=True), train=True))
+        loaded = _load(net, _read(file, architecture(net.state_dict()), deeper=True), train=True)
+        announce(file, loaded)
+        torch.manual_seed(torch.initial_seed() ^ int(loaded["fingerprint"][:15], 16))
     return net
 
 
