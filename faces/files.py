@@ -207,7 +207,7 @@ def write_json(file, value):
 
 def read_json(file) -> dict:
     """Return the dict in a JSON file, {} if there is no such file; see reading() for errors."""
-    with reading(file, "JSON file", "delete it, and it is written again"):
+    with reading(file, "JSON file", "correct it, or delete it and repeat the command that wrote it"):
         try:
             return dict(json.loads(read_bytes(file, 64 << 20)))
         except FileNotFoundError:

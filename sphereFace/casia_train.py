@@ -20,7 +20,7 @@ from faces.cpu.layers import for_training
 from faces.data.batches import Batches
 from faces.data.cache import load_casia
 from faces.device import PRECISION, autocast, memory_format, pick_dtype
-from faces.files import CACHE, RUNS, InputError, at_least, command, path, script_parser
+from faces.files import CACHE, RUNS, InputError, at_least, command, count_of, path, script_parser
 from faces.training.checkpoint import Checkpoints, load_optimizer, parse_resumed, settings_of
 from faces.training.distributed import Processes, accumulating, compile_net, data_parallel, should_compile
 from faces.training.log import TrainingLog
@@ -94,10 +94,10 @@ def train(args: Namespace, run: Processes, part: int, checkpoints: Checkpoints) 
                                               find_landmarks=find_landmarks)), share=False)    # None but in rank 0
     faces = load_casia(args.casia, args.landmarks, args.cache, args.drop_lfw_overlap, args.list)    # memory-mapped
     per_epoch = len(faces) // args.batch_size
-    steps = round(args.epochs * per_epoch if args.epochs else 28_000 * 512 / args.batch_size)
+    steps = max(1, round(args.epochs * per_epoch if args.epochs else 28_000 * 512 / args.batch_size))
     peak = args.lr or 0.1 * args.batch_size / 512
-    if not per_epoch or not steps:
-        raise InputError(f"{len(faces):,} faces are less than a step; choose a smaller --batch-size or more --epochs.")
+    if not per_epoch:
+        raise InputError(f"{len(faces):,} faces are less than a step; choose a smaller --batch-size.")
 
     torch.set_float32_matmul_precision("high" if run.device.type == "cuda" and dtype != torch.float32 else "highest")
     torch.manual_seed(args.seed)
@@ -127,8 +127,8 @@ def train(args: Namespace, run: Processes, part: int, checkpoints: Checkpoints) 
     if run.world_size > 1:
         model = data_parallel(net, part, run.device, dtype)
         head = loss_of if sharded else DistributedDataParallel(loss_of)
-    run.print(f"{faces}\ntraining {method} ({args.net}, {settings['precision']}) on {run}: {steps:,} steps of "
-              f"{args.batch_size} faces, {steps / per_epoch:.2f} epochs, learning rate {peak:g}, output {args.output}")
+    run.print(f"{faces}\ntraining {method} ({args.net}, {settings['precision']}) on {run}: {count_of(steps, 'step~')} "
+              f"of {args.batch_size} faces, {steps / per_epoch:.2f} epochs, learning rate {peak:g}, into {args.output}")
     batches = Batches(faces, args.batch_size, steps, run.device, step, args.seed, args.flip, args.shift, run.rank,
                       run.world_size)
     with TrainingLog(run, args.output, args.batch_size, steps, per_epoch, step, settings, sums) as log, run.signals():

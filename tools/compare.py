@@ -49,7 +49,8 @@ def read_scores(file) -> tuple[np.ndarray, np.ndarray, dict]:
     if settings.get("flip", "concatenate") != "concatenate" or settings.get("subtract_mean"):
         raise InputError(f"the scores in {file} were computed with another --flip or with --subtract-mean; run "
                          "lfw_eval.py with the defaults of both.")
-    with reading(file, "scores.tsv of lfw_eval.py", "pass the folder that `lfw_eval.py --output DIR` wrote"):
+    with reading(file, "scores.tsv of lfw_eval.py", "pass the folder that `lfw_eval.py --output DIR` wrote, or "
+                 "DIR/TITLE if it evaluated several models or sets"):
         with open(file, encoding="utf-8", errors="surrogateescape", newline="") as lines:
             rows = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
             same, similarity = np.array([(int(row["same"]), float(row["similarity"])) for row in rows]).T

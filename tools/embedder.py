@@ -83,7 +83,7 @@ class Embedder:
                 found[i] = []
             elif isinstance(faces, str):
                 name = photo if isinstance(photo, (str, Path)) else f"photo {i + 1} of {len(photos)}"
-                advice = "; pass an upright photo with both eyes visible, or lower --min-face-size"
+                advice = "; pass an upright photo with both eyes visible, or detect smaller faces (--min-face-size)"
                 raise InputError(f"can't embed {name}: {faces}{advice if faces == NO_FACE else ''}.")
         return found
 

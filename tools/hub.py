@@ -25,7 +25,7 @@ A face recognition network{paper}. It turns an aligned face into an embedding of
 cosine of two embeddings says how alike the faces are. In a clone of *SphereFace and CosFace in PyTorch*:
 
     python tools/compare.py A.jpg B.jpg --model {folder}    # the same person?
-    python tools/embed.py PHOTOS --model {folder} --output faces.npz
+    python tools/embed.py PHOTOS --model {folder} --output faces.npz    # 1,024 values, with the mirrored face's
 
 Elsewhere, `model.safetensors` is the state dict, and `config.json` says how to align a face and prepare the input.
 {table}{training}
@@ -108,4 +108,4 @@ def card(args, loaded: dict, figures: list[dict], training: str) -> str:
         table += "| {set} | {0:,} | {accuracy:.4f} (std {std:.4f}) | {1:.4f} to {2:.4f} | {auc:.4f} | {3} |\n".format(
             row["counts"]["pairs"], *row["interval_95"], row["settings"]["flip"], **row)
     return CARD.format(front="".join(front), name=name, paper=PAPERS.get(loaded["method"], ""), table=table,
-                       folder=args.output.name, training=training)
+                       folder=shlex.quote(args.output.name), training=training)
