@@ -49,8 +49,7 @@ def read_scores(file) -> tuple[np.ndarray, np.ndarray, dict]:
     if settings.get("flip", "concatenate") != "concatenate" or settings.get("subtract_mean"):
         raise InputError(f"the scores in {file} were computed with another --flip or with --subtract-mean; run "
                          "lfw_eval.py with the defaults of both.")
-    with reading(file, "scores.tsv of lfw_eval.py", "pass the folder that `lfw_eval.py --output DIR` wrote, or "
-                 "DIR/TITLE if it evaluated several models or sets"):
+    with reading(file, "scores.tsv of lfw_eval.py", "pass the folder that `lfw_eval.py --output DIR` wrote"):
         with open(file, encoding="utf-8", errors="surrogateescape", newline="") as lines:
             rows = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
             same, similarity = np.array([(int(row["same"]), float(row["similarity"])) for row in rows]).T
@@ -102,7 +101,7 @@ def main(argv=None):
     parser = script_parser(__doc__)
     option = parser.add_argument
     option("photos", type=path, nargs=2, metavar="PHOTO", help="two image files of any size")
-    option("--scores", type=path, metavar="DIR|FILE", help="what lfw_eval.py --output wrote for the model")
+    option("--scores", type=path, metavar="DIR|FILE", help="folder of the model's scores.tsv, by lfw_eval.py --output")
     option("--threshold", type=at_least(-1, float, 1), metavar="T", help="-1 to 1 (default: the most accurate one)")
     option("--output", type=path, metavar="DIR", help="folder for comparison.png, a picture of both faces")
     add_photo_options(parser)
